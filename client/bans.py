@@ -1,0 +1,47 @@
+"""Peers that failed and are left out for a while."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hivemind.p2p import PeerID
+
+MAX_BAN_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class _Ban:
+    failures: int
+    since: float  # by the wall clock, to be compared with a node's time of start
+    until: float
+
+
+class Bans:
+    """Bans last ``base`` seconds, twice as long with each failure in a row, and end when the node has restarted."""
+
+    def __init__(self, base: float, clock: Callable[[], float] = time.time) -> None:
+        self._base, self._clock = base, clock
+        self._bans: dict[PeerID, _Ban] = {}
+
+    def failed(self, peer_id: PeerID) -> None:
+        """Bans a peer."""
+        now = self._clock()
+        failures = self._bans[peer_id].failures + 1 if peer_id in self._bans else 1
+        seconds = min(MAX_BAN_SECONDS, self._base * 2 ** min(failures - 1, 16))
+        self._bans[peer_id] = _Ban(failures, now, now + seconds)
+
+    def succeeded(self, peer_id: PeerID) -> None:
+        """Forgets a peer's failures."""
+        self._bans.pop(peer_id, None)
+
+    def banned(self, peer_id: PeerID, *, started: float = 0.0) -> bool:
+        """Whether to leave the peer out; ``started`` is when it came up by its own record, 0 if it doesn't say."""
+        ban = self._bans.get(peer_id)
+        if ban is None:
+            return False
+        if started > ban.since:
+            self.succeeded(peer_id)
+            return False
+        return self._clock() < ban.until

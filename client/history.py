@@ -1,0 +1,47 @@
+"""What a client sent to a hop, kept so that another node can take the hop's place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class _Entry:
+    start: int
+    hidden: torch.Tensor  # [rows, T, H]
+    hypo_ids: torch.Tensor | None  # how the rows before were reordered ahead of this step
+
+
+class History:
+    """The inputs of a hop in order. Reorderings are noted, and carried out only when the history is needed."""
+
+    def __init__(self) -> None:
+        self._entries: list[_Entry] = []
+
+    def append(self, start: int, hidden: torch.Tensor, hypo_ids: torch.Tensor | None) -> None:
+        """Adds a step that began at column ``start``; columns from there on, if there are any, are replaced."""
+        self.crop(start)
+        self._entries.append(_Entry(start, hidden, hypo_ids))
+
+    def crop(self, position: int) -> None:
+        """Forgets the columns from ``position`` on."""
+        while self._entries and self._entries[-1].start >= position:
+            self._entries.pop()
+        if self._entries:
+            last = self._entries[-1]
+            self._entries[-1] = _Entry(last.start, last.hidden[:, : position - last.start], last.hypo_ids)
+
+    def replay(self, rows: int) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """All inputs as one ``[rows, T, H]`` (``None`` if there are none), with the rows as they are now.
+
+        Also gives the row (``[rows]`` int64) that each row was at the beginning.
+        """
+        order = torch.arange(rows)
+        parts: list[torch.Tensor] = []
+        for entry in reversed(self._entries):
+            parts.append(entry.hidden[order])
+            if entry.hypo_ids is not None:
+                order = entry.hypo_ids[order]
+        return (torch.cat(parts[::-1], dim=1) if parts else None), order

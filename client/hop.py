@@ -1,0 +1,215 @@
+"""One hop of a session: an open stream to a node that holds the KV cache of some blocks."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+import torch
+from hivemind.p2p import P2P, PeerID
+from hivemind.proto import runtime_pb2
+from swarm.client.history import History
+from swarm.client.routing import Leg
+
+from swarm import rpc
+from swarm.codec import DTYPES, decode, encode
+from swarm.errors import BadRequestError, PeerLostError, RemoteError, SwarmError
+from swarm.records import span_uid
+from swarm.stream import MessageStream
+
+Request = runtime_pb2.ExpertRequest
+Response = runtime_pb2.ExpertResponse
+_EMPTY, _EMPTY_INT64 = encode(rpc.EMPTY), encode(rpc.EMPTY_INT64)
+
+
+class Hop:
+    """Serves the blocks ``start:end`` in one session. Made by :meth:`open`; lives in one event loop."""
+
+    def __init__(self, leg: Leg, prefix: str, session_id: str, stream: MessageStream, shape: tuple[int, int]) -> None:
+        self.peer_id: PeerID = leg.peer_id
+        self.start, self.end = leg.start, leg.end
+        self.session_id = session_id
+        self.history = History()
+        self.on_push_failed: Callable[[str], None] | None = None
+        self.dtype = DTYPES.get(leg.span.info.torch_dtype or "")
+        self._uid = span_uid(prefix, leg.start, leg.end)
+        self._stream = stream
+        self._rows, self._hidden_size = shape
+        self._order: deque[str] = deque()  # steps without an answer; Petals answers in order and names none
+        self._replies: dict[str, asyncio.Future[torch.Tensor]] = {}
+        self._failure: SwarmError | None = None
+        self._reader: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def open(
+        cls,
+        p2p: P2P,
+        leg: Leg,
+        prefix: str,
+        *,
+        rows: int,
+        hidden_size: int,
+        max_length: int,
+        left_padding: Sequence[int],
+        max_bytes: int,
+        timeout: float,
+    ) -> Hop:
+        """Opens a session for ``rows`` rows of up to ``max_length`` columns at the leg's peer.
+
+        Raises:
+            PeerLostError: the peer can't be reached, or doesn't answer in ``timeout`` seconds.
+            RemoteError: the peer refuses.
+        """
+        try:
+            return await asyncio.wait_for(
+                cls._open(p2p, leg, prefix, (rows, hidden_size), max_length, left_padding, max_bytes), timeout
+            )
+        except asyncio.TimeoutError as error:
+            raise PeerLostError(f"{leg.peer_id} does not answer") from error
+
+    @classmethod
+    async def _open(
+        cls,
+        p2p: P2P,
+        leg: Leg,
+        prefix: str,
+        shape: tuple[int, int],
+        max_length: int,
+        left_padding: Sequence[int],
+        max_bytes: int,
+    ) -> Hop:
+        try:
+            _, reader, writer = await p2p.call_binary_stream_handler(leg.peer_id, rpc.handle_name(rpc.INFERENCE))
+        except Exception as error:
+            raise PeerLostError(f"can't reach {leg.peer_id}: {error}") from error
+        hop = cls(leg, prefix, str(uuid.uuid4()), MessageStream(reader, writer, max_bytes=max_bytes), shape)
+        try:
+            fields: dict[str, object] = {"session_id": hop.session_id, "max_length": max_length}
+            if any(left_padding):
+                fields["left_padding"] = list(left_padding)
+            # no columns yet: the answer says that the session is there, so that others may push to it
+            nothing = torch.empty(shape[0], 0, shape[1], dtype=hop.dtype or torch.float32)
+            await hop._stream.send(
+                Request(uid=hop._uid, tensors=[encode(nothing), _EMPTY, _EMPTY_INT64], metadata=rpc.dump(fields))
+            )
+            if await hop._stream.receive(Response) is None:
+                raise PeerLostError(f"{leg.peer_id} ended the session")
+        except BaseException:
+            hop._stream.close()
+            raise
+        hop._reader = asyncio.create_task(hop._read())
+        return hop
+
+    async def send(
+        self,
+        step_id: str,
+        start: int,
+        hidden: torch.Tensor,
+        hypo_ids: torch.Tensor | None,
+        next_hops: Sequence[Hop],
+    ) -> None:
+        """Sends a step (``hidden`` ``[rows, T, H]``); the hop passes its output on along ``next_hops``."""
+        fields: dict[str, object] = {"session_id": self.session_id, "step_id": step_id, "start": start}
+        if next_hops:
+            hops = [rpc.NextHop(hop.peer_id, hop.session_id, hop.start, hop.end) for hop in next_hops]
+            fields["next_servers"] = [hop.to_tuple() for hop in hops]
+        if self.dtype is not None:
+            hidden = hidden.to(self.dtype)
+        reorder = _EMPTY_INT64 if hypo_ids is None else encode(hypo_ids)
+        request = Request(uid=self._uid, tensors=[encode(hidden), _EMPTY, reorder], metadata=rpc.dump(fields))
+        self.expect(step_id)
+        await self._stream.send(request)
+
+    def expect(self, step_id: str) -> None:
+        """Notes that the hop is to answer this step, sent or pushed to it by now or soon."""
+        if step_id not in self._replies:
+            self._order.append(step_id)
+            self._replies[step_id] = asyncio.get_running_loop().create_future()
+            if self._failure is not None:
+                self._replies[step_id].set_exception(self._failure)
+
+    async def reply(self, step_id: str, timeout: float) -> torch.Tensor | None:
+        """The hop's output for a step, ``[rows, T, H]``; ``None`` if it says nothing for ``timeout`` seconds.
+
+        Raises:
+            SwarmError: the hop failed, or answered nonsense.
+        """
+        reply = self._replies[step_id]
+        if not reply.done():
+            await asyncio.wait({reply}, timeout=timeout)
+        if not reply.done():
+            return None
+        return reply.result()
+
+    def forget(self, step_id: str) -> None:
+        """Lets go of a step's answer."""
+        reply = self._replies.pop(step_id, None)
+        if reply is not None and reply.done() and not reply.cancelled():
+            reply.exception()  # seen, so that asyncio doesn't warn
+
+    async def close(self) -> None:
+        """Ends the session at the node; never fails."""
+        with suppress(Exception):
+            await asyncio.wait_for(self._stream.send(Request()), 1.0)
+            await asyncio.wait_for(self._stream.send_end(), 1.0)
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Drops the connection: the node notices."""
+        if self._reader is not None:
+            self._reader.cancel()
+        self._stream.close()
+        self._fail(PeerLostError("the hop was closed"))
+
+    async def _read(self) -> None:
+        try:
+            while (response := await self._stream.receive(Response)) is not None:
+                self._take(response)
+            raise PeerLostError(f"{self.peer_id} ended the session")
+        except SwarmError as error:
+            self._fail(error)
+        except Exception as error:
+            self._fail(RemoteError(f"{self.peer_id} answered nonsense: {error}"))
+
+    def _take(self, response: Response) -> None:
+        fields = rpc.load(response.metadata)
+        failed = fields.get("push_failed")
+        if failed is not None:
+            if self.on_push_failed is not None:
+                self.on_push_failed(failed)
+            return
+        step_id = fields.get("step_id")
+        if step_id is None and self._order:
+            step_id = self._order[0]
+        if step_id in self._order:
+            self._order.remove(step_id)
+        reply = self._replies.get(step_id) if isinstance(step_id, str) else None
+        if reply is None or reply.done():
+            return
+        reply.set_result(self._check(response))
+
+    def _check(self, response: Response) -> torch.Tensor:
+        if len(response.tensors) != 1:
+            raise RemoteError(f"{self.peer_id} answered with {len(response.tensors)} tensors")
+        message = response.tensors[0]
+        elements = self._rows * self._hidden_size * max(1, message.size[1] if len(message.size) == 3 else 1)
+        try:
+            output = decode(message, max_elements=elements)
+        except BadRequestError as error:
+            raise RemoteError(f"{self.peer_id} answered nonsense: {error}") from error
+        if output.ndim != 3 or output.shape[0] != self._rows or output.shape[2] != self._hidden_size:
+            raise RemoteError(f"{self.peer_id} answered with a tensor of shape {tuple(output.shape)}")
+        if not output.is_floating_point() or not torch.isfinite(output).all():
+            raise RemoteError(f"{self.peer_id} answered with numbers that are not finite")
+        return output
+
+    def _fail(self, error: SwarmError) -> None:
+        if self._failure is None:
+            self._failure = error
+        for reply in self._replies.values():
+            if not reply.done():
+                reply.set_exception(self._failure)
+                reply.exception()  # seen, so that asyncio doesn't warn if nobody asks

@@ -1,0 +1,331 @@
+"""The model facade: a transformers model whose blocks are computed by a swarm."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.utils import ModelOutput
+
+from swarm.errors import UsageError
+
+from .cache import SwarmCache
+from .ends import put_blocks_in
+from .model_session import ModelSession, open_session_of
+from .remote_blocks import RemoteBlocks
+from .streaming import stream_tokens
+
+if TYPE_CHECKING:
+    from transformers.generation.streamers import BaseStreamer
+
+    from .hop import Hop
+    from .swarm_connection import SwarmConnection
+
+    class _Family(PreTrainedModel, GenerationMixin):
+        """For type checkers: the facade is always mixed into some family's ForCausalLM class."""
+else:
+    _Family = object
+
+
+class SwarmModelForCausalLM(_Family):
+    """A causal language model whose blocks are on the nodes of a swarm, and whose two ends are here.
+
+    ``from_pretrained`` gives an instance of the family's own transformers class (``LlamaForCausalLM``, …), so
+    ``generate()`` with all that it can do, ``model(input_ids, labels=…)``, ``save_pretrained`` (of the ends) and
+    ``to(device)`` are transformers' own.
+
+    Example::
+
+        from swarm.client import SwarmModelForCausalLM
+
+        with SwarmModelForCausalLM.from_pretrained(
+            "meta-llama/Llama-3.1-8B-Instruct", initial_peers=["/ip4/…/tcp/…/p2p/…"]
+        ) as model:
+            ids = tokenizer("Hello", return_tensors="pt").input_ids
+            print(tokenizer.decode(model.generate(ids, max_new_tokens=20)[0]))
+
+    Batches are padded on the left, with an ``attention_mask``. What is between the blocks stays on the nodes:
+    ``output_hidden_states`` and ``output_attentions`` raise ValueError; use :attr:`blocks` instead.
+
+    Attributes:
+        blocks: the model's blocks as a module: ``model.blocks[3:9](hidden)``.
+    """
+
+    blocks: RemoteBlocks
+    _connection: Any
+    _closer: Any
+    _last_route: Any
+
+    # Making and ending one
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        model: str,
+        *,
+        initial_peers: Sequence[str],
+        dtype: str | torch.dtype = "auto",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        dht_prefix: str | None = None,
+        **settings: Any,
+    ) -> SwarmModelForCausalLM:
+        """Join a swarm and load the two ends of one of its models.
+
+        Args:
+            model: a local directory, a Hub id, or ``"demo"``.
+            initial_peers: multiaddresses of nodes that are in the swarm.
+            dtype: of the ends: ``"auto"`` for the checkpoint's own, else a torch dtype or its name.
+            revision, token, cache_dir: as in transformers.
+            dht_prefix: the model's name in the swarm, if it isn't the usual one.
+            **settings: fields of :class:`swarm.client.ClientSettings`.
+
+        Raises:
+            ModelError: the model can't be found or used.
+            ConnectError: none of ``initial_peers`` answers.
+        """
+        from swarm.skeleton import load_ends
+        from swarm.source import resolve
+
+        from .settings import ClientSettings
+        from .swarm_connection import SwarmConnection
+
+        chosen = ClientSettings(**settings)
+        ends_dtype = _dtype_named(dtype)
+        source = resolve(model, revision=revision, token=token, cache_dir=cache_dir, dht_prefix=dht_prefix)
+        # Before the weights: whether the swarm answers is known in a moment, a download can take minutes.
+        connection = SwarmConnection.open(source, initial_peers, chosen)
+        try:
+            return cls.from_ends(load_ends(source, dtype=ends_dtype), connection)
+        except BaseException:
+            connection.close()
+            raise
+
+    @classmethod
+    def from_ends(cls, ends: PreTrainedModel, connection: SwarmConnection) -> SwarmModelForCausalLM:
+        """Turn ``ends``, a family's model with an empty list of layers, into a model over ``connection``.
+
+        Takes both over: ``ends`` itself becomes the result, and closing the result closes ``connection``.
+
+        Raises:
+            ModelError: the family isn't supported.
+        """
+        facade = SwarmModelForCausalLM if issubclass(cls, PreTrainedModel) else cls  # cls: a facade class, or an own
+        blocks = RemoteBlocks(connection, 0, connection.num_blocks)
+        put_blocks_in(ends, blocks)
+        ends.__class__ = _facade_class(facade, type(ends))
+        ends.eval()
+        model: Any = ends
+        model.blocks = blocks
+        model._connection = connection
+        model._closer = weakref.finalize(model, connection.close)
+        model._last_route = []
+        result: SwarmModelForCausalLM = model
+        return result
+
+    def close(self) -> None:
+        """Leave the swarm. Sessions that are open end. May be called twice; garbage collection does it too."""
+        self._closer()
+
+    def __enter__(self) -> SwarmModelForCausalLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # Using it
+
+    @property
+    def last_route(self) -> list[Hop]:
+        """The hops (``.peer_id``, ``.start``, ``.end``) of the ``generate()`` that ended last; empty before one."""
+        return list(self._last_route)
+
+    def session(self, *, max_length: int) -> ModelSession:
+        """A session with room for ``max_length`` columns, prompt included: see :class:`ModelSession`.
+
+        Nothing happens on the network before its first step.
+        """
+        if max_length < 1:
+            raise ValueError(f"max_length has to be positive, not {max_length}")
+        return ModelSession(self, self._cache(max_length, remember=True), max_length)
+
+    def stream(
+        self, inputs: Tensor | None = None, *, session: ModelSession | None = None, **kwargs: Any
+    ) -> AsyncIterator[int | Tensor]:
+        """``generate()`` for asyncio: its tokens as they come, without the prompt.
+
+        Takes what ``generate`` takes, except beams. Leaving the loop early stops it at the next token.
+
+        Yields:
+            A token id per step for one row, else an int64 tensor ``[batch]``.
+
+        Example::
+
+            async for token in model.stream(input_ids, max_new_tokens=50, do_sample=True):
+                print(tokenizer.decode(token), end="", flush=True)
+        """
+        if "streamer" in kwargs:
+            raise ValueError("stream() has a streamer of its own; use generate() with yours")
+
+        def generate(streamer: BaseStreamer) -> object:
+            return self.generate(inputs, session=session, streamer=streamer, **kwargs)
+
+        return stream_tokens(generate)
+
+    @torch.no_grad()
+    def generate(  # type: ignore[override]
+        self, inputs: Tensor | None = None, *args: Any, session: ModelSession | None = None, **kwargs: Any
+    ) -> ModelOutput | Tensor:
+        """transformers' ``generate`` with all its options: sampling, beams, stopping criteria, streamers, assistants.
+
+        Args:
+            inputs, *args, **kwargs: as there. ``inputs``: ``[batch, tokens]`` int64, padded on the left.
+            session: go on in this one. Default: the one whose ``with`` is open, or else one just for this call.
+
+        Returns:
+            As there. ``past_key_values`` of a returned dict is None unless a session was given, since
+            the one for just this call is closed.
+
+        Raises:
+            ValueError: padding that isn't on the left, or more tokens than the session has room for.
+            MissingBlocksError: nobody serves some of the model's blocks.
+        """
+        given = kwargs.get("past_key_values")
+        if given is not None and not isinstance(given, SwarmCache):
+            raise ValueError(f"past_key_values has to be a session's cache (session.cache), not {type(given).__name__}")
+        chosen = session or (open_session_of(self) if given is None else None)
+        cache = given if chosen is None else chosen.cache
+        if cache is not None:
+            self._resume(cache, inputs, kwargs)
+            kwargs["past_key_values"] = cache
+            try:
+                return super().generate(inputs, *args, **kwargs)
+            finally:
+                self._last_route = cache.route
+        cache = kwargs["past_key_values"] = self._cache(None)
+        try:
+            result = super().generate(inputs, *args, **kwargs)
+        finally:
+            cache.close()
+            self._last_route = cache.route
+        if isinstance(result, ModelOutput):
+            result["past_key_values"] = None
+        return result
+
+    # Where transformers' generate() asks the model
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        # Assisted generation feeds the whole prompt at first, whatever the cache holds already.
+        if (
+            isinstance(past_key_values, SwarmCache)
+            and next_sequence_length is None
+            and is_first_iteration
+            and inputs_embeds is None
+            and not past_key_values.only_new_ids
+            and 0 < past_key_values.get_seq_length() < input_ids.shape[1]
+        ):
+            next_sequence_length = input_ids.shape[1] - past_key_values.get_seq_length()
+        prepared: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        return prepared
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        if generation_config.is_assistant:
+            raise ValueError("the assistant guesses tokens one by one, so it has to be a model on this machine")
+        cache: SwarmCache = model_kwargs["past_key_values"]
+        if generation_config.use_cache is False:
+            del model_kwargs["past_key_values"]
+            return
+        if generation_config.cache_implementation is not None:
+            raise ValueError("cache_implementation can't be chosen: the cache is on the nodes of the swarm")
+        if generation_mode == GenerationMode.ASSISTED_GENERATION:
+            # The last guess may reach beyond the end before it is cut off.
+            guess = max(generation_config.prompt_lookup_num_tokens or 0, generation_config.num_assistant_tokens or 0)
+            max_cache_length += 1 + guess
+        if cache.max_length is None:
+            cache.max_length = max_cache_length
+        elif max_cache_length > cache.max_length:
+            raise ValueError(
+                f"this may need {max_cache_length} positions, and the session has room for {cache.max_length}: "
+                "generate fewer tokens, or open the session with a greater max_length"
+            )
+        rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        if cache.left_padding is not None and len(cache.left_padding) != rows:
+            cache.reset()
+
+    # Our own
+
+    def _cache(self, max_length: int | None, *, remember: bool = False) -> SwarmCache:
+        connection = self._connection
+        return SwarmCache(lambda length: connection.session(max_length=length), max_length, remember=remember)
+
+    @staticmethod
+    def _resume(cache: SwarmCache, inputs: Tensor | None, kwargs: dict[str, Any]) -> None:
+        """Make the cache hold nothing but a beginning of what is about to be passed."""
+        ids = kwargs.get("inputs", kwargs.get("input_ids")) if inputs is None else inputs
+        mask = kwargs.get("attention_mask")
+        cache.only_new_ids = False
+        if kwargs.get("inputs_embeds") is not None or ids is None:
+            cache.reset()  # embeddings can't be compared with what was seen
+        elif mask is not None and mask.shape[-1] > ids.shape[-1]:
+            if mask.shape[-1] != cache.get_seq_length() + ids.shape[-1]:
+                raise ValueError(
+                    f"attention_mask has {mask.shape[-1]} columns, but {cache.get_seq_length()} are done and "
+                    f"{ids.shape[-1]} are new. Simplest is to pass all ids so far, and a mask of the same shape"
+                )
+            cache.only_new_ids = True
+        else:
+            cache.resume(ids, mask)
+
+
+def _dtype_named(dtype: str | torch.dtype) -> str | torch.dtype:
+    """``"bfloat16"`` as torch's; ``"auto"`` as what ``load_ends`` calls it."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return "checkpoint"
+    found = getattr(torch, dtype.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UsageError(f"dtype is 'auto', 'float32', 'bfloat16' or 'float16', not {dtype!r}")
+    return found
+
+
+@functools.cache
+def _facade_class(facade: type[SwarmModelForCausalLM], family: type[PreTrainedModel]) -> type:
+    """``family`` with ``facade`` before it. It keeps the family's name, which ``save_pretrained`` writes down."""
+    qualified = f"{facade.__qualname__}[{family.__name__}]"
+    return type(family.__name__, (facade, family), {"__module__": facade.__module__, "__qualname__": qualified})

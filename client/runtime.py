@@ -1,0 +1,77 @@
+"""The background event loop that all clients of a process share, and their connections to swarms."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import uvloop
+
+from swarm.peer import Peer, PeerOptions
+
+T = TypeVar("T")
+
+
+class Runtime:
+    """An event loop in a daemon thread. :meth:`get` gives the process's one."""
+
+    _instance: Runtime | None = None
+    _lock = threading.Lock()
+
+    def __init__(self) -> None:
+        self.loop = uvloop.new_event_loop()
+        threading.Thread(target=self._run, name="swarm-client", daemon=True).start()
+        self._peers: dict[tuple[str, ...], tuple[Peer, int]] = {}
+        self._peers_lock = asyncio.Lock()
+
+    @classmethod
+    def get(cls) -> Runtime:
+        """The runtime of this process."""
+        with cls._lock:
+            if cls._instance is None:
+                cls._instance = cls()
+            return cls._instance
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Runs ``work`` in the loop and waits for its result. An interrupt of the caller cancels it."""
+        future = self.start(work)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Runs ``work`` in the loop without waiting."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop)
+
+    async def join(self, initial_peers: tuple[str, ...], *, startup_timeout: float) -> Peer:
+        """A peer in the swarm of ``initial_peers``, shared by all who ask; given back with :meth:`leave`.
+
+        Raises:
+            ConnectError: none of the initial peers answers.
+        """
+        async with self._peers_lock:
+            peer, users = self._peers.get(initial_peers, (None, 0))
+            if peer is None:
+                options = PeerOptions(initial_peers=initial_peers, client=True, startup_timeout=startup_timeout)
+                peer = await Peer.start(options)
+            self._peers[initial_peers] = (peer, users + 1)
+            return peer
+
+    async def leave(self, initial_peers: tuple[str, ...]) -> None:
+        """Gives a peer back; the last one to do so ends it."""
+        async with self._peers_lock:
+            peer, users = self._peers[initial_peers]
+            if users > 1:
+                self._peers[initial_peers] = (peer, users - 1)
+                return
+            del self._peers[initial_peers]
+            await peer.stop()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self.loop.run_forever()

@@ -1,0 +1,93 @@
+"""The blocking face of a session."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from swarm.client.hop import Hop
+from swarm.client.inference import Inference
+from swarm.client.runtime import Runtime
+
+
+class Session:
+    """A generation under way, with its KV cache held at every hop. Not for several threads at once.
+
+    >>> with connection.session(max_length=64) as session:
+    ...     hidden = session.step(hidden)
+    """
+
+    def __init__(self, runtime: Runtime, inference: Inference, max_length: int) -> None:
+        self._runtime, self._inference = runtime, inference
+        self.max_length = max_length
+        self._closed = False
+
+    @property
+    def position(self) -> int:
+        """Columns done."""
+        return self._inference.position
+
+    @property
+    def route(self) -> list[Hop]:
+        """The hops, first to last; empty before the first step."""
+        return list(self._inference.hops)
+
+    def step(
+        self,
+        hidden: torch.Tensor,
+        *,
+        hypo_ids: torch.Tensor | None = None,
+        left_padding: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """Runs new columns through the session's blocks.
+
+        Args:
+            hidden: ``[B, T, H]``, any floating dtype and device.
+            hypo_ids: ``[B]`` int64; first of all, row ``i`` becomes a copy of row ``hypo_ids[i]``.
+            left_padding: with the first step only: how many columns each row ignores at its left.
+
+        Returns:
+            ``[B, T, H]`` in the dtype and on the device of ``hidden``.
+
+        Raises:
+            MissingBlocksError: blocks were missing for longer than the client waits.
+            OutOfCacheError: no node has room.
+            ValueError: longer than ``max_length``.
+        """
+        if self._closed:
+            raise ValueError("the session is closed")
+        if self.position + hidden.shape[1] > self.max_length:
+            raise ValueError(
+                f"the session holds {self.max_length} tokens; it has {self.position} and gets {hidden.shape[1]} more: "
+                "open it with a larger max_length"
+            )
+        cpu = hidden.detach().cpu()
+        reorder = None if hypo_ids is None else hypo_ids.detach().cpu()
+        output = self._runtime.run(self._inference.step(cpu, reorder, left_padding))
+        return output.to(device=hidden.device, dtype=hidden.dtype)
+
+    def crop(self, position: int) -> None:
+        """Forgets the columns from ``position`` on."""
+        if not 0 <= position <= self.position:
+            raise ValueError(f"can't crop to {position}: the session has {self.position} columns")
+
+        async def crop() -> None:
+            self._inference.crop(position)
+
+        self._runtime.run(crop())
+
+    def close(self) -> None:
+        """Ends the session and frees its KV cache at every hop. May be called twice."""
+        if not self._closed:
+            self._closed = True
+            self._runtime.run(self._inference.close())
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            self._runtime.start(self._inference.close())

@@ -1,0 +1,97 @@
+"""A client's connection to the swarm that serves one model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from swarm.client import parallel
+from swarm.client.inference import Inference
+from swarm.client.runtime import Runtime
+from swarm.client.session import Session
+from swarm.client.settings import ClientSettings
+from swarm.client.swarm_view import SwarmView
+
+from swarm.errors import UsageError
+from swarm.fingerprint import fingerprint
+from swarm.source import ModelSource
+
+
+class SwarmConnection:
+    """Opened with :meth:`open`, shared by all sessions of a model, safe to use from several threads."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        initial_peers: tuple[str, ...],
+        view: SwarmView,
+        source: ModelSource,
+        settings: ClientSettings,
+    ) -> None:
+        self._runtime, self._initial_peers, self._view = runtime, initial_peers, view
+        self._source, self._settings = source, settings
+        self.num_blocks = source.num_blocks
+        self._closed = False
+
+    @classmethod
+    def open(
+        cls, source: ModelSource, initial_peers: Sequence[str], settings: ClientSettings | None = None
+    ) -> SwarmConnection:
+        """Joins the swarm and looks at who serves ``source``.
+
+        Raises:
+            UsageError: no initial peers given, an address is malformed, or another model is served under the name.
+            ConnectError: none of the initial peers answers.
+        """
+        peers = tuple(initial_peers)
+        if not peers:
+            raise UsageError("say which swarm: initial_peers=['/ip4/…/tcp/…/p2p/…'], as printed by swarm-node serve")
+        settings = settings or ClientSettings()
+        runtime = Runtime.get()
+
+        async def join() -> SwarmView:
+            peer = await runtime.join(peers, startup_timeout=settings.startup_timeout)
+            view = SwarmView(peer, source.dht_prefix, source.num_blocks, fingerprint(source.config), settings)
+            try:
+                await view.start()
+            except BaseException:
+                await runtime.leave(peers)
+                raise
+            return view
+
+        return cls(runtime, peers, runtime.run(join()), source, settings)
+
+    def session(self, *, max_length: int, first: int = 0, last: int | None = None) -> Session:
+        """A session over the blocks ``first:last`` for up to ``max_length`` columns. Its first step opens the route."""
+        end = self.num_blocks if last is None else last
+        inference = Inference(
+            self._view,
+            self._settings,
+            first=first,
+            last=end,
+            max_length=max_length,
+            hidden_size=self._source.hidden_size,
+        )
+        return Session(self._runtime, inference, max_length)
+
+    def forward(self, hidden: torch.Tensor, *, first: int, last: int) -> torch.Tensor:
+        """``hidden`` ``[B, T, H]`` after the blocks ``first:last``, computed without a cache."""
+        output, _ = self._runtime.run(parallel.forward(self._view, self._settings, hidden.detach().cpu(), first, last))
+        return output.to(device=hidden.device, dtype=hidden.dtype)
+
+    def backward(self, hidden: torch.Tensor, grad: torch.Tensor, *, first: int, last: int) -> torch.Tensor:
+        """The gradient with respect to ``hidden``, given that of the blocks' output; both ``[B, T, H]``."""
+        work = parallel.backward(self._view, self._settings, hidden.detach().cpu(), grad.detach().cpu(), first, last)
+        return self._runtime.run(work).to(device=hidden.device, dtype=hidden.dtype)
+
+    def close(self) -> None:
+        """Leaves the swarm. May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+
+        async def leave() -> None:
+            self._view.close()
+            await self._runtime.leave(self._initial_peers)
+
+        self._runtime.run(leave())

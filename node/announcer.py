@@ -1,0 +1,85 @@
+"""Keeps a node's records in the DHT fresh."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import random
+from collections.abc import Callable
+
+from swarm.node.engine.engine import Engine
+
+from swarm import dht
+from swarm.peer import Peer, ping
+from swarm.records import ServerInfo, ServerState
+
+logger = logging.getLogger(__name__)
+_MAX_PINGED = 5
+
+
+class Announcer:
+    """Announces a span every ``period`` seconds, at once when the state changes, with what is free at that time."""
+
+    def __init__(
+        self,
+        peer: Peer,
+        prefix: str,
+        num_blocks: int,
+        repository: str | None,
+        info: ServerInfo,
+        *,
+        period: float,
+        load: Callable[[], tuple[int, int]] | None = None,
+    ) -> None:
+        assert info.start_block is not None and info.end_block is not None
+        self._peer, self._prefix, self._num_blocks, self._repository = peer, prefix, num_blocks, repository
+        self._start, self._end = info.start_block, info.end_block
+        self._info, self._period = info, period
+        self._load = load
+        self._task: asyncio.Task[None] | None = None
+
+    def watch(self, engine: Engine) -> None:
+        """From now on the records tell the engine's free KV cache and its sessions."""
+        self._load = lambda: (engine.stats().cache_tokens_free, engine.stats().sessions)
+
+    async def announce(self, state: ServerState, **changes: object) -> None:
+        """Announces ``state`` and the changed fields of the record now, and keeps it fresh from then on."""
+        self._info = dataclasses.replace(self._info, state=state, **changes)  # type: ignore[arg-type]
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
+        await self._store()
+        if state != ServerState.OFFLINE:
+            self._task = asyncio.create_task(self._repeat())
+
+    async def _repeat(self) -> None:
+        while True:
+            await asyncio.sleep(self._period)
+            try:
+                self._info = dataclasses.replace(self._info, next_pings=await self._ping_next())
+                await self._store()
+            except Exception as error:
+                logger.warning("could not announce the blocks, will try again: %s", error)
+
+    async def _store(self) -> None:
+        info = self._info
+        if self._load is not None and info.offer is not None:
+            free, sessions = self._load()
+            offer = dataclasses.replace(info.offer, sessions=sessions)
+            info = dataclasses.replace(info, cache_tokens_left=free, offer=offer)
+        ttl = max(60.0, 3 * self._period)  # outlives two lost announcements
+        await dht.announce(self._peer.dht, self._prefix, self._start, self._end, info, ttl=ttl)
+        if info.state == ServerState.ONLINE and not self._prefix.startswith("_"):
+            await dht.announce_model(self._peer.dht, self._prefix, self._num_blocks, self._repository, ttl=ttl)
+
+    async def _ping_next(self) -> dict[str, float]:
+        """Round-trip seconds to some of the peers that may follow this one on a route."""
+        blocks = await dht.fetch(self._peer.dht, self._prefix, self._num_blocks)
+        following = blocks[self._start + 1 : self._end + 1]
+        peers = {peer_id for servers in following for peer_id in servers if peer_id != self._peer.peer_id}
+        chosen = random.sample(sorted(peers), min(_MAX_PINGED, len(peers)))
+        times = await asyncio.gather(*(ping(self._peer, peer_id, 3.0) for peer_id in chosen))
+        return {
+            peer_id.to_base58(): seconds for peer_id, seconds in zip(chosen, times, strict=True) if seconds is not None
+        }

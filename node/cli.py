@@ -1,0 +1,326 @@
+"""The command ``swarm-node``."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from swarm.errors import SwarmError, UsageError
+
+app = typer.Typer(
+    name="swarm-node",
+    help="Contribute to a swarm: serve some of a model's blocks to everyone in it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_NETWORK, _BLOCKS, _COMPUTE, _OUTPUT = "Network", "Which blocks", "Computing", "Output"
+
+
+class LogFormat(str, Enum):
+    """How a node talks."""
+
+    text = "text"
+    json = "json"
+
+
+InitialPeers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--initial-peers",
+        envvar="SWARM_INITIAL_PEERS",
+        metavar="MADDR",
+        help="Address of a peer in the swarm, /ip4/…/tcp/…/p2p/…; several: repeat it, or separate them by commas. "
+        "None starts a new private swarm.",
+        rich_help_panel=_NETWORK,
+    ),
+]
+Host = Annotated[str, typer.Option(envvar="SWARM_HOST", help="Address to listen on.", rich_help_panel=_NETWORK)]
+Port = Annotated[
+    int,
+    typer.Option(envvar="SWARM_PORT", min=0, max=65535, help="TCP port; 0 takes a free one.", rich_help_panel=_NETWORK),
+]
+Announce = Annotated[
+    list[str] | None,
+    typer.Option(
+        envvar="SWARM_ANNOUNCE",
+        metavar="MADDR",
+        help="Tell others this address instead of those found.",
+        rich_help_panel=_NETWORK,
+    ),
+]
+PublicIp = Annotated[
+    str | None,
+    typer.Option(
+        envvar="SWARM_PUBLIC_IP", help="IP under which --port is reached from outside.", rich_help_panel=_NETWORK
+    ),
+]
+Relay = Annotated[
+    bool,
+    typer.Option(
+        "--relay/--no-relay",
+        envvar="SWARM_RELAY",
+        help="Be reached through relays: for a machine behind a NAT or firewall.",
+        rich_help_panel=_NETWORK,
+    ),
+]
+Identity = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="SWARM_IDENTITY",
+        metavar="FILE",
+        help="File with this peer's key, made when missing; keeps the PeerID over restarts.",
+        rich_help_panel=_NETWORK,
+    ),
+]
+Format = Annotated[
+    LogFormat,
+    typer.Option(
+        "--log-format",
+        envvar="SWARM_LOG_FORMAT",
+        help="text for people, json for scripts: one object a line.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+DhtPrefix = Annotated[
+    str | None,
+    typer.Option(
+        envvar="SWARM_DHT_PREFIX", help="The model's name in the swarm; default: from MODEL.", rich_help_panel=_NETWORK
+    ),
+]
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        str,
+        typer.Argument(envvar="SWARM_MODEL", help="A directory, a Hugging Face Hub id, or demo, the built-in model."),
+    ],
+    blocks: Annotated[
+        str | None,
+        typer.Option(envvar="SWARM_BLOCKS", metavar="START:END", help="Serve these blocks.", rich_help_panel=_BLOCKS),
+    ] = None,
+    num_blocks: Annotated[
+        int | None,
+        typer.Option(
+            envvar="SWARM_NUM_BLOCKS",
+            min=1,
+            help="Serve this many blocks, where the swarm is thinnest. Default: as many as fit in memory.",
+            rich_help_panel=_BLOCKS,
+        ),
+    ] = None,
+    initial_peers: InitialPeers = None,
+    host: Host = "0.0.0.0",
+    port: Port = 0,
+    announce: Announce = None,
+    public_ip: PublicIp = None,
+    relay: Relay = False,
+    identity: Identity = None,
+    dht_prefix: DhtPrefix = None,
+    name: Annotated[
+        str | None,
+        typer.Option(envvar="SWARM_NAME", help="Shown to others in the swarm's status.", rich_help_panel=_NETWORK),
+    ] = None,
+    device: Annotated[
+        str, typer.Option(envvar="SWARM_DEVICE", help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=_COMPUTE)
+    ] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            envvar="SWARM_DTYPE",
+            help="auto (the checkpoint's), float32, bfloat16 or float16.",
+            rich_help_panel=_COMPUTE,
+        ),
+    ] = "auto",
+    cache_tokens: Annotated[
+        int | None,
+        typer.Option(
+            envvar="SWARM_CACHE_TOKENS",
+            min=16,
+            help="KV cache in tokens, shared by all sessions; default 16384.",
+            rich_help_panel=_COMPUTE,
+        ),
+    ] = None,
+    max_batch_tokens: Annotated[
+        int,
+        typer.Option(
+            envvar="SWARM_MAX_BATCH_TOKENS",
+            min=1,
+            help="Tokens computed in one turn; longer prompts are cut, so that other sessions keep moving.",
+            rich_help_panel=_COMPUTE,
+        ),
+    ] = 512,
+    revision: Annotated[
+        str | None,
+        typer.Option(envvar="SWARM_REVISION", help="Branch, tag or commit on the Hub.", rich_help_panel="Model"),
+    ] = None,
+    token: Annotated[
+        str | None, typer.Option(envvar="HF_TOKEN", help="Hub token for gated models.", rich_help_panel="Model")
+    ] = None,
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="SWARM_CACHE_DIR",
+            help="Where downloads are kept; default: the Hub's own cache.",
+            rich_help_panel="Model",
+        ),
+    ] = None,
+    log_format: Format = LogFormat.text,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            envvar="SWARM_METRICS_PORT",
+            min=1,
+            max=65535,
+            help="Serve Prometheus metrics on this port.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+) -> None:
+    """Serve some of MODEL's blocks.
+
+    Without --initial-peers this starts a new private swarm and prints the line with which others join it.
+    """
+    from swarm.node.output import make_output
+
+    output = make_output(log_format.value)
+    output.event("starting", f"Starting a node for {model}…", model=model)
+
+    async def run(stop: asyncio.Event) -> None:
+        from swarm.node.server import serve as serve_node
+        from swarm.node.settings import NodeSettings
+
+        from swarm.peer import PeerOptions
+
+        if blocks is not None and num_blocks is not None:
+            raise UsageError("--blocks and --num-blocks can't be given together")
+        settings = NodeSettings(
+            model=model,
+            peer=PeerOptions(
+                initial_peers=split_list(initial_peers),
+                host=host,
+                port=port,
+                announce=split_list(announce),
+                public_ip=public_ip,
+                relay=relay,
+                identity=identity,
+            ),
+            blocks=blocks,
+            num_blocks=num_blocks,
+            device=device,
+            dtype=dtype,
+            cache_tokens=cache_tokens,
+            max_batch_tokens=max_batch_tokens,
+            dht_prefix=dht_prefix,
+            name=name,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            metrics_port=metrics_port,
+        )
+        await serve_node(settings, output, stop)
+
+    _run_until_stopped(run, output.error)
+
+
+@app.command()
+def bootstrap(
+    initial_peers: InitialPeers = None,
+    host: Host = "0.0.0.0",
+    port: Port = 31337,
+    announce: Announce = None,
+    public_ip: PublicIp = None,
+    identity: Identity = None,
+    log_format: Format = LogFormat.text,
+) -> None:
+    """Run a peer that serves no blocks: a fixed address to join a swarm by, and a relay for nodes behind firewalls."""
+    from swarm.node.output import make_output
+
+    output = make_output(log_format.value)
+
+    async def run(stop: asyncio.Event) -> None:
+        from swarm.peer import Peer, PeerOptions
+
+        peer = await Peer.start(
+            PeerOptions(
+                initial_peers=split_list(initial_peers),
+                host=host,
+                port=port,
+                announce=split_list(announce),
+                public_ip=public_ip,
+                identity=identity,
+                serve_relay=True,
+            )
+        )
+        lines = ["Others join with:", *(f"  --initial-peers {address}" for address in peer.addresses)]
+        output.panel(
+            "ready", "Bootstrap peer is up", lines, maddrs=list(peer.addresses), peer_id=peer.peer_id.to_base58()
+        )
+        await stop.wait()
+        await peer.stop()
+        output.event("stopped", "Stopped.")
+
+    _run_until_stopped(run, output.error)
+
+
+@app.command()
+def status(
+    model: Annotated[str, typer.Argument(envvar="SWARM_MODEL", help="A directory, a Hub id, or demo.")],
+    initial_peers: InitialPeers = None,
+    dht_prefix: DhtPrefix = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and exit.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Print the table once and exit.")] = False,
+    interval: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")] = 2.0,
+) -> None:
+    """Show who serves which blocks of MODEL, how fast, what is free, and where blocks are missing."""
+    from swarm.node.status import show
+
+    async def run(stop: asyncio.Event) -> None:
+        peers = split_list(initial_peers)
+        if not peers:
+            raise UsageError("say which swarm: --initial-peers MADDR")
+        await show(model, peers, dht_prefix=dht_prefix, as_json=as_json, once=once, interval=interval, stop=stop)
+
+    _run_until_stopped(run, lambda text: print(f"Error: {text}", file=sys.stderr))
+
+
+def split_list(values: list[str] | None) -> tuple[str, ...]:
+    """Repeated and comma-separated values as one list."""
+    return tuple(part for value in values or () for part in value.replace(",", " ").split())
+
+
+def _run_until_stopped(run: Callable[[asyncio.Event], Awaitable[None]], say_error: Callable[[str], None]) -> None:
+    """Runs with SIGINT and SIGTERM as an orderly stop, and ends the process with 0, 1 or 2."""
+
+    async def main() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop.set)
+        await run(stop)
+
+    code = 0
+    try:
+        import uvloop
+
+        uvloop.run(main())
+    except SwarmError as error:
+        say_error(str(error))
+        code = 2 if isinstance(error, UsageError) else 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a load that was given up may still run in its thread; nothing is left that must be waited for
+
+
+def main() -> None:
+    """Entry point of ``swarm-node``."""
+    app()

@@ -1,0 +1,97 @@
+"""What attention needs to know about the tokens that go through the blocks together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Listing
+from dataclasses import dataclass, field
+
+import torch
+from swarm.node.engine.kv_cache import KVCache, Sequence
+
+# By first query, queries, window and id of the ALiBi slopes; with the slopes, so that the id stays theirs
+Masks = dict[tuple[int, int, int | None, int | None], tuple[torch.Tensor, torch.Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The tokens ``begin:end`` of a batch: one row, which has ``past`` cached tokens before them.
+
+    Its keys and values are ``length`` slots from ``base`` on or, where its pages don't lie side by side, the slots in
+    ``index`` (``[length]`` int64).
+    """
+
+    begin: int
+    end: int
+    past: int
+    base: int
+    index: torch.Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens that the last of its queries sees, itself included."""
+        return self.past + self.end - self.begin
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Tokens of many rows, packed flat, whose keys and values go to ``cache``.
+
+    ``positions`` ``[1, N]`` int64 counts tokens within the row; ``slots`` ``[N]`` int64 says where each token's key and
+    value go, ``run`` is the first of them where they lie side by side. What is the same for all blocks is made once,
+    ``masks`` holds the masks that the first block made.
+    """
+
+    cache: KVCache
+    positions: torch.Tensor
+    slots: torch.Tensor
+    run: int | None
+    segments: tuple[Segment, ...]
+    masks: Masks = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class DenseBatch:
+    """``rows`` independent rows of ``columns`` tokens, packed flat, not cached. Attention over it is differentiable."""
+
+    rows: int
+    columns: int
+    positions: torch.Tensor
+    masks: Masks = field(default_factory=dict)
+
+
+def pack(cache: KVCache, rows: Listing[tuple[Sequence, int]], device: torch.device) -> Batch:
+    """A batch of ``(row, new tokens)``; the rows must have pages for them. Rows without new tokens are left out."""
+    size = cache.page_size
+    positions: list[int] = []
+    slots: list[int] = []
+    segments: list[Segment] = []
+    for row, new in rows:
+        if not new:
+            continue
+        past, total = row.length, row.length + new
+        begin = len(positions)
+        positions.extend(range(past, total))
+        index = None
+        if row.contiguous:
+            base = row.pages[0] * size
+            slots.extend(range(base + past, base + total))
+        else:
+            base = 0
+            every = row.slots(0, total, size)
+            index = torch.tensor(every, device=device)
+            slots.extend(every[past:])
+        segments.append(Segment(begin, begin + new, past, base, index))
+    alone = len(segments) == 1 and segments[0].index is None
+    return Batch(
+        cache=cache,
+        positions=torch.tensor(positions, dtype=torch.int64, device=device)[None],
+        slots=torch.tensor(slots, dtype=torch.int64, device=device),
+        run=slots[0] if alone else None,
+        segments=tuple(segments),
+    )
+
+
+def pack_dense(rows: int, columns: int, device: torch.device) -> DenseBatch:
+    """A batch of ``rows`` rows of ``columns`` tokens each."""
+    positions = torch.arange(columns, device=device).repeat(rows)[None]
+    return DenseBatch(rows, columns, positions)

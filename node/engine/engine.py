@@ -1,0 +1,554 @@
+"""The thread that turns waiting work into results."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence as Listing
+from concurrent.futures import CancelledError, Future
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import torch
+
+from swarm.errors import BadRequestError, LeavingError, OutOfCacheError, RemoteError
+from swarm.node.engine import executor
+from swarm.node.engine.batch import pack
+from swarm.node.engine.executor import PlacedPrompts
+from swarm.node.engine.kv_cache import KVCache, Sequence
+from swarm.node.engine.pacing import Pacer
+from swarm.node.engine.scheduler import DECODE_COLUMNS, Waiting, plan_turn
+from swarm.node.engine.session import DenseWork, EngineSession, StepWork
+from swarm.node.engine.stats import EngineStats
+from swarm.span import Span
+
+logger = logging.getLogger(__name__)
+
+_RECENT = 64
+_Message = tuple[str, Any]
+
+
+class Engine:
+    """Runs ``span`` for many sessions at once. All methods but :meth:`start` and :meth:`stop` are safe from any thread.
+
+    Results arrive on :class:`concurrent.futures.Future`; their callbacks run in the engine's thread, so they must be
+    short (``loop.call_soon_threadsafe`` is what they are for). Result tensors are views that may share memory, made in
+    ``torch.inference_mode``: read them, don't write to them.
+
+    Args:
+        cache_tokens: how many tokens the KV cache holds, over all sessions.
+        page_size: tokens per page of it.
+        max_batch_tokens: tokens per turn, the most that are packed together.
+    """
+
+    def __init__(self, span: Span, *, cache_tokens: int, page_size: int = 16, max_batch_tokens: int = 512) -> None:
+        self.span = span
+        self._max_batch_tokens = max_batch_tokens
+        self._cache = KVCache(
+            start=span.start,
+            end=span.end,
+            tokens=cache_tokens,
+            page_size=page_size,
+            kv_heads=span.kv_heads,
+            key_dim=span.key_dim,
+            value_dim=span.value_dim,
+            dtype=span.dtype,
+            device=span.device,
+        )
+        self._pacer = Pacer(max_batch_tokens)
+        self._inbox: SimpleQueue[_Message] = SimpleQueue()
+        self._sessions: set[EngineSession] = set()
+        self._ready: deque[EngineSession] = deque()  # sessions with waiting work, who waits longest first
+        self._dense: deque[DenseWork] = deque()
+        self._previous: tuple[int, int] | None = None
+        self._thread: threading.Thread | None = None
+        self._gate = threading.Lock()  # between those who put work in and the end of the thread that takes it out
+        self._running = False
+        self._prefill_tokens = self._decode_tokens = self._dense_tokens = self._batches = self._failures = 0
+        self._busy_s = 0.0
+        self._recent: deque[float] = deque(maxlen=_RECENT)
+
+    def start(self) -> None:
+        """Start the engine's thread."""
+        self._running = True
+        self._thread = threading.Thread(target=self._loop, name="swarm-engine", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after the batch that it is in. Work that still waits fails with ``LeavingError``."""
+        with self._gate:
+            if not self._running:
+                return
+            self._running = False
+            self._inbox.put(("stop", None))
+        assert self._thread is not None
+        self._thread.join()
+
+    def open(self, *, rows: int, first: int, last: int, left_padding: Listing[int] = ()) -> EngineSession:
+        """A session of ``rows`` rows through the blocks ``first:last``. It takes no cache until tokens come.
+
+        Raises:
+            BadRequestError: the span doesn't hold these blocks, or ``left_padding`` isn't one number per row.
+            OutOfCacheError: there isn't a page for each row.
+        """
+        self._check_blocks(first, last)
+        if not self._running:
+            raise LeavingError("the node is shutting down")
+        if rows < 1 or len(left_padding) not in (0, rows) or any(padding < 0 for padding in left_padding):
+            raise BadRequestError(f"a session of {rows} rows can't have left_padding {list(left_padding)}")
+        if self._cache.pages.free < rows:
+            raise OutOfCacheError(f"the KV cache is full: {self._cache.free_tokens} tokens are free")
+        session = EngineSession(first, last, [Sequence() for _ in range(rows)], list(left_padding) or [0] * rows)
+        self._sessions.add(session)
+        return session
+
+    def close(self, session: EngineSession) -> None:
+        """Free what ``session`` holds and cancel its waiting work. Closing twice is fine."""
+        session.closed = True
+        if not self._put(("close", session)):
+            self._close(session)
+
+    def step(
+        self,
+        session: EngineSession,
+        hidden: torch.Tensor,
+        *,
+        start: int,
+        hypo_ids: torch.Tensor | Listing[int] | None = None,
+        prompts: torch.Tensor | None = None,
+    ) -> Future[torch.Tensor]:
+        """Put ``hidden`` ``[rows, T, H]`` through the session's blocks as columns ``start:start + T``.
+
+        The result has the same shape, in the span's dtype; padded columns are zero. Steps of one session run in order.
+        ``hypo_ids`` ``[rows]`` may change the number of rows.
+
+        The future raises ``BadRequestError`` (shapes, or ``start`` behind the session's position), ``OutOfCacheError``
+        (the session is as it was), ``CancelledError`` (closed meanwhile), or what the blocks raised.
+        """
+        future: Future[torch.Tensor] = Future()
+        try:
+            self._check_hidden(hidden)
+        except BadRequestError as error:
+            future.set_exception(error)
+            return future
+        ids = hypo_ids.tolist() if isinstance(hypo_ids, torch.Tensor) else hypo_ids
+        work = StepWork(hidden, start, None if ids is None else list(ids), prompts, future)
+        self._submit(("step", (session, work)), future)
+        return future
+
+    def forward(
+        self, hidden: torch.Tensor, *, first: int, last: int, prompts: torch.Tensor | None = None
+    ) -> Future[torch.Tensor]:
+        """``hidden`` ``[rows, T, H]`` through the blocks ``first:last``, without a session."""
+        future: Future[torch.Tensor] = Future()
+        self._submit(("dense", DenseWork(hidden, None, first, last, prompts, future)), future)
+        return future
+
+    def backward(
+        self,
+        hidden: torch.Tensor,
+        grad: torch.Tensor,
+        *,
+        first: int,
+        last: int,
+        prompts: torch.Tensor | None = None,
+    ) -> Future[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Gradients with respect to ``hidden`` and ``prompts`` (same shapes), given ``grad`` of the forward's output."""
+        future: Future[tuple[torch.Tensor, torch.Tensor | None]] = Future()
+        self._submit(("dense", DenseWork(hidden, grad, first, last, prompts, future)), future)
+        return future
+
+    def stats(self) -> EngineStats:
+        """The engine now."""
+        sessions = list(self._sessions)
+        return EngineStats(
+            sessions=len(sessions),
+            cache_tokens=self._cache.tokens,
+            cache_tokens_free=self._cache.free_tokens,
+            waiting=sum(len(session.waiting) for session in sessions) + len(self._dense) + self._inbox.qsize(),
+            prefill_tokens=self._prefill_tokens,
+            decode_tokens=self._decode_tokens,
+            dense_tokens=self._dense_tokens,
+            batches=self._batches,
+            failures=self._failures,
+            busy_s=self._busy_s,
+            recent_step_s=tuple(self._recent),
+        )
+
+    # What follows from here on runs in the engine's thread.
+
+    def _loop(self) -> None:
+        with torch.inference_mode():
+            while self._receive():
+                try:
+                    self._turn()
+                except Exception as error:  # a mistake of ours must not end the node's only engine
+                    logger.exception("a turn of the engine failed")
+                    for session in list(self._ready):
+                        self._end(session, session.waiting[0], error)
+        self._fail_all(LeavingError("the node is shutting down"))
+
+    def _receive(self) -> bool:
+        """Take in all messages, waiting for one if there is nothing to do. False: stop."""
+        while True:
+            idle = not self._ready and not self._dense
+            try:
+                kind, content = self._inbox.get(block=idle)
+            except Empty:
+                return True
+            if kind == "stop":
+                return False
+            if kind == "step":
+                session, work = content
+                if session.closed:
+                    work.future.cancel()
+                    continue
+                session.waiting.append(work)
+                if len(session.waiting) == 1:
+                    self._ready.append(session)
+            elif kind == "dense":
+                self._dense.append(content)
+            else:
+                self._close(content)
+
+    def _turn(self) -> None:
+        self._turn_steps()
+        if self._dense:
+            self._turn_dense(self._dense.popleft())
+
+    def _turn_steps(self) -> None:
+        ready = list(self._ready)
+        turn = plan_turn(
+            [
+                Waiting(
+                    (session.first, session.last),
+                    session.waiting[0].rows,
+                    session.waiting[0].columns - session.waiting[0].done,
+                    session.waiting[0].prompts is not None,
+                )
+                for session in ready
+            ],
+            budget=self._max_batch_tokens,
+            prefill_budget=self._pacer.prefill_budget(),
+            previous=self._previous,
+        )
+        if turn is None:
+            return
+        self._previous = turn.blocks
+        began = time.perf_counter()
+        chosen: list[tuple[EngineSession, StepWork, int]] = []
+        for index, columns in turn.takes:
+            session = ready[index]
+            work = session.waiting[0]
+            try:
+                if not work.begun and not self._begin(session, work):
+                    self._drop_first(session)
+                    continue
+            except Exception as error:
+                self._end(session, work, error)
+                continue
+            chosen.append((session, work, columns))
+        if not chosen:
+            return
+        try:
+            outputs, prefill, decode = self._run(chosen, *turn.blocks)
+        except Exception as error:
+            self._failures += 1
+            logger.warning("a batch of %d works failed: %r", len(chosen), error)
+            for session, work, _ in chosen:
+                self._undo(session, work)
+                self._end(session, work, error)
+            return
+        seconds = time.perf_counter() - began
+        self._prefill_tokens += prefill
+        self._decode_tokens += decode
+        self._count(seconds)
+        self._pacer.ran(prefill=prefill, decode=decode, seconds=seconds)
+        for (session, work, columns), output in zip(chosen, outputs, strict=True):
+            self._advance(session, work, columns, output)
+
+    def _begin(self, session: EngineSession, work: StepWork) -> bool:
+        """Make ``session`` ready for ``work`` as a whole: rows reordered, cut, and with pages. False: cancelled."""
+        if not work.future.set_running_or_notify_cancel():
+            return False
+        if session.broken:
+            raise RemoteError("a failure lost this session's cache; open a new session and send everything again")
+        self._check_step(session, work)
+        padding = session.padding
+        if work.hypo_ids is not None:
+            padding = [padding[source] for source in work.hypo_ids]
+        end = work.start + work.columns
+        keep = [max(0, work.start - pad) for pad in padding]
+        session.rows = self._cache.arrange(
+            session.rows,
+            sources=work.hypo_ids,
+            keep=keep,
+            grow=[max(0, end - pad) - kept for pad, kept in zip(padding, keep, strict=True)],
+            blocks=range(session.first, session.last),
+        )
+        session.padding = padding
+        session.position = work.start
+        work.begun = True
+        return True
+
+    def _run(
+        self, chosen: Listing[tuple[EngineSession, StepWork, int]], first: int, last: int
+    ) -> tuple[list[torch.Tensor], int, int]:
+        """Outputs ``[rows, columns, H]`` of each work, and how many tokens of prefill and of decode there were."""
+        span = self.span
+        rows: list[tuple[Sequence, int]] = []
+        inputs: list[torch.Tensor] = []
+        cuts: list[list[int]] = []  # tokens of each row of each work
+        prefill = decode = 0
+        for session, work, columns in chosen:
+            begin = work.start + work.done
+            part = work.hidden if columns == work.columns else work.hidden[:, work.done : work.done + columns]
+            new = [
+                session.row_length(row, begin + columns) - sequence.length for row, sequence in enumerate(session.rows)
+            ]
+            rows.extend(zip(session.rows, new, strict=True))
+            cuts.append(new)
+            total = sum(new)
+            if total == columns * len(new):
+                inputs.append(part.reshape(total, span.hidden_size))
+            else:
+                inputs.extend(part[row, columns - count :] for row, count in enumerate(new))
+            if work.columns <= DECODE_COLUMNS:
+                decode += total
+            else:
+                prefill += total
+        if not prefill + decode:
+            return [self._empty(len(new), columns) for new, (_, _, columns) in zip(cuts, chosen, strict=True)], 0, 0
+        flat = inputs[0] if len(inputs) == 1 else torch.cat([part.to(span.dtype) for part in inputs])
+        batch = pack(self._cache, rows, span.device)
+        prompts = self._place(chosen[0][0], *chosen[0][1:], cuts[0])
+        hidden = flat[None].to(span.device, span.dtype)
+        output = executor.run_blocks(span, hidden, batch, first=first, last=last, prompts=prompts)[0].cpu()
+        outputs: list[torch.Tensor] = []
+        offset = 0
+        for (_, _, columns), new in zip(chosen, cuts, strict=True):
+            total = sum(new)
+            mine = output.narrow(0, offset, total)
+            offset += total
+            if total == columns * len(new):
+                outputs.append(mine.view(len(new), columns, -1))
+                continue
+            padded = self._empty(len(new), columns)
+            for row, piece in enumerate(mine.split(new)):
+                padded[row, columns - len(piece) :] = piece
+            outputs.append(padded)
+        for sequence, count in rows:
+            sequence.length += count
+        return outputs, prefill, decode
+
+    def _place(self, session: EngineSession, work: StepWork, columns: int, new: Listing[int]) -> PlacedPrompts | None:
+        """The prompts of ``work``, which runs alone, for its columns in this turn."""
+        if work.prompts is None:
+            return None
+        prompts = work.prompts.to(self.span.device, self.span.dtype)
+        where: list[int] = []
+        cells: list[tuple[int, int]] = []
+        offset = 0
+        for row, count in enumerate(new):
+            skipped = columns - count
+            for column in range(skipped, min(columns, prompts.shape[2] - work.done)):
+                where.append(offset + column - skipped)
+                cells.append((row, work.done + column))
+            offset += count
+        return PlacedPrompts(prompts, where, [row for row, _ in cells], [column for _, column in cells])
+
+    def _advance(self, session: EngineSession, work: StepWork, columns: int, output: torch.Tensor) -> None:
+        if columns < work.columns:
+            if work.output is None:
+                work.output = torch.empty(work.rows, work.columns, self.span.hidden_size, dtype=self.span.dtype)
+            work.output[:, work.done : work.done + columns] = output
+            output = work.output
+        work.done += columns
+        session.position = work.start + work.done
+        if work.done < work.columns:
+            self._ready.remove(session)
+            self._ready.append(session)
+            return
+        self._drop_first(session)
+        work.future.set_result(output)
+
+    def _undo(self, session: EngineSession, work: StepWork) -> None:
+        """Forget what ``work`` put into the cache, after its batch failed."""
+        session.position = work.start
+        for row, sequence in enumerate(session.rows):
+            self._cache.truncate(sequence, session.row_length(row, work.start))
+        if work.hypo_ids is not None and work.hypo_ids != list(range(len(session.rows))):
+            session.broken = True  # the rows that it left out are gone, and to reorder again would be wrong
+
+    def _end(self, session: EngineSession, work: StepWork, error: Exception) -> None:
+        self._drop_first(session)
+        work.future.set_exception(error)
+
+    def _drop_first(self, session: EngineSession) -> None:
+        """The session's first work is over; the next one queues behind everybody else's."""
+        session.waiting.popleft()
+        self._ready.remove(session)
+        if session.waiting:
+            self._ready.append(session)
+
+    def _turn_dense(self, work: DenseWork) -> None:
+        """Some rows of ``work``; what is left of it queues behind other such work."""
+        if not work.done and not work.future.set_running_or_notify_cancel():
+            return
+        began = time.perf_counter()
+        try:
+            self._check_blocks(work.first, work.last)
+            self._check_hidden(work.hidden)
+            self._check_prompts(work.prompts, work.last - work.first, work.hidden.shape[0])
+            rows, columns, _ = work.hidden.shape
+            end = min(rows, work.done + max(1, self._max_batch_tokens // max(1, columns)))
+            if work.grad is None:
+                self._forward(work, end)
+            else:
+                self._backward(work, end)
+        except Exception as error:
+            self._failures += 1
+            work.future.set_exception(error)
+            return
+        self._dense_tokens += (end - work.done) * columns
+        work.done = end
+        self._count(time.perf_counter() - began)
+        if end < rows:
+            self._dense.append(work)
+        elif work.grad is None:
+            work.future.set_result(work.output)  # type: ignore[arg-type]
+        else:
+            work.future.set_result((work.output, work.prompt_grad))  # type: ignore[arg-type]
+
+    def _forward(self, work: DenseWork, end: int) -> None:
+        hidden, prompts = self._rows_of(work, end)
+        if work.output is None:
+            work.output = self._empty(*work.hidden.shape[:2])
+        if hidden.numel():
+            output = executor.forward(self.span, hidden, first=work.first, last=work.last, prompts=prompts)
+            work.output[work.done : end] = output
+
+    def _backward(self, work: DenseWork, end: int) -> None:
+        assert work.grad is not None
+        if work.grad.shape != work.hidden.shape:
+            raise BadRequestError(f"grad has shape {list(work.grad.shape)}, hidden {list(work.hidden.shape)}")
+        with torch.inference_mode(False):
+            hidden, prompts = self._rows_of(work, end)
+            if work.output is None:
+                work.output = self._empty(*work.hidden.shape[:2])
+                work.prompt_grad = None if work.prompts is None else torch.zeros_like(work.prompts, dtype=hidden.dtype)
+            if not hidden.numel():
+                return
+            grad, prompt_grad = executor.backward(
+                self.span,
+                hidden,
+                work.grad[work.done : end].to(hidden),
+                first=work.first,
+                last=work.last,
+                prompts=prompts,
+                kept_tokens=8 * self._max_batch_tokens,
+            )
+            work.output[work.done : end] = grad
+            if prompt_grad is not None and work.prompt_grad is not None:
+                place = work.prompt_grad if work.prompt_grad.shape[1] == 1 else work.prompt_grad[:, work.done : end]
+                place += prompt_grad.cpu()
+
+    def _rows_of(self, work: DenseWork, end: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        span = self.span
+        hidden = work.hidden[work.done : end].to(span.device, span.dtype)
+        if work.prompts is None:
+            return hidden, None
+        mine = work.prompts if work.prompts.shape[1] == 1 else work.prompts[:, work.done : end]
+        return hidden, mine.to(span.device, span.dtype)
+
+    def _close(self, session: EngineSession) -> None:
+        if session in self._sessions:
+            self._sessions.discard(session)
+            self._cache.release(session.rows)
+        if session.waiting:
+            self._ready.remove(session)
+        for work in session.waiting:
+            _cancel(work)
+        session.waiting.clear()
+
+    def _fail_all(self, error: Exception) -> None:
+        """The thread ends: nothing may be left that somebody waits for."""
+        with self._gate:
+            while not self._inbox.empty():
+                kind, content = self._inbox.get()
+                if kind == "step":
+                    content[0].waiting.append(content[1])
+                elif kind == "dense":
+                    self._dense.append(content)
+        left = [work for session in self._sessions for work in session.waiting]
+        for work in [*left, *self._dense]:
+            if work.future.running() or work.future.set_running_or_notify_cancel():  # type: ignore[attr-defined]
+                work.future.set_exception(error)
+        for session in self._sessions:
+            session.waiting.clear()
+            session.closed = True
+            self._cache.release(session.rows)
+        self._sessions.clear()
+        self._ready.clear()
+        self._dense.clear()
+
+    def _count(self, seconds: float) -> None:
+        self._batches += 1
+        self._busy_s += seconds
+        self._recent.append(seconds)
+
+    def _empty(self, rows: int, columns: int) -> torch.Tensor:
+        return torch.zeros(rows, columns, self.span.hidden_size, dtype=self.span.dtype)
+
+    # Shared by both sides.
+
+    def _put(self, message: _Message) -> bool:
+        with self._gate:
+            if self._running:
+                self._inbox.put(message)
+            return self._running
+
+    def _submit(self, message: _Message, future: Future[Any]) -> None:
+        if not self._put(message):
+            future.set_exception(LeavingError("the node is shutting down"))
+
+    def _check_blocks(self, first: int, last: int) -> None:
+        if not self.span.start <= first < last <= self.span.end:
+            raise BadRequestError(
+                f"blocks {first}:{last} are not served here; this node serves {self.span.start}:{self.span.end}"
+            )
+
+    def _check_hidden(self, hidden: torch.Tensor) -> None:
+        if hidden.dim() != 3 or not hidden.shape[0] or hidden.shape[2] != self.span.hidden_size:
+            wanted = f"[rows, columns, {self.span.hidden_size}]"
+            raise BadRequestError(f"hidden states have shape {list(hidden.shape)}, not {wanted}")
+        if not hidden.is_floating_point():
+            raise BadRequestError(f"hidden states are {hidden.dtype}, not of a floating dtype")
+
+    def _check_prompts(self, prompts: torch.Tensor | None, blocks: int, rows: int) -> None:
+        if prompts is None:
+            return
+        size = self.span.hidden_size
+        if prompts.dim() != 4 or prompts.shape[1] not in (1, rows) or prompts.shape[::3] != (blocks, size):
+            wanted = f"[{blocks}, {rows} or 1, length, {size}]"
+            raise BadRequestError(f"prompts have shape {list(prompts.shape)}, not {wanted}")
+
+    def _check_step(self, session: EngineSession, work: StepWork) -> None:
+        rows = len(session.rows)
+        if work.hypo_ids is not None:
+            if not work.hypo_ids or not all(0 <= source < rows for source in work.hypo_ids):
+                raise BadRequestError(f"hypo_ids {work.hypo_ids} don't name rows of a session of {rows}")
+            rows = len(work.hypo_ids)
+        if work.rows != rows:
+            raise BadRequestError(f"the step has {work.rows} rows, the session {rows}")
+        self._check_prompts(work.prompts, session.last - session.first, rows)
+        if not 0 <= work.start <= session.position:
+            raise BadRequestError(f"the step starts at position {work.start}, but the session is at {session.position}")
+
+
+def _cancel(work: StepWork) -> None:
+    """Cancel even what has begun."""
+    if not work.future.cancel() and not work.future.done():
+        work.future.set_exception(CancelledError())

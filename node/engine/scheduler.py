@@ -1,0 +1,79 @@
+"""Which waiting work runs in the next turn: a pure function of plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+DECODE_COLUMNS = 8  # a step of so few positions is decode: one token, or a few to check a speculation
+_PREFILL_SHARE = 4  # while both wait, prefill gets at least one part in so many of the budget
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """One session's next work: ``columns`` positions still to do, for ``rows`` rows, through ``blocks``."""
+
+    blocks: tuple[int, int]
+    rows: int
+    columns: int
+    alone: bool = False
+
+    @property
+    def decodes(self) -> bool:
+        return self.columns <= DECODE_COLUMNS
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What runs now: ``takes`` are ``(index into the waiting work, columns to do)``, all through ``blocks``."""
+
+    blocks: tuple[int, int]
+    takes: tuple[tuple[int, int], ...]
+
+
+def plan_turn(
+    waiting: Sequence[Waiting],
+    *,
+    budget: int,
+    prefill_budget: int,
+    previous: tuple[int, int] | None = None,
+) -> Turn | None:
+    """The next turn over ``waiting`` (in the order of who waits longest), of ``budget`` tokens if something fits.
+
+    Decode comes first, then prefill, cut into pieces of at most ``prefill_budget`` tokens in all. Ranges of blocks take
+    turns, beginning after ``previous``, the range of the turn before. ``None`` if nothing waits.
+    """
+    if not waiting:
+        return None
+    ranges = sorted({work.blocks for work in waiting})
+    blocks = next((blocks for blocks in ranges if previous is None or blocks > previous), ranges[0])
+    here = [(index, work) for index, work in enumerate(waiting) if work.blocks == blocks]
+    if here[0][1].alone:
+        index, work = here[0]
+        limit = budget if work.decodes else min(budget, prefill_budget)
+        return Turn(blocks, ((index, _cut(work, limit) or 1),))
+    together = [(index, work) for index, work in here if not work.alone]
+    decodes = [(index, work) for index, work in together if work.decodes]
+    prefills = [(index, work) for index, work in together if not work.decodes]
+    takes: list[tuple[int, int]] = []
+    left = budget - (min(prefill_budget, budget // _PREFILL_SHARE) if prefills else 0)
+    for index, work in decodes:
+        if work.rows * work.columns <= left:
+            takes.append((index, work.columns))
+            left -= work.rows * work.columns
+    used = sum(waiting[index].rows * columns for index, columns in takes)
+    left = min(budget - used, prefill_budget)
+    for index, work in prefills:
+        columns = _cut(work, left)
+        if columns:
+            takes.append((index, columns))
+            left -= work.rows * columns
+    index, work = here[0]
+    if index not in {taken for taken, _ in takes}:  # more rows than there is room for: it must run some time, so now
+        return Turn(blocks, ((index, _cut(work, budget) or 1),))
+    return Turn(blocks, tuple(takes))
+
+
+def _cut(work: Waiting, tokens: int) -> int:
+    """How many columns of ``work`` fit into ``tokens``."""
+    return min(work.columns, max(0, tokens) // work.rows)

@@ -1,0 +1,66 @@
+"""A session as the engine keeps it, and the work that waits for the engine."""
+
+from __future__ import annotations
+
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import torch
+
+from swarm.node.engine.kv_cache import Sequence
+
+
+@dataclass(eq=False)
+class StepWork:
+    """New positions of a session: ``hidden`` ``[rows, T, H]`` from column ``start`` on."""
+
+    hidden: torch.Tensor
+    start: int
+    hypo_ids: list[int] | None
+    prompts: torch.Tensor | None
+    future: Future[torch.Tensor]
+    begun: bool = False
+    done: int = 0  # columns that went through the blocks
+    output: torch.Tensor | None = None  # of the columns done, where they are fewer than all
+
+    @property
+    def rows(self) -> int:
+        return self.hidden.shape[0]
+
+    @property
+    def columns(self) -> int:
+        return self.hidden.shape[1]
+
+
+@dataclass(eq=False)
+class EngineSession:
+    """Handle of one session; only the engine changes it. ``position`` counts the columns done."""
+
+    first: int
+    last: int
+    rows: list[Sequence]
+    padding: list[int]
+    position: int = 0
+    closed: bool = False
+    broken: bool = False
+    waiting: deque[StepWork] = field(default_factory=deque)
+
+    def row_length(self, row: int, column: int) -> int:
+        """How many of the first ``column`` columns of ``row`` are no padding."""
+        return max(0, column - self.padding[row])
+
+
+@dataclass(eq=False)
+class DenseWork:
+    """A forward, or with ``grad`` a backward, over whole rows that aren't cached. Done some rows at a time."""
+
+    hidden: torch.Tensor
+    grad: torch.Tensor | None
+    first: int
+    last: int
+    prompts: torch.Tensor | None
+    future: Future[torch.Tensor] | Future[tuple[torch.Tensor, torch.Tensor | None]]
+    done: int = 0  # rows
+    output: torch.Tensor | None = None
+    prompt_grad: torch.Tensor | None = None

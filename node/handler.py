@@ -1,0 +1,321 @@
+"""The RPCs of a node. Checks each message, queues its work for the engine and sends the result on; computes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+from hivemind.p2p import P2P, P2PContext, PeerID
+from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
+from hivemind.proto import runtime_pb2
+from hivemind.utils.tensor_descr import BatchTensorDescriptor
+from swarm.node.engine.engine import Engine
+from swarm.node.limits import Limits
+from swarm.node.pusher import Pusher
+from swarm.node.requests import Opening, Served, check_opening, read_backward, read_forward, read_step
+
+from swarm import __version__, rpc
+from swarm.codec import COMPRESSIONS, NONE, encode, join, split
+from swarm.errors import BadRequestError, LeavingError, PeerLostError, RemoteError, SwarmError, to_wire
+from swarm.records import span_uid
+from swarm.stream import MessageStream
+
+logger = logging.getLogger(__name__)
+
+Request = runtime_pb2.ExpertRequest
+Response = runtime_pb2.ExpertResponse
+
+
+class Handler:
+    """Serves the RPCs of :mod:`swarm.rpc` for one engine."""
+
+    def __init__(self, p2p: P2P, engine: Engine, served: Served, limits: Limits) -> None:
+        self._p2p, self._engine, self._served, self._limits = p2p, engine, served, limits
+        self._pusher = Pusher(p2p)
+        self._inboxes: dict[str, asyncio.Queue[Request | SwarmError | None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._leaving = False
+        self._busy = 0  # steps and requests under way
+
+    async def register(self) -> None:
+        """Starts to serve."""
+        streams = {
+            rpc.INFERENCE: self._inference,
+            rpc.PUSH_STREAM: self._push_stream,
+            rpc.FORWARD_STREAM: self._stream_of(self._forward),
+            rpc.BACKWARD_STREAM: self._stream_of(self._backward),
+        }
+        for name, handle in streams.items():
+            await self._p2p.add_binary_stream_handler(rpc.handle_name(name), self._guarded(handle))
+        for name, answer in ((rpc.PUSH, self._push), (rpc.FORWARD, self._forward), (rpc.BACKWARD, self._backward)):
+            await self._p2p.add_protobuf_handler(rpc.handle_name(name), _unary(answer), Request)
+        await self._p2p.add_protobuf_handler(rpc.handle_name(rpc.INFO), self._info, runtime_pb2.ExpertUID)
+
+    async def leave(self, timeout: float) -> None:
+        """Takes no more work, gives what is under way ``timeout`` seconds, then ends the sessions."""
+        self._leaving = True
+        deadline = asyncio.get_running_loop().time() + timeout
+        while self._busy and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.02)
+        for inbox in list(self._inboxes.values()):
+            with suppress(asyncio.QueueFull):
+                inbox.put_nowait(LeavingError("this node is shutting down"))
+        await asyncio.sleep(0.1)  # lets the goodbyes out
+        self._pusher.close()
+
+    # sessions
+
+    async def _inference(self, stream: MessageStream, peer: PeerID) -> None:
+        request = await asyncio.wait_for(stream.receive(Request), self._limits.step_timeout)
+        if request is None:
+            return
+        if self._leaving:
+            raise LeavingError("this node is shutting down: open the session elsewhere")
+        metadata = rpc.parse(rpc.load(request.metadata))
+        opening = check_opening(request, metadata, self._served, self._limits)
+        session_id = metadata.session_id
+        if session_id in self._inboxes:
+            raise BadRequestError("there is a session of this id already")
+        inbox: asyncio.Queue[Request | SwarmError | None] = asyncio.Queue(self._limits.max_waiting_steps)
+        session = self._engine.open(
+            rows=opening.rows, first=opening.first, last=opening.last, left_padding=opening.left_padding
+        )
+        reading = asyncio.create_task(self._read(stream, inbox))
+        try:
+            if session_id is not None:
+                self._inboxes[session_id] = inbox
+            await self._run_session(stream, request, opening, session, inbox)
+        finally:
+            reading.cancel()
+            if session_id is not None:
+                self._inboxes.pop(session_id, None)
+            self._engine.close(session)
+
+    async def _run_session(
+        self,
+        stream: MessageStream,
+        first_request: Request,
+        opening: Opening,
+        session: Any,
+        inbox: asyncio.Queue[Request | SwarmError | None],
+    ) -> None:
+        position = 0
+        done: deque[str] = deque(maxlen=2 * self._limits.max_waiting_steps)
+        request: Request | SwarmError | None = first_request
+        while isinstance(request, Request) and request.tensors:  # an empty request ends the session
+            fields = rpc.load(request.metadata)
+            metadata = rpc.parse(fields)
+            if metadata.step_id is None or metadata.step_id not in done:
+                if metadata.step_id is not None:
+                    done.append(metadata.step_id)
+                position = await self._step(stream, request, fields, metadata, opening, session, position)
+            try:
+                request = await asyncio.wait_for(inbox.get(), self._limits.step_timeout)
+            except asyncio.TimeoutError:
+                raise RemoteError(f"the session was idle for {self._limits.step_timeout:.0f} seconds") from None
+        if isinstance(request, SwarmError):
+            raise request
+
+    async def _step(
+        self,
+        stream: MessageStream,
+        request: Request,
+        fields: dict[str, Any],
+        metadata: rpc.Metadata,
+        opening: Opening,
+        session: Any,
+        position: int,
+    ) -> int:
+        """Runs one step and sends its result on; the position after it."""
+        step = read_step(request, metadata, opening, self._served, self._limits, position=position)
+        start = position if metadata.start is None else metadata.start
+        columns = step.hidden.shape[1]
+        if columns == 0:
+            output = step.hidden.to(self._served.dtype)
+        else:
+            output = await self._run(
+                self._engine.step(session, step.hidden, start=start, hypo_ids=step.hypo_ids, prompts=step.prompts)
+            )
+        encoded = encode(output)
+        if metadata.next_servers and step.prompts is None and columns:
+            self._spawn(self._push_on(stream, encoded, request, fields, metadata))
+        await stream.send(Response(tensors=[encoded], metadata=rpc.dump({"step_id": metadata.step_id})))
+        return start + columns
+
+    async def _push_on(
+        self,
+        stream: MessageStream,
+        output: runtime_pb2.Tensor,
+        request: Request,
+        fields: dict[str, Any],
+        metadata: rpc.Metadata,
+    ) -> None:
+        hop, *rest = metadata.next_servers
+        passed_on = dict(
+            fields, session_id=hop.session_id, next_servers=[following.to_tuple() for following in rest], pushed=True
+        )
+        onward = Request(
+            uid=span_uid(self._served.prefix, hop.start, hop.end),
+            tensors=[output, *request.tensors[1:]],
+            metadata=rpc.dump(passed_on),
+        )
+        try:
+            await self._pusher.push(hop.peer_id, onward)
+        except PeerLostError as error:
+            logger.debug("%s", error)
+            # the client forwards the output itself, or finds that the next hop is gone
+            with suppress(PeerLostError):
+                await stream.send(Response(metadata=rpc.dump({"push_failed": metadata.step_id})))
+
+    async def _read(self, stream: MessageStream, inbox: asyncio.Queue[Request | SwarmError | None]) -> None:
+        last: SwarmError | None = None
+        try:
+            while (request := await stream.receive(Request)) is not None:
+                await inbox.put(request)
+        except SwarmError as error:
+            last = error
+        await inbox.put(last)
+
+    # pushes from other nodes
+
+    async def _push_stream(self, stream: MessageStream, peer: PeerID) -> None:
+        while (request := await stream.receive(Request)) is not None:
+            self._deliver(request)
+
+    async def _push(self, request: Request) -> Response:
+        self._deliver(request)
+        return Response()
+
+    def _deliver(self, request: Request) -> None:
+        session_id = rpc.parse(rpc.load(request.metadata)).session_id
+        inbox = self._inboxes.get(session_id) if session_id is not None else None
+        if inbox is None:
+            return  # its client is gone, or has found another route
+        try:
+            inbox.put_nowait(request)
+        except asyncio.QueueFull:
+            raise BadRequestError("too many steps of one session are waiting") from None
+
+    # forward and backward without a session
+
+    async def _forward(self, request: Request) -> Response:
+        self._refuse_if_leaving()
+        metadata = rpc.parse(rpc.load(request.metadata))
+        first, last, hidden, prompts = read_forward(request, metadata, self._served, self._limits)
+        output = await self._run(self._engine.forward(hidden, first=first, last=last, prompts=prompts))
+        return Response(tensors=_encode_outputs([output], metadata))
+
+    async def _backward(self, request: Request) -> Response:
+        self._refuse_if_leaving()
+        metadata = rpc.parse(rpc.load(request.metadata))
+        first, last, hidden, grad, prompts = read_backward(request, metadata, self._served, self._limits)
+        grads = await self._run(self._engine.backward(hidden, grad, first=first, last=last, prompts=prompts))
+        return Response(tensors=_encode_outputs([tensor for tensor in grads if tensor is not None], metadata))
+
+    def _stream_of(
+        self, answer: Callable[[Request], Awaitable[Response]]
+    ) -> Callable[[MessageStream, PeerID], Awaitable[None]]:
+        """The streaming variant of a unary RPC: the same request and response, cut into parts."""
+
+        async def handle(stream: MessageStream, peer: PeerID) -> None:
+            head = Request()
+
+            async def parts() -> AsyncIterator[runtime_pb2.Tensor]:
+                while (request := await stream.receive(Request)) is not None:
+                    if request.uid and head.uid and request.uid != head.uid:
+                        raise BadRequestError("the parts of a request name different blocks")
+                    head.uid = head.uid or request.uid
+                    head.metadata = head.metadata or request.metadata
+                    for tensor in request.tensors:
+                        yield tensor
+
+            limit = 3 * self._limits.message_bytes(self._served.hidden_size)
+            tensors = await asyncio.wait_for(join(parts(), max_bytes=limit), self._limits.request_timeout)
+            response = await answer(Request(uid=head.uid, metadata=head.metadata, tensors=tensors))
+            for tensor in response.tensors:
+                for part in split(tensor):
+                    await stream.send(Response(tensors=[part]))
+            await stream.send_end()
+
+        return handle
+
+    async def _info(self, request: runtime_pb2.ExpertUID, context: P2PContext) -> runtime_pb2.ExpertInfo:
+        info: dict[str, Any] = {
+            "version": f"swarm {__version__}",
+            "dht_client_mode": False,
+            "cache_tokens_available": self._engine.stats().cache_tokens_free,
+        }
+        if request.uid:
+            self._served.blocks_of(request.uid)
+            hidden = BatchTensorDescriptor(1, 2048, self._served.hidden_size, dtype=self._served.dtype)
+            extra = (BatchTensorDescriptor((), dtype=self._served.dtype), BatchTensorDescriptor((), dtype=torch.int64))
+            info["forward_schema"] = ((hidden,), {})
+            info["outputs_schema"] = (hidden,)
+            info["keyword_names"] = ()
+            info["inference_schema"] = ((hidden, *extra), {})
+        return runtime_pb2.ExpertInfo(serialized_info=rpc.dump(info))
+
+    # helpers
+
+    async def _run(self, future: Any) -> Any:
+        self._busy += 1
+        try:
+            return await asyncio.wrap_future(future)
+        finally:
+            self._busy -= 1
+
+    def _refuse_if_leaving(self) -> None:
+        if self._leaving:
+            raise LeavingError("this node is shutting down")
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _guarded(
+        self, handle: Callable[[MessageStream, PeerID], Awaitable[None]]
+    ) -> Callable[[StreamInfo, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
+        """Wraps a stream's handler: its errors go to the peer, never further."""
+
+        async def guarded(info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            limit = self._limits.message_bytes(self._served.hidden_size)
+            stream = MessageStream(reader, writer, max_bytes=limit)
+            try:
+                await handle(stream, info.peer_id)
+            except PeerLostError:
+                pass  # the peer went away; nobody is left to tell
+            except SwarmError as error:
+                logger.debug("refused a request of %s: %s", info.peer_id, error)
+                await stream.send_error(error)
+            except Exception as error:
+                logger.exception("a request of %s failed", info.peer_id)
+                await stream.send_error(error)
+            finally:
+                stream.close()
+
+        return guarded
+
+
+def _unary(answer: Callable[[Request], Awaitable[Response]]) -> Callable[[Request, P2PContext], Awaitable[Response]]:
+    async def handle(request: Request, context: P2PContext) -> Response:
+        try:
+            return await answer(request)
+        except Exception as error:
+            if not isinstance(error, SwarmError):
+                logger.exception("a request of %s failed", context.remote_id)
+            raise RuntimeError(to_wire(error)) from None  # hivemind sends the text
+
+    return handle
+
+
+def _encode_outputs(outputs: list[torch.Tensor], metadata: rpc.Metadata) -> list[runtime_pb2.Tensor]:
+    wanted = metadata.output_compression or (NONE,) * len(outputs)
+    if len(wanted) != len(outputs) or any(compression not in COMPRESSIONS for compression in wanted):
+        raise BadRequestError(f"output_compression is to be {len(outputs)} of {list(COMPRESSIONS)}")
+    return [encode(output, compression) for output, compression in zip(outputs, wanted, strict=True)]

@@ -1,0 +1,60 @@
+"""What the machine offers."""
+
+from __future__ import annotations
+
+import torch
+
+from swarm.codec import DTYPES
+from swarm.errors import UsageError
+
+
+def choose_device(wanted: str) -> torch.device:
+    """``"auto"`` is the first of CUDA, MPS and CPU that is there.
+
+    Raises:
+        UsageError: no such device on this machine.
+    """
+    if wanted == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(kind)
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise UsageError(f"--device {wanted!r} is not one of auto, cpu, cuda, cuda:N, mps") from error
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise UsageError(f"--device {wanted} is not there: this machine has {torch.cuda.device_count()} CUDA devices")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("--device mps is not there on this machine")
+    return device
+
+
+def choose_dtype(wanted: str, checkpoint: torch.dtype, device: torch.device) -> torch.dtype:
+    """``"auto"`` is the checkpoint's dtype; on a CPU float16, which it computes slowly, becomes bfloat16.
+
+    Raises:
+        UsageError: not a dtype that a node computes in.
+    """
+    if wanted == "auto":
+        return torch.bfloat16 if device.type == "cpu" and checkpoint == torch.float16 else checkpoint
+    dtype = DTYPES.get(wanted)
+    if dtype is None or not dtype.is_floating_point:
+        raise UsageError(f"--dtype {wanted!r} is not one of auto, float32, bfloat16, float16")
+    if dtype == torch.float16 and device.type == "cpu":
+        raise UsageError("--dtype float16 is slow and imprecise on a CPU: take bfloat16 or float32")
+    return dtype
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on ``device``."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import os
+
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # macOS: half of what is built in

@@ -1,0 +1,248 @@
+"""The life of a node: joins, chooses its blocks, loads them, serves, leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from swarm.node.announcer import Announcer
+from swarm.node.engine import attention as _attention  # noqa: F401: registers itself
+from swarm.node.engine.engine import Engine
+from swarm.node.handler import Handler
+from swarm.node.hardware import choose_device, choose_dtype, free_memory
+from swarm.node.limits import Limits
+from swarm.node.metrics import serve_metrics
+from swarm.node.output import Output
+from swarm.node.placement import blocks_that_fit, choose_start, coverage
+from swarm.node.requests import Served
+from swarm.node.settings import NodeSettings
+from swarm.node.throughput import measure
+
+from swarm import __version__, dht
+from swarm.codec import dtype_name
+from swarm.errors import UsageError, parse_blocks
+from swarm.fingerprint import fingerprint
+from swarm.peer import Peer
+from swarm.records import Offer, ServerInfo, ServerState
+from swarm.skeleton import Span, cache_bytes_per_token, estimate_block_bytes, load_span
+from swarm.source import ModelSource, resolve
+
+T = TypeVar("T")
+DEFAULT_CACHE_TOKENS = 16384
+LEAVE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A node that is up."""
+
+    handler: Handler
+    announcer: Announcer
+
+    async def leave(self) -> None:
+        """Tells the swarm, finishes what is under way."""
+        await asyncio.wait({asyncio.create_task(self.announcer.announce(ServerState.OFFLINE))}, timeout=3.0)
+        await self.handler.leave(LEAVE_SECONDS)
+
+
+async def serve(settings: NodeSettings, output: Output, stop: asyncio.Event) -> None:
+    """Serves until ``stop`` is set.
+
+    Raises:
+        UsageError: what was asked for can't be done; the message says what to do.
+    """
+    async with AsyncExitStack() as stack:
+        starting = asyncio.create_task(_start(settings, output, stack))
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            await asyncio.wait({starting})
+        else:
+            serving = starting.result()
+            await stopping
+            output.event("leaving", "Leaving the swarm: finishing the steps under way…")
+            await serving.leave()
+        stopping.cancel()
+    output.event("stopped", "Stopped.")
+
+
+async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) -> Serving:
+    device = choose_device(settings.device)
+    with output.stage("resolve", f"Looking up {settings.model}"):
+        source = await in_thread(
+            lambda: resolve(
+                settings.model,
+                revision=settings.revision,
+                token=settings.token,
+                cache_dir=settings.cache_dir,
+                dht_prefix=settings.dht_prefix,
+            )
+        )
+    dtype = choose_dtype(settings.dtype, source.dtype, device)
+    if settings.blocks is not None:
+        parse_blocks(settings.blocks, source.num_blocks)  # before the network is touched
+
+    peer = await Peer.start(settings.peer)
+    stack.push_async_callback(peer.stop)
+    records = await dht.fetch(peer.dht, source.dht_prefix, source.num_blocks)
+    shape = fingerprint(source.config)
+    _check_same_shape(records, shape, source, peer)
+    start, end, reason = _choose_blocks(settings, source, dtype, device, records, peer)
+    output.event("blocks", f"Serving blocks {start}:{end} of {source.num_blocks} ({reason})", blocks=[start, end])
+
+    info = ServerInfo(
+        state=ServerState.JOINING,
+        throughput=0.0,
+        start_block=start,
+        end_block=end,
+        public_name=settings.name,
+        version=__version__,
+        torch_dtype=dtype_name(dtype),
+        quant_type="none",
+        using_relay=settings.peer.relay,
+        offer=Offer(fingerprint=shape, push_stream=True, left_padding=True, started=time.time()),
+    )
+    repository = None if source.is_local else source.name
+    announcer = Announcer(peer, source.dht_prefix, source.num_blocks, repository, info, period=settings.update_period)
+    await announcer.announce(ServerState.JOINING)
+
+    span = await _load(source, start, end, dtype, device, output)
+    cache_tokens = settings.cache_tokens or DEFAULT_CACHE_TOKENS
+    engine = Engine(span, cache_tokens=cache_tokens, max_batch_tokens=settings.max_batch_tokens)
+    engine.start()
+    stack.callback(engine.stop)
+    with output.stage("warm-up", "Warming up"):
+        speed = await in_thread(lambda: measure(engine, start, end, source.hidden_size))
+
+    served = Served(source.dht_prefix, start, end, source.hidden_size, dtype)
+    limits = Limits(max_length=min(source.max_positions or cache_tokens, cache_tokens))
+    handler = Handler(peer.p2p, engine, served, limits)
+    await handler.register()
+    if settings.metrics_port is not None:
+        serve_metrics(engine, settings.metrics_port)
+    announcer.watch(engine)
+    await announcer.announce(
+        ServerState.ONLINE,
+        throughput=speed.inference_rps,
+        inference_rps=speed.inference_rps,
+        forward_rps=speed.forward_rps,
+        offer=Offer(
+            fingerprint=shape,
+            push_stream=True,
+            left_padding=True,
+            started=time.time(),
+            cache_tokens_total=cache_tokens,
+        ),
+    )
+    _say_ready(settings, source, peer, start, end, output)
+    return Serving(handler, announcer)
+
+
+async def _load(
+    source: ModelSource, start: int, end: int, dtype: torch.dtype, device: torch.device, output: Output
+) -> Span:
+    with output.stage("load", f"Loading blocks {start}:{end}") as report:
+        return await in_thread(
+            lambda: load_span(source, start, end, dtype=dtype, device=device, progress=lambda *done: report(*done))
+        )
+
+
+def _check_same_shape(records: list[dict[Any, ServerInfo]], shape: str, source: ModelSource, peer: Peer) -> None:
+    for servers in records:
+        for peer_id, info in servers.items():
+            other = info.offer.fingerprint if info.offer is not None else ""
+            if other and other != shape and info.state != ServerState.OFFLINE and peer_id != peer.peer_id:
+                raise UsageError(
+                    f"another node serves a model of another shape as {source.dht_prefix!r} in this swarm: check that "
+                    "MODEL is the same everywhere, or name this one differently with --dht-prefix"
+                )
+
+
+def _choose_blocks(
+    settings: NodeSettings,
+    source: ModelSource,
+    dtype: torch.dtype,
+    device: torch.device,
+    records: list[dict[Any, ServerInfo]],
+    peer: Peer,
+) -> tuple[int, int, str]:
+    if settings.blocks is not None:
+        return (*parse_blocks(settings.blocks, source.num_blocks), "as asked")
+    count = settings.num_blocks
+    if count is None:
+        cache_tokens = settings.cache_tokens or DEFAULT_CACHE_TOKENS
+        free, block = free_memory(device), estimate_block_bytes(source, dtype)
+        cache = cache_bytes_per_token(source, dtype) * cache_tokens
+        count = blocks_that_fit(free, block, cache, source.num_blocks)
+        size = f"{(block + cache) / 2**20:.0f} MiB each with {cache_tokens} tokens of KV cache"
+        reason = f"{count} fit: {size}, {free / 2**30:.1f} GiB free"
+    elif 1 <= count <= source.num_blocks:
+        reason = "as many as asked"
+    else:
+        raise UsageError(f"--num-blocks {count}: the model has {source.num_blocks} blocks")
+    spans = dht.spans_of(records, min_state=ServerState.JOINING)
+    others = [
+        (span.start, span.end, max(span.info.throughput, 1.0))
+        for span in spans.values()
+        if span.peer_id != peer.peer_id
+    ]
+    start = choose_start(coverage(others, source.num_blocks), count)
+    return start, start + count, f"{reason}; where the swarm is thinnest"
+
+
+def _say_ready(settings: NodeSettings, source: ModelSource, peer: Peer, start: int, end: int, output: Output) -> None:
+    addresses = list(peer.addresses)
+    # the address that others can use: not the loopback one, if there is another
+    reachable = [
+        address for address in addresses if "/127.0.0.1/" not in address and "/::1/" not in address
+    ] or addresses
+    join = reachable[0]
+    output.panel(
+        "ready",
+        f"Serving blocks {start}:{end} of {source.name}",
+        [
+            "Others join with:",
+            f"  swarm-node serve {settings.model} --initial-peers {join}",
+            "Generate with:",
+            f"  swarm chat {settings.model} --initial-peers {join}",
+            "or in Python:",
+            f"  model = SwarmModelForCausalLM.from_pretrained({settings.model!r}, initial_peers=[{join!r}])",
+        ],
+        maddrs=addresses,
+        peer_id=peer.peer_id.to_base58(),
+        blocks=[start, end],
+        model=source.name,
+    )
+
+
+async def in_thread(work: Callable[[], T]) -> T:
+    """Runs ``work`` in a daemon thread, so that a node that is told to stop need not wait for it."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def resolve_future(result: T | None, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]
+
+    def run() -> None:
+        result, failure = None, None
+        try:
+            result = work()
+        except BaseException as error:
+            failure = error
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(resolve_future, result, failure)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await future

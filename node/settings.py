@@ -1,0 +1,37 @@
+"""What the user asked of a node."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from swarm.peer import PeerOptions
+
+
+@dataclass(frozen=True)
+class NodeSettings:
+    """All settings of ``swarm-node serve``; ``None`` and ``"auto"`` leave the choice to the node.
+
+    Attributes:
+        blocks: ``"START:END"``.
+        num_blocks: how many blocks, where the swarm is thinnest.
+        cache_tokens: size of the KV cache in tokens, over all sessions.
+        max_batch_tokens: tokens computed in one turn; a longer prompt is cut into chunks.
+        update_period: seconds between two announcements.
+    """
+
+    model: str
+    peer: PeerOptions = field(default_factory=PeerOptions)
+    blocks: str | None = None
+    num_blocks: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    cache_tokens: int | None = None
+    max_batch_tokens: int = 512
+    dht_prefix: str | None = None
+    name: str | None = None
+    revision: str | None = None
+    token: str | None = None
+    cache_dir: Path | None = None
+    metrics_port: int | None = None
+    update_period: float = 20.0

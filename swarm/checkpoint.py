@@ -1,0 +1,233 @@
+"""The tensors of a model on disk: which there are, in which safetensors file, and reading them one at a time."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from swarm.errors import ModelError
+from swarm.hub import HubRepo
+
+if TYPE_CHECKING:
+    from swarm.source import ModelSource
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a file's header says about one tensor."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is read when it is indexed with ``[...]``, the one operation that transformers' loader uses."""
+
+    checkpoint: Checkpoint
+    name: str
+    mapped: bool
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        tensor = self.checkpoint.read(self.name, mapped=self.mapped)
+        return tensor if index is Ellipsis else tensor[index]
+
+
+class Checkpoint:
+    """The tensors of one model.
+
+    Attributes:
+        files: file name by tensor name.
+        listing: the file that says which tensors there are (for error messages).
+    """
+
+    def __init__(self, directory: Path, hub: HubRepo | None, files: Mapping[str, str], listing: Path) -> None:
+        self.files = dict(files)
+        self.listing = listing
+        self._directory = directory
+        self._hub = hub
+        self._handles: dict[tuple[str, bool], Any] = {}
+        self._lock = threading.Lock()  # transformers' loader reads from several threads
+
+    @classmethod
+    def open(cls, source: ModelSource) -> Checkpoint:
+        """The checkpoint of ``source``. A Hub model without an index is one file, which is downloaded here.
+
+        Raises:
+            ModelError: no safetensors weights, or an index or header that can't be read.
+        """
+        directory, hub = source.path, source.hub
+        if hub is not None:
+            if (index := hub.fetch(INDEX)) is not None:
+                return cls(directory, hub, _read_index(index), index)
+            if (single := hub.fetch(SINGLE)) is not None:
+                return cls(directory, hub, _read_headers([single]), single)
+            raise ModelError(_no_weights(hub.name, has_bin=hub.fetch("pytorch_model.bin.index.json") is not None))
+        require_safetensors(directory)
+        single, index = directory / SINGLE, directory / INDEX
+        if single.is_file():  # before the index, as transformers does: an index may be left over
+            return cls(directory, None, _read_headers([single]), single)
+        if index.is_file():
+            return cls(directory, None, _read_index(index), index)
+        return cls(directory, None, _read_headers(sorted(directory.glob("*.safetensors"))), directory)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files
+
+    def fetch(self, names: Iterable[str], progress: Callable[[int, int], None] | None = None) -> None:
+        """Download the files that hold ``names``, unless they are here. ``progress(files done, files in all)``.
+
+        Raises:
+            ModelError: a file is missing, or the Hub can't be reached.
+        """
+        wanted = sorted({self.files[name] for name in names})
+        for done, file in enumerate(wanted):
+            if progress is not None:
+                progress(done, len(wanted))
+            self._locate(file)
+        if progress is not None:
+            progress(len(wanted), len(wanted))
+
+    def info(self, name: str) -> TensorInfo:
+        """File, shape and dtype of a tensor, from its file's header.
+
+        Raises:
+            ModelError: the file is missing, cut short, or does not hold the tensor.
+        """
+        handle, path = self._handle(self.files[name], mapped=True)
+        try:
+            header = handle.get_slice(name)
+        except SafetensorError as error:
+            raise ModelError(f"tensor {name} is missing from {path}, though {self.listing.name} lists it") from error
+        dtype = header.get_dtype()
+        if dtype not in _DTYPES:
+            raise ModelError(f"tensor {name} in {path} is of type {dtype}, which can't be read")
+        return TensorInfo(path, tuple(header.get_shape()), _DTYPES[dtype])
+
+    def main_dtype(self) -> torch.dtype:
+        """The dtype of most of the tensors in the first file."""
+        first = min(self.files.values())
+        counts = Counter(self.info(name).dtype for name, file in self.files.items() if file == first)
+        return counts.most_common(1)[0][0]
+
+    def read(self, name: str, *, mapped: bool = False) -> torch.Tensor:
+        """The tensor, on the CPU, in the dtype it has in the file.
+
+        Args:
+            mapped: share the memory-mapped file (pages are read when touched, and are the system's to drop) instead
+                of reading into memory of its own. A node reads: mapped pages of weights that it copies or converts
+                would count twice.
+
+        Raises:
+            ModelError: the file is missing, cut short, or does not hold the tensor.
+        """
+        handle, path = self._handle(self.files[name], mapped=mapped)
+        try:
+            return handle.get_tensor(name)
+        except SafetensorError as error:
+            raise ModelError(f"can't read tensor {name} from {path}: {error}") from error
+
+    def lazy(self, name: str, *, mapped: bool = False) -> LazyTensor:
+        """The tensor, to be read later."""
+        return LazyTensor(self, name, mapped)
+
+    def close(self) -> None:
+        """Close the files. Tensors that were read stay valid, mapped ones too."""
+        with self._lock:
+            self._handles.clear()
+
+    def _locate(self, file: str) -> Path:
+        path = self._directory / file
+        if self._hub is None:
+            if not path.is_file():
+                raise ModelError(f"{path} is missing, though {self.listing.name} lists it: copy or download it again")
+            return path
+        fetched = self._hub.fetch(file)
+        if fetched is None:
+            raise ModelError(f"{file} is missing from {self._hub.name!r} on the Hub, though {INDEX} lists it")
+        return fetched
+
+    def _handle(self, file: str, *, mapped: bool) -> tuple[Any, Path]:
+        with self._lock:
+            path = self._locate(file) if (file, mapped) not in self._handles else None
+            if path is not None:
+                self._handles[file, mapped] = (_open(path, mapped=mapped), path)
+            return self._handles[file, mapped]
+
+
+def require_safetensors(directory: Path) -> None:
+    """Check that a local directory has weights that can be read.
+
+    Raises:
+        ModelError: it has none, or only pickled ones.
+    """
+    if (directory / INDEX).is_file() or any(directory.glob("*.safetensors")):
+        return
+    raise ModelError(_no_weights(str(directory), has_bin=any(directory.glob("*.bin"))))
+
+
+def _no_weights(where: str, *, has_bin: bool) -> str:
+    if has_bin:
+        return (
+            f"{where} has its weights as .bin files only, which are never opened (they can run code): convert them "
+            f"with AutoModelForCausalLM.from_pretrained({where!r}).save_pretrained(NEW_DIRECTORY) and use that"
+        )
+    return f"no weights in {where}: there should be {SINGLE}, or {INDEX} with its shards"
+
+
+def _open(path: Path, *, mapped: bool) -> Any:
+    try:
+        if not mapped:
+            try:
+                return safe_open(path, framework="pt", backend="pread")
+            except TypeError:  # safetensors before 0.8 always maps
+                pass
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"can't read {path}: {error}; if it was cut short, copy or download it again") from error
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        # The index comes from strangers: a name must not lead out of the model's directory.
+        safe = all(
+            isinstance(file, str) and not PurePosixPath(file).is_absolute() and ".." not in PurePosixPath(file).parts
+            for file in files.values()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"can't read {index}: {type(error).__name__} {error}") from error
+    if not safe or not all(file.endswith(".safetensors") for file in files.values()):
+        raise ModelError(f"{index} names files that are not safetensors files of this model")
+    return files
+
+
+def _read_headers(paths: Iterable[Path]) -> dict[str, str]:
+    return {name: path.name for path in paths for name in _open(path, mapped=True).keys()}  # noqa: SIM118

@@ -1,0 +1,119 @@
+"""Tensors to and from hivemind's protobuf messages, the format of Petals.
+
+bfloat16 is sent as two bytes an element. hivemind's own default widens it to float32 before sending; its reader takes
+both, and so does ours.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import AsyncIterator, Iterator
+
+import torch
+from hivemind.compression import deserialize_torch_tensor, serialize_torch_tensor
+from hivemind.proto import runtime_pb2
+
+from swarm.errors import BadRequestError
+
+NONE = runtime_pb2.CompressionType.NONE
+FLOAT16 = runtime_pb2.CompressionType.FLOAT16
+COMPRESSIONS = (NONE, FLOAT16)  # the others lose too much for hidden states, so nobody is to ask for them
+
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int64": torch.int64,
+}
+PART_BYTES = 2**21
+"""Tensors sent over a streaming RPC are cut into parts of this many bytes."""
+
+# what arrives is only read, then copied into a batch
+warnings.filterwarnings("ignore", message="The given buffer is not writable")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.bfloat16`` as ``"bfloat16"``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def encode(tensor: torch.Tensor, compression: int = NONE) -> runtime_pb2.Tensor:
+    """``tensor`` (any shape, one of :data:`DTYPES`, on the CPU) as a message. Copies the data once."""
+    tensor = tensor.detach()
+    if compression != NONE:
+        return serialize_torch_tensor(tensor.float() if tensor.dtype == torch.bfloat16 else tensor, compression)
+    raw = tensor.contiguous()
+    if raw.dtype == torch.bfloat16:
+        raw = raw.view(torch.int16)  # numpy has no bfloat16
+    return runtime_pb2.Tensor(
+        buffer=raw.numpy().tobytes(), size=tensor.shape, dtype=dtype_name(tensor.dtype), compression=NONE
+    )
+
+
+def decode(message: runtime_pb2.Tensor, *, max_elements: int) -> torch.Tensor:
+    """The tensor in ``message``, as a read-only view of its bytes where the format allows.
+
+    Raises:
+        BadRequestError: a dtype, size or length that can't be, or more than ``max_elements`` elements.
+    """
+    dtype = DTYPES.get(message.dtype)
+    if dtype is None:
+        raise BadRequestError(f"tensors of dtype {message.dtype[:40]!r} are not taken")
+    shape = tuple(message.size)
+    elements = 1
+    for size in shape:
+        elements *= size
+    if len(shape) > 4 or elements > max_elements:
+        raise BadRequestError(f"a tensor of shape {shape[:8]} is too large: the limit is {max_elements} elements")
+    if message.compression == FLOAT16:
+        if len(message.buffer) != elements * 2 or dtype == torch.int64:
+            raise BadRequestError("the tensor's data does not have the length that its shape says")
+        return deserialize_torch_tensor(message)
+    if message.compression != NONE:
+        raise BadRequestError(f"compression {message.compression} is not taken")
+    buffer = message.buffer
+    if elements == 0:
+        if buffer:
+            raise BadRequestError("an empty tensor has data")
+        return torch.empty(shape, dtype=dtype)
+    if dtype == torch.bfloat16 and len(buffer) == 4 * elements:
+        return torch.frombuffer(buffer, dtype=torch.float32).view(shape).to(torch.bfloat16)
+    if len(buffer) != elements * dtype.itemsize:
+        raise BadRequestError("the tensor's data does not have the length that its shape says")
+    return torch.frombuffer(buffer, dtype=dtype).view(shape)
+
+
+def split(message: runtime_pb2.Tensor, part_bytes: int = PART_BYTES) -> Iterator[runtime_pb2.Tensor]:
+    """Cuts an encoded tensor into parts; the first has everything but the rest of the data."""
+    buffer = message.buffer
+    first = runtime_pb2.Tensor()
+    first.CopyFrom(message) if len(buffer) <= part_bytes else first.MergeFrom(
+        runtime_pb2.Tensor(size=message.size, dtype=message.dtype, compression=message.compression)
+    )
+    first.buffer = buffer[:part_bytes]
+    first.chunks = max(1, -(-len(buffer) // part_bytes))
+    yield first
+    for offset in range(part_bytes, len(buffer), part_bytes):
+        yield runtime_pb2.Tensor(buffer=buffer[offset : offset + part_bytes])
+
+
+async def join(parts: AsyncIterator[runtime_pb2.Tensor], *, max_bytes: int) -> list[runtime_pb2.Tensor]:
+    """Puts the parts of a streaming RPC together again.
+
+    Raises:
+        BadRequestError: more than ``max_bytes`` of data in all.
+    """
+    tensors: list[tuple[runtime_pb2.Tensor, list[bytes]]] = []
+    total = 0
+    async for part in parts:
+        total += len(part.buffer) + 64  # so that empty parts don't come for free
+        if total > max_bytes:
+            raise BadRequestError(f"the request is larger than {max_bytes} bytes")
+        if part.dtype or not tensors:
+            tensors.append((part, [part.buffer]))
+        else:
+            tensors[-1][1].append(part.buffer)
+    for tensor, buffers in tensors:
+        if len(buffers) > 1:
+            tensor.buffer = b"".join(buffers)
+    return [tensor for tensor, _ in tensors]

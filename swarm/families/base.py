@@ -1,0 +1,47 @@
+"""How a family of models is run block by block over our attention function: what most of them need, and the hooks."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+ATTENTION = "swarm_paged"
+"""The name under which the engine registers its attention function with transformers' ``AttentionInterface``."""
+
+
+class Family:
+    """The generic path: blocks that take their attention from transformers' interface.
+
+    Extra keywords of a block's call reach the attention function there, which is how ``batch`` gets to it.
+    """
+
+    def adapt(self, block: nn.Module, config: PreTrainedConfig) -> None:
+        """Make a block take its attention from the interface. Weights and their names stay as they are."""
+
+    def position_embeddings(
+        self, base: nn.Module, config: PreTrainedConfig, hidden: torch.Tensor, positions: torch.Tensor
+    ) -> Any:
+        """Position embeddings for a batch, as the blocks take them; a dict by layer type if its kinds of blocks differ.
+
+        Args:
+            base: the module that holds the list of blocks, with its buffers in place.
+            hidden: ``[1, N, H]``, for its dtype and device.
+            positions: ``[1, N]`` int64.
+        """
+        rotary = getattr(base, "rotary_emb", None)
+        if rotary is None:
+            return None
+        if "layer_type" in inspect.signature(rotary.forward).parameters:
+            return {kind: rotary(hidden, positions, kind) for kind in sorted(set(config.layer_types))}
+        return rotary(hidden, positions)
+
+    def run(
+        self, block: nn.Module, hidden: torch.Tensor, positions: torch.Tensor, embeddings: Any, batch: Any
+    ) -> torch.Tensor:
+        """One block. ``hidden`` ``[1, N, H]`` in and out; ``positions`` ``[1, N]`` int64; ``embeddings`` of its kind."""
+        output = block(hidden, position_embeddings=embeddings, position_ids=positions, attention_mask=None, batch=batch)
+        return output[0] if isinstance(output, tuple) else output

@@ -1,0 +1,288 @@
+"""A model's own transformers class without memory behind it, and giving memory to the parts that are wanted.
+
+Nodes load a span of blocks (:func:`load_span`), clients all but the blocks (:func:`load_ends`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from swarm.checkpoint import Checkpoint
+from swarm.errors import ModelError, UsageError
+from swarm.families import ATTENTION, Family, family_of
+from swarm.probe import PROBE, KVGeometry, probe_block
+from swarm.source import ModelSource
+from swarm.span import Prepared, Span
+from swarm.weights import load_weights, plan_weights
+
+__all__ = ["Prepared", "Skeleton", "Span", "build_skeleton", "estimate_block_bytes", "load_ends", "load_span"]
+
+_KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model on the meta device.
+
+    Attributes:
+        model: the whole model, with a config of its own.
+        base: the module in it that holds the list of blocks.
+        layers: that list.
+        layers_name: its name in ``model``, such as ``model.layers``.
+    """
+
+    model: PreTrainedModel
+    base: nn.Module
+    layers: nn.ModuleList
+    layers_name: str
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        return self.model.config
+
+    def empty_layers(self) -> None:
+        """Leave the model without its blocks."""
+        setattr(self.base, self.layers_name.rpartition(".")[2], nn.ModuleList())
+
+
+def build_skeleton(source: ModelSource, dtype: torch.dtype, *, attention: str | None = None) -> Skeleton:
+    """The model's own class, no memory behind its parameters and buffers.
+
+    Raises:
+        ModelError: its config can't be built, or no list of decoder blocks is found in it.
+    """
+    config = copy.deepcopy(source.config)
+    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+    except Exception as error:  # a class's own complaints about its config
+        raise ModelError(f"can't build model {source.name!r} from its config: {error}") from error
+    name = _layers_name(model, source.num_blocks)
+    parent = model.get_submodule(name.rpartition(".")[0])
+    layers = model.get_submodule(name)
+    assert isinstance(layers, nn.ModuleList)
+    return Skeleton(model.eval(), parent, layers, name)
+
+
+def load_span(
+    source: ModelSource,
+    start: int,
+    end: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    progress: Callable[[int, int], None] | None = None,
+) -> Span:
+    """Blocks ``start:end``, one at a time, so that little more memory is used than they need in the end.
+
+    Args:
+        progress: called with the number of blocks done and the number of blocks, from ``(0, n)`` to ``(n, n)``.
+
+    Raises:
+        UsageError: the model has no such blocks.
+        ModelError: the weights can't be loaded, or this architecture can't be served.
+    """
+    if not 0 <= start < end <= source.num_blocks:
+        raise UsageError(f"blocks {start}:{end} are not in this model: it has blocks 0:{source.num_blocks}")
+    device = torch.device(device)
+    skeleton = build_skeleton(source, dtype, attention="eager")
+    model, config, family = skeleton.model, skeleton.config, family_of(source.model_type)
+    checkpoint = Checkpoint.open(source)
+    plan = plan_weights(model, checkpoint)  # before unwanted blocks go: renames look at the whole model's names
+
+    wanted = range(start, end)
+    for index in range(source.num_blocks):
+        if index not in wanted:
+            skeleton.layers[index] = nn.Identity()
+    kinds = _layer_kinds(source)[start:end]
+    for module in skeleton.base.children():
+        # Rotary embeddings have buffers and no parameters; what else is outside the blocks is the client's.
+        if module is not skeleton.layers and not any(True for _ in module.parameters()):
+            _fill_buffers(model, module, device)
+    for index in wanted:
+        family.adapt(skeleton.layers[index], config)
+    geometry = _kv_geometry(skeleton, family, wanted, kinds, dtype, device)
+
+    names = [f"{skeleton.layers_name}.{index}." for index in wanted]
+    plans = [plan.only(lambda key, name=name: key.startswith(name)) for name in names]  # type: ignore[misc]
+    checkpoint.fetch([key for part in plans for key in part.keys()])
+    for done, (index, name, part) in enumerate(zip(wanted, names, plans, strict=True)):
+        if progress is not None:
+            progress(done, len(wanted))
+        _fill_buffers(model, skeleton.layers[index], device)
+        missing = load_weights(model, part, checkpoint, dtype=dtype, device=device)
+        _require_none(checkpoint, sorted(key for key in missing if key.startswith(name)))
+    if progress is not None:
+        progress(len(wanted), len(wanted))
+    checkpoint.close()
+
+    # Set by hand, not as an option of the build, which insists that the function be registered already.
+    config._attn_implementation = ATTENTION
+    blocks = nn.ModuleList(skeleton.layers[index] for index in wanted).requires_grad_(False).eval()
+    return Span(
+        start=start,
+        end=end,
+        dtype=dtype,
+        device=device,
+        hidden_size=source.hidden_size,
+        kv_heads=geometry.kv_heads,
+        key_dim=geometry.key_dim,
+        value_dim=geometry.value_dim,
+        parameter_bytes=sum(_bytes(parameter) for parameter in blocks.parameters()),
+        config=config,
+        blocks=blocks,
+        base=skeleton.base,
+        family=family,
+        kinds=kinds,
+    )
+
+
+def load_ends(source: ModelSource, *, dtype: torch.dtype | str = "checkpoint") -> PreTrainedModel:
+    """The whole model's class with everything but its blocks: embeddings, final norm, head.
+
+    The list of blocks is there, and empty. Weights are memory-mapped and, where ``dtype`` is that of the file, never
+    copied. Tied weights are tied.
+
+    Args:
+        dtype: ``"checkpoint"`` for the checkpoint's own.
+
+    Raises:
+        ModelError: the weights can't be loaded.
+    """
+    chosen = source.dtype if isinstance(dtype, str) else dtype
+    if isinstance(dtype, str) and dtype != "checkpoint":
+        raise UsageError(f"dtype is a torch.dtype or 'checkpoint'; got {dtype!r}")
+    skeleton = build_skeleton(source, chosen)
+    model = skeleton.model
+    checkpoint = Checkpoint.open(source)
+    plan = plan_weights(model, checkpoint)
+    skeleton.empty_layers()
+    plan = plan.only(set(model.state_dict()).__contains__)
+    checkpoint.fetch(plan.keys())
+    device = torch.device("cpu")
+    _fill_buffers(model, model, device)
+    missing = load_weights(model, plan, checkpoint, dtype=chosen, device=device, mapped=True)
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    _require_none(checkpoint, sorted(name for name, tensor in model.state_dict().items() if tensor.is_meta))
+    checkpoint.close()
+    if model.can_generate():
+        _read_generation_config(model, source)
+    return model.requires_grad_(False).eval()
+
+
+def estimate_block_bytes(source: ModelSource, dtype: torch.dtype) -> int:
+    """Memory that the weights of one block take in ``dtype``; of the largest one where they differ."""
+    skeleton = build_skeleton(source, dtype, attention="eager")
+    return max(sum(_bytes(parameter) for parameter in block.parameters()) for block in skeleton.layers)
+
+
+def _layers_name(model: PreTrainedModel, count: int) -> str:
+    # The outermost: a list of experts in a block may happen to be of the same length.
+    names = [
+        name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    if not names:
+        raise ModelError(f"models of class {type(model).__name__} can't be served: they have no list of {count} blocks")
+    return min(names, key=lambda name: name.count("."))
+
+
+def _layer_kinds(source: ModelSource) -> tuple[str, ...]:
+    kinds = getattr(source.config, "layer_types", None) or ["full_attention"] * source.num_blocks
+    if unknown := sorted(set(kinds) - _KNOWN_LAYER_TYPES):
+        raise ModelError(f"model {source.name!r} can't be served yet: it has layers of type {', '.join(unknown)}")
+    return tuple(kinds)
+
+
+def _kv_geometry(
+    skeleton: Skeleton, family: Family, wanted: range, kinds: tuple[str, ...], dtype: torch.dtype, device: torch.device
+) -> KVGeometry:
+    config = skeleton.config
+    config._attn_implementation = PROBE
+    hidden = torch.zeros(1, 1, config.hidden_size, dtype=dtype, device=device)
+    positions = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    embeddings = family.position_embeddings(skeleton.base, config, hidden, positions)
+    hidden, positions, embeddings = tree_map_only(
+        torch.Tensor, lambda tensor: tensor.to("meta"), (hidden, positions, embeddings)
+    )
+    found = {
+        probe_block(
+            family,
+            skeleton.layers[index],
+            hidden,
+            positions,
+            embeddings[kind] if isinstance(embeddings, dict) else embeddings,
+        )
+        for index, kind in zip(wanted, kinds, strict=True)
+    }
+    if len(found) > 1:
+        raise ModelError(f"blocks {wanted.start}:{wanted.stop} can't be served by one node: their KV caches differ")
+    return found.pop()
+
+
+def _fill_buffers(model: PreTrainedModel, root: nn.Module, device: torch.device) -> None:
+    """Memory and values for buffers that no checkpoint holds, such as rotary frequencies.
+
+    transformers computes them when a module is initialized. Parameters are on the meta device still, so that
+    initializing them too costs nothing.
+    """
+    for module in root.modules():
+        names = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]
+        if not names:
+            continue
+        for name in names:
+            buffer = torch.empty_like(module._buffers[name], device=device)  # type: ignore[arg-type]
+            module._buffers[name] = buffer.fill_(_never(buffer.dtype))
+        model._init_weights(module)
+        for name in names:
+            filled = module._buffers[name]
+            assert filled is not None
+            if filled.dtype is not torch.bool and bool((filled == _never(filled.dtype)).any()):
+                raise ModelError(f"{type(module).__name__}.{name} can't be computed by this version of transformers")
+
+
+def _never(dtype: torch.dtype) -> float:
+    """A value that no buffer has."""
+    if dtype is torch.bool:
+        return 0
+    return torch.finfo(dtype).max if dtype.is_floating_point else torch.iinfo(dtype).min
+
+
+def _require_none(checkpoint: Checkpoint, missing: list[str]) -> None:
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise ModelError(
+            f"tensor {missing[0]}{more} is missing from {checkpoint.listing}: the checkpoint is incomplete"
+        )
+
+
+def _read_generation_config(model: PreTrainedModel, source: ModelSource) -> None:
+    """The model's own defaults for ``generate()``, as ``from_pretrained`` reads them."""
+    directory = source.path
+    if source.hub is not None:
+        source.hub.fetch("generation_config.json")
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def cache_bytes_per_token(source: ModelSource, dtype: torch.dtype) -> int:
+    """Memory that one token takes in the KV cache of one block."""
+    skeleton, family, device = build_skeleton(source, dtype, attention="eager"), family_of(source.model_type), "cpu"
+    for module in skeleton.base.children():
+        if module is not skeleton.layers and not any(True for _ in module.parameters()):
+            _fill_buffers(skeleton.model, module, torch.device(device))
+    family.adapt(skeleton.layers[0], skeleton.config)
+    geometry = _kv_geometry(skeleton, family, range(1), _layer_kinds(source)[:1], dtype, torch.device(device))
+    return geometry.kv_heads * (geometry.key_dim + geometry.value_dim) * dtype.itemsize

@@ -1,0 +1,178 @@
+"""From what the user typed as MODEL to a model that can be loaded: its config, its sizes and its name in the DHT."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from swarm.checkpoint import Checkpoint, require_safetensors
+from swarm.errors import ModelError, UsageError
+from swarm.hub import HubRepo
+
+BUNDLED = ("demo", "demo-draft")
+"""Names of the small models that come with the package."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that exists: where it is, and what its config says.
+
+    Attributes:
+        name: as the user typed it.
+        path: the directory that holds ``config.json``; for a local model the weights too.
+        config: the transformers config of the (text) model. Shared: copy it before changing it.
+        dht_prefix: the model's name in the DHT; block ``i`` is announced under ``{dht_prefix}.{i}``.
+        dtype: of the checkpoint.
+        hub: the Hub repository, pinned to one commit; None for a local model.
+    """
+
+    name: str
+    path: Path
+    config: PreTrainedConfig
+    dht_prefix: str
+    dtype: torch.dtype
+    hub: HubRepo | None = None
+
+    @property
+    def is_local(self) -> bool:
+        return self.hub is None
+
+    @property
+    def model_type(self) -> str:
+        return self.config.model_type
+
+    @property
+    def num_blocks(self) -> int:
+        return self.config.num_hidden_layers
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest sequence that the model was made for; None if its config does not say (ALiBi models)."""
+        for name in ("max_position_embeddings", "seq_length"):
+            if (value := getattr(self.config, name, None)) is not None:
+                return int(value)
+        return None
+
+
+def resolve(
+    model: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    dht_prefix: str | None = None,
+) -> ModelSource:
+    """The model that ``model`` names: a local directory, ``demo`` or ``demo-draft``, or a Hub id, looked up in this order.
+
+    Only a Hub id touches the network, and only for the config (weights are fetched when they are loaded).
+
+    Raises:
+        ModelError: not found, no config, no weights in safetensors form, or an architecture that can't be used.
+        UsageError: ``dht_prefix`` has a dot or a space.
+
+    Example:
+        >>> source = resolve("meta-llama/Llama-3.1-8B")
+        >>> source.num_blocks, source.dht_prefix
+        (32, 'Llama-3-1-8B-hf')
+    """
+    directory = _local_directory(model)
+    if directory is not None:
+        hub = None
+        if not (directory / "config.json").is_file():
+            raise ModelError(f"no config.json in {directory}: give the directory of a transformers model")
+        require_safetensors(directory)
+    else:
+        hub, directory = _hub_directory(HubRepo(model, revision, token, cache_dir))
+    config = _read_config(model, directory)
+
+    if dht_prefix is None:
+        dht_prefix = default_dht_prefix(directory.name if hub is None else model, config.model_type)
+    elif not dht_prefix or "." in dht_prefix or any(character.isspace() for character in dht_prefix):
+        raise UsageError(f"a DHT prefix can't be empty or hold dots or spaces; got {dht_prefix!r}")
+
+    dtype = config.dtype
+    source = ModelSource(model, directory, config, dht_prefix, dtype or torch.float32, hub)
+    if dtype is None:
+        source = replace(source, dtype=Checkpoint.open(source).main_dtype())
+    return source
+
+
+def default_dht_prefix(model: str, model_type: str) -> str:
+    """The name under which Petals 2.2 announces ``model`` too, so that both can serve one swarm.
+
+    Petals' rule differs by family: BLOOM keeps the owner and gets a suffix from Petals' early days, the others go by
+    the last part of the name only (copies of one model under several owners make one swarm), Llama always with "-hf".
+    """
+    if model_type == "bloom":
+        prefix = f"{model}-petals"
+    else:
+        prefix = model.rstrip("/").split("/")[-1]
+    prefix = "-".join(prefix.replace(".", "-").split())
+    if model_type == "llama" and not prefix.endswith("-hf"):
+        prefix += "-hf"
+    return prefix
+
+
+def _local_directory(model: str) -> Path | None:
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if model in BUNDLED:
+        bundled = Path(str(resources.files("swarm"))) / "data" / model
+        if bundled.is_dir():
+            return bundled
+        raise ModelError(f"model {model!r} is missing from this installation: install the package again")
+    if model.startswith(("/", "./", "../", "~")) or not model:
+        raise ModelError(f"there is no directory {model!r}")
+    return None
+
+
+def _hub_directory(repo: HubRepo) -> tuple[HubRepo, Path]:
+    config_file = repo.fetch("config.json")
+    if config_file is None:
+        raise ModelError(f"no config.json in {repo.name!r} on the Hub: it is not a transformers model")
+    # The cache keeps a snapshot in a folder named after its commit. With the commit pinned, weights that are fetched
+    # later belong to this config even if somebody pushes in between, and cached ones need no network.
+    return replace(repo, revision=config_file.parent.name), config_file.parent
+
+
+def _read_config(model: str, directory: Path) -> PreTrainedConfig:
+    file = directory / "config.json"
+    try:
+        raw: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"can't read {file}: {error}") from error
+    model_type = raw.get("model_type") if isinstance(raw, dict) else None
+    if not isinstance(model_type, str):
+        raise ModelError(f"{file} has no model_type: it is not the config of a transformers model")
+    if model_type not in CONFIG_MAPPING:
+        raise ModelError(
+            f"model {model!r} is of type {model_type!r}, which this version of transformers does not know: "
+            "upgrade transformers (models that bring their own code are not run)"
+        )
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # a config's own checks raise all sorts
+        raise ModelError(f"can't use {file}: {str(error).strip().splitlines()[0]}") from error
+    config = config.get_text_config(decoder=True)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(f"model {model!r} is of type {model_type!r}, which is not a causal language model")
+    if getattr(config, "quantization_config", None) is not None or raw.get("quantization_config") is not None:
+        raise ModelError(f"model {model!r} is a quantized checkpoint, which can't be read: use the original weights")
+    return config

@@ -1,0 +1,72 @@
+"""The blocks that a node serves, ready to run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from swarm.families import Family
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What all blocks need to know about one batch.
+
+    Attributes:
+        positions: ``[1, N]`` int64, on the span's device.
+        embeddings: position embeddings as the family's blocks take them (rotary: a pair of ``[1, N, head_dim]``;
+            ALiBi: slopes ``[heads]``), or a dict of them by layer type, or None.
+    """
+
+    positions: torch.Tensor
+    embeddings: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """Blocks ``start:end`` of a model, frozen and in evaluation mode.
+
+    Attributes:
+        kv_heads, key_dim, value_dim: of each block's KV cache.
+        parameter_bytes: memory of the weights.
+    """
+
+    start: int
+    end: int
+    dtype: torch.dtype
+    device: torch.device
+    hidden_size: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    parameter_bytes: int
+    config: PreTrainedConfig
+    blocks: nn.ModuleList = field(repr=False)
+    base: nn.Module = field(repr=False)
+    family: Family = field(repr=False)
+    kinds: tuple[str, ...] = field(repr=False)
+
+    def prepare(self, hidden: torch.Tensor, positions: torch.Tensor) -> Prepared:
+        """Position embeddings, once per batch. ``hidden`` ``[1, N, H]`` in the span's dtype and on its device (only
+        those are looked at), ``positions`` ``[1, N]`` int64."""
+        with torch.no_grad():
+            embeddings = self.family.position_embeddings(self.base, self.config, hidden, positions)
+        return Prepared(positions, embeddings)
+
+    def run(self, block: int, hidden: torch.Tensor, prepared: Prepared, batch: Any) -> torch.Tensor:
+        """One block, by its index in the model. ``hidden`` ``[1, N, H]``, and so is the result. Differentiable with
+        respect to ``hidden`` unless called under ``no_grad`` or ``inference_mode``.
+
+        Raises:
+            IndexError: the block is not in this span.
+        """
+        if not self.start <= block < self.end:
+            raise IndexError(f"block {block} is not in {self.start}:{self.end}")
+        embeddings = prepared.embeddings
+        if isinstance(embeddings, dict):
+            embeddings = embeddings[self.kinds[block - self.start]]
+        return self.family.run(self.blocks[block - self.start], hidden, prepared.positions, embeddings, batch)

@@ -1,0 +1,260 @@
+"""The engine's thread: order, errors, closing, cache limits, stopping."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from swarm.errors import BadRequestError, LeavingError, OutOfCacheError, RemoteError
+from swarm.node.engine.engine import Engine
+
+Get = Callable[[str], Any]
+Start = Callable[..., Engine]
+SIZE = 64
+WAIT_S = 30
+
+
+class FragileSpan:
+    """A span that fails on demand: on blocks in ``failing``, and that waits for ``gate`` if there is one."""
+
+    def __init__(self, span: Any) -> None:
+        self._span = span
+        self.failing: set[int] = set()
+        self.gate: threading.Event | None = None
+        self.entered = threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._span, name)
+
+    def run(self, block: int, hidden: torch.Tensor, prepared: Any, batch: Any) -> torch.Tensor:
+        self.entered.set()
+        if self.gate is not None:
+            self.gate.wait(WAIT_S)
+        output: torch.Tensor = self._span.run(block, hidden, prepared, batch)
+        if block in self.failing:
+            raise RuntimeError("the block broke")
+        return output
+
+
+def hidden(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, columns, SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture()
+def span(reference: Get) -> FragileSpan:
+    return FragileSpan(reference("llama-gqa").span)
+
+
+def result(future: Future[Any]) -> Any:
+    return future.result(timeout=WAIT_S)
+
+
+def test_out_of_cache_hits_one_step_only_and_changes_nothing(span: FragileSpan, start_engine: Start) -> None:
+    engine = start_engine(span, cache_tokens=40, page_size=4)
+    small, large = engine.open(rows=1, first=0, last=4), engine.open(rows=2, first=0, last=4)
+    inputs = hidden(2, 12)
+    expected = result(engine.forward(inputs, first=0, last=4))
+    result(engine.step(large, inputs[:, :10], start=0))
+    result(engine.step(small, inputs[:1, :8], start=0))
+    assert engine.stats().cache_tokens_free == 40 - 24 - 8
+    with pytest.raises(OutOfCacheError):
+        result(engine.step(large, hidden(2, 20), start=4))
+    with pytest.raises(OutOfCacheError):
+        result(engine.step(large, hidden(6, 1), start=10, hypo_ids=[0, 1, 0, 1, 0, 1]))
+    assert large.position == 10
+    torch.testing.assert_close(result(engine.step(large, inputs[:, 10:], start=10)), expected[:, 10:])
+    torch.testing.assert_close(result(engine.step(small, inputs[:1, 8:], start=8)), expected[:1, 8:])
+    engine.step(small, hidden(1, 4), start=12).exception(timeout=WAIT_S)
+    with pytest.raises(OutOfCacheError):
+        engine.open(rows=11, first=0, last=4)
+    engine.close(large)
+    engine.close(small)
+    result(engine.forward(inputs, first=0, last=4))
+    assert engine.stats().cache_tokens_free == 40
+
+
+def test_a_failed_batch_leaves_the_sessions_as_they_were(span: FragileSpan, start_engine: Start) -> None:
+    engine = start_engine(span)
+    session = engine.open(rows=1, first=0, last=4)
+    inputs = hidden(1, 20)
+    expected = result(engine.forward(inputs, first=0, last=4))
+    result(engine.step(session, inputs[:, :5], start=0))
+    free = engine.stats().cache_tokens_free
+    span.failing = {2}
+    with pytest.raises(RuntimeError, match="broke"):
+        result(engine.step(session, inputs[:, 5:], start=5))
+    with pytest.raises(RuntimeError, match="broke"):
+        result(engine.forward(inputs, first=0, last=4))
+    with pytest.raises(RuntimeError, match="broke"):
+        result(engine.backward(inputs, inputs, first=0, last=4))
+    span.failing = set()
+    assert engine.stats().cache_tokens_free == free
+    assert engine.stats().failures == 3
+    torch.testing.assert_close(result(engine.step(session, inputs[:, 5:], start=5)), expected[:, 5:])
+
+
+def test_a_failed_reorder_breaks_its_session(span: FragileSpan, start_engine: Start) -> None:
+    engine = start_engine(span)
+    session = engine.open(rows=2, first=0, last=4)
+    result(engine.step(session, hidden(2, 5), start=0))
+    span.failing = {0}
+    with pytest.raises(RuntimeError, match="broke"):
+        result(engine.step(session, hidden(2, 1), start=5, hypo_ids=[1, 1]))
+    span.failing = set()
+    with pytest.raises(RemoteError, match="open a new session"):
+        result(engine.step(session, hidden(2, 1), start=5))
+
+
+def test_malformed_steps_are_refused_and_change_nothing(span: FragileSpan, start_engine: Start) -> None:
+    engine = start_engine(span)
+    session = engine.open(rows=2, first=1, last=3)
+    result(engine.step(session, hidden(2, 3), start=0))
+    bad: list[tuple[torch.Tensor, dict[str, Any]]] = [
+        (hidden(2, 1), {"start": 4}),
+        (hidden(2, 1), {"start": -1}),
+        (hidden(3, 1), {"start": 3}),
+        (hidden(2, 1)[0], {"start": 3}),
+        (hidden(2, 1)[..., :5], {"start": 3}),
+        (hidden(2, 1).long(), {"start": 3}),
+        (hidden(2, 1), {"start": 3, "hypo_ids": [0, 2]}),
+        (hidden(2, 1), {"start": 3, "hypo_ids": [0]}),
+        (hidden(2, 1), {"start": 3, "prompts": torch.zeros(1, 2, 1, SIZE)}),
+        (hidden(2, 1), {"start": 3, "prompts": torch.zeros(2, 3, 1, SIZE)}),
+    ]
+    for inputs, options in bad:
+        with pytest.raises(BadRequestError):
+            result(engine.step(session, inputs, **options))
+    assert session.position == 3
+    for first, last in ((0, 5), (3, 3), (-1, 2)):
+        with pytest.raises(BadRequestError):
+            engine.open(rows=1, first=first, last=last)
+        with pytest.raises(BadRequestError):
+            result(engine.forward(hidden(1, 1), first=first, last=last))
+    with pytest.raises(BadRequestError):
+        engine.open(rows=2, first=0, last=4, left_padding=[1])
+    with pytest.raises(BadRequestError):
+        result(engine.backward(hidden(1, 2), hidden(1, 3), first=0, last=4))
+    result(engine.step(session, hidden(2, 1), start=3))
+
+
+def test_closing_cancels_what_waits(span: FragileSpan, start_engine: Start) -> None:
+    engine = start_engine(span, max_batch_tokens=16)
+    session, other = engine.open(rows=1, first=0, last=4), engine.open(rows=1, first=0, last=4)
+    span.gate = threading.Event()
+    begun = engine.step(session, hidden(1, 40), start=0)
+    assert span.entered.wait(WAIT_S)
+    waiting = engine.step(session, hidden(1, 1), start=40)
+    kept = engine.step(other, hidden(1, 3), start=0)
+    engine.close(session)
+    engine.close(session)
+    late = engine.step(session, hidden(1, 1), start=41)
+    span.gate.set()
+    for future in (begun, waiting, late):
+        with pytest.raises(CancelledError):
+            result(future)
+    assert result(kept).shape == (1, 3, SIZE)
+    engine.close(other)
+    result(engine.forward(hidden(1, 1), first=0, last=4))
+    assert engine.stats().cache_tokens_free == 4096
+    assert engine.stats().sessions == 0
+
+
+def test_a_cancelled_future_is_skipped(span: FragileSpan, start_engine: Start) -> None:
+    engine = start_engine(span)
+    session, other = engine.open(rows=1, first=0, last=4), engine.open(rows=1, first=0, last=4)
+    span.gate = threading.Event()
+    running = engine.step(other, hidden(1, 1), start=0)
+    assert span.entered.wait(WAIT_S)
+    step, dense = engine.step(session, hidden(1, 3), start=0), engine.forward(hidden(1, 1), first=0, last=4)
+    assert step.cancel()
+    assert dense.cancel()
+    span.gate.set()
+    result(running)
+    assert result(engine.step(session, hidden(1, 2), start=0)).shape == (1, 2, SIZE)
+
+
+def test_decode_goes_on_during_a_long_prefill(span: FragileSpan, start_engine: Start) -> None:
+    engine = start_engine(span, max_batch_tokens=16)
+    long, short = engine.open(rows=1, first=0, last=4), engine.open(rows=1, first=0, last=4)
+    span.gate = threading.Event()
+    prefill = engine.step(long, hidden(1, 600), start=0)
+    assert span.entered.wait(WAIT_S)
+    steps = [engine.step(short, hidden(1, 1), start=at) for at in range(10)]
+    done: list[str] = []
+    prefill.add_done_callback(lambda _: done.append("prefill"))
+    steps[-1].add_done_callback(lambda _: done.append("decode"))
+    forward = engine.forward(hidden(40, 4), first=0, last=4)
+    span.gate.set()
+    result(prefill)
+    result(forward)
+    assert done == ["decode", "prefill"]
+    stats = engine.stats()
+    assert (stats.prefill_tokens, stats.decode_tokens, stats.dense_tokens) == (600, 10, 160)
+    assert stats.busy_s > 0
+    assert len(stats.recent_step_s) == min(64, stats.batches)
+    assert stats.waiting == 0
+
+
+def test_stopping_fails_what_waits(span: FragileSpan, start_engine: Start) -> None:
+    engine = start_engine(span)
+    session = engine.open(rows=1, first=0, last=4)
+    span.gate = threading.Event()
+    running = engine.step(session, hidden(1, 1), start=0)
+    assert span.entered.wait(WAIT_S)
+    left = [engine.step(session, hidden(1, 1), start=1), engine.forward(hidden(1, 1), first=0, last=4)]
+    stopper = threading.Thread(target=engine.stop)
+    stopper.start()
+    span.gate.set()
+    stopper.join(WAIT_S)
+    result(running)
+    left += [engine.step(session, hidden(1, 1), start=1), engine.forward(hidden(1, 1), first=0, last=4)]
+    for future in left:
+        # what was received with the batch may have run yet
+        error = future.exception(timeout=WAIT_S)
+        assert error is None or isinstance(error, LeavingError)
+    assert isinstance(left[-1].exception(), LeavingError)
+    engine.close(session)
+    with pytest.raises(LeavingError):
+        engine.open(rows=1, first=0, last=4)
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_random_sessions_get_what_they_would_get_alone(reference: Get, data: st.DataObject) -> None:
+    engine = Engine(reference("llama-gqa").span, cache_tokens=160, page_size=2, max_batch_tokens=8)
+    engine.start()
+    try:
+        runs = []
+        for number in range(data.draw(st.integers(1, 5))):
+            first, last = data.draw(st.sampled_from([(0, 4), (0, 2), (1, 4)]))
+            session = engine.open(rows=1, first=first, last=last)
+            inputs = hidden(1, 40, seed=number)
+            futures = []
+            at = 0
+            for length in data.draw(st.lists(st.integers(1, 10), min_size=1, max_size=4)):
+                at = max(0, at - data.draw(st.integers(0, 2)))
+                futures.append((at, at + length, engine.step(session, inputs[:, at : at + length], start=at)))
+                at += length
+            runs.append((session, inputs, futures, data.draw(st.booleans())))
+            if runs[-1][3]:
+                engine.close(session)
+        for session, inputs, futures, closed in runs:
+            whole = result(engine.forward(inputs, first=session.first, last=session.last))
+            for begin, end, future in futures:
+                if closed and (future.cancelled() or future.exception(timeout=WAIT_S) is not None):
+                    continue
+                if isinstance(future.exception(timeout=WAIT_S), OutOfCacheError | BadRequestError):
+                    continue
+                torch.testing.assert_close(result(future), whole[:, begin:end], atol=1e-5, rtol=1e-5)
+            engine.close(session)
+        result(engine.forward(hidden(1, 1), first=0, last=4))
+        assert engine.stats().cache_tokens_free == 160
+    finally:
+        engine.stop()
