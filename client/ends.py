@@ -174,9 +174,13 @@ def _trunk_of(model: PreTrainedModel) -> tuple[nn.Module, str]:
 def _drop_position_biases(trunk: nn.Module) -> None:
     """ALiBi families make the bias for all layers in their trunk. The blocks' nodes make their own."""
     if hasattr(trunk, "use_alibi"):  # Falcon
-        trunk.use_alibi = False
+        trunk.__dict__["use_alibi"] = False
     if hasattr(trunk, "build_alibi_tensor"):  # BLOOM; without a mask it goes by the cache's get_mask_sizes
-        trunk.build_alibi_tensor = lambda mask, heads, dtype: torch.empty(0, dtype=dtype)
+        trunk.__dict__["build_alibi_tensor"] = _no_biases
+
+
+def _no_biases(mask: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(0, dtype=dtype)
 
 
 def _expects_tuple(trunk: nn.Module, stack: StackOfBlocks) -> bool:

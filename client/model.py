@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils import ModelOutput
 
@@ -29,10 +29,9 @@ if TYPE_CHECKING:
     from .hop import Hop
     from .swarm_connection import SwarmConnection
 
-    class _Family(PreTrainedModel, GenerationMixin):
-        """For type checkers: the facade is always mixed into some family's ForCausalLM class."""
-else:
-    _Family = object
+# The facade is always mixed into some family's ForCausalLM class. That is only known when it is made, so to type
+# checkers what is inherited is Any.
+_Family: Any = object
 
 
 class SwarmModelForCausalLM(_Family):
@@ -67,7 +66,7 @@ class SwarmModelForCausalLM(_Family):
     # Making and ending one
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         model: str,
         *,
@@ -122,7 +121,7 @@ class SwarmModelForCausalLM(_Family):
         facade = SwarmModelForCausalLM if issubclass(cls, PreTrainedModel) else cls  # cls: a facade class, or an own
         blocks = RemoteBlocks(connection, 0, connection.num_blocks)
         put_blocks_in(ends, blocks)
-        ends.__class__ = _facade_class(facade, type(ends))
+        ends.__class__ = _facade_class(facade, type(ends))  # type: ignore[arg-type]  # classes are hashable
         ends.eval()
         model: Any = ends
         model.blocks = blocks
@@ -184,7 +183,7 @@ class SwarmModelForCausalLM(_Family):
         return stream_tokens(generate)
 
     @torch.no_grad()
-    def generate(  # type: ignore[override]
+    def generate(
         self, inputs: Tensor | None = None, *args: Any, session: ModelSession | None = None, **kwargs: Any
     ) -> ModelOutput | Tensor:
         """transformers' ``generate`` with all its options: sampling, beams, stopping criteria, streamers, assistants.

@@ -18,7 +18,7 @@ from swarm.node.engine import executor
 from swarm.node.engine.batch import pack
 from swarm.node.engine.executor import PlacedPrompts
 from swarm.node.engine.kv_cache import KVCache, Sequence
-from swarm.node.engine.pacing import Pacer
+from swarm.node.engine.pacing import Gatherer, Pacer
 from swarm.node.engine.scheduler import DECODE_COLUMNS, Waiting, plan_turn
 from swarm.node.engine.session import DenseWork, EngineSession, StepWork
 from swarm.node.engine.stats import EngineStats
@@ -58,6 +58,9 @@ class Engine:
             device=span.device,
         )
         self._pacer = Pacer(max_batch_tokens)
+        self._gatherer = Gatherer()
+        self._answered: set[EngineSession] = set()  # by the turn before, and not back yet
+        self._answered_at = 0.0
         self._inbox: SimpleQueue[_Message] = SimpleQueue()
         self._sessions: set[EngineSession] = set()
         self._ready: deque[EngineSession] = deque()  # sessions with waiting work, who waits longest first
@@ -195,23 +198,38 @@ class Engine:
         while True:
             idle = not self._ready and not self._dense
             try:
-                kind, content = self._inbox.get(block=idle)
+                message = self._inbox.get(block=idle, timeout=None if idle else self._patience_left())
             except Empty:
+                self._answered.clear()
                 return True
-            if kind == "stop":
+            if message[0] == "stop":
                 return False
-            if kind == "step":
-                session, work = content
-                if session.closed:
-                    work.future.cancel()
-                    continue
-                session.waiting.append(work)
-                if len(session.waiting) == 1:
-                    self._ready.append(session)
-            elif kind == "dense":
-                self._dense.append(content)
-            else:
-                self._close(content)
+            self._accept(message)
+
+    def _patience_left(self) -> float | None:
+        """How long to wait, with work at hand, for those who were just answered. 0: not at all."""
+        if not self._answered or not self._ready:
+            return 0.0
+        return max(0.0, self._answered_at + self._gatherer.patience_s() - time.perf_counter())
+
+    def _accept(self, message: _Message) -> None:
+        kind, content = message
+        if kind == "step":
+            session, work = content
+            if session.closed:
+                work.future.cancel()
+                return
+            if session.answered_at is not None:
+                self._gatherer.returned(time.perf_counter() - session.answered_at)
+                session.answered_at = None
+                self._answered.discard(session)
+            session.waiting.append(work)
+            if len(session.waiting) == 1:
+                self._ready.append(session)
+        elif kind == "dense":
+            self._dense.append(content)
+        else:
+            self._close(content)
 
     def _turn(self) -> None:
         self._turn_steps()
@@ -266,6 +284,8 @@ class Engine:
         self._decode_tokens += decode
         self._count(seconds)
         self._pacer.ran(prefill=prefill, decode=decode, seconds=seconds)
+        if decode:
+            self._gatherer.ran(seconds)
         for (session, work, columns), output in zip(chosen, outputs, strict=True):
             self._advance(session, work, columns, output)
 
@@ -372,6 +392,9 @@ class Engine:
             self._ready.append(session)
             return
         self._drop_first(session)
+        if not session.waiting and work.columns <= DECODE_COLUMNS:
+            session.answered_at = self._answered_at = time.perf_counter()
+            self._answered.add(session)
         work.future.set_result(output)
 
     def _undo(self, session: EngineSession, work: StepWork) -> None:
@@ -467,6 +490,7 @@ class Engine:
         if session in self._sessions:
             self._sessions.discard(session)
             self._cache.release(session.rows)
+            self._answered.discard(session)
         if session.waiting:
             self._ready.remove(session)
         for work in session.waiting:

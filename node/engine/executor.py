@@ -6,6 +6,7 @@ import itertools
 
 import torch
 
+import swarm.node.engine.attention  # noqa: F401  registers the function that the blocks call
 from swarm.node.engine.batch import Batch, DenseBatch, pack_dense
 from swarm.span import Span
 

@@ -40,3 +40,29 @@ class Pacer:
         if prefill >= 16:  # fewer cost what reading the weights costs, which says nothing about longer ones
             measured = seconds / (prefill + decode)
             self._token_s = measured if not self._token_s else 0.7 * self._token_s + 0.3 * measured
+
+
+class Gatherer:
+    """Decides how long to wait for sessions that were just answered, so that those that decode keep decoding together.
+
+    Without it, sessions split for good into groups that take turns: one group's next tokens come right after another
+    group's batch has begun. Waiting pays if clients are back soon, compared to the time of a batch.
+    """
+
+    def __init__(self, *, share: float = 0.25) -> None:
+        self._share = share
+        self._batch_s = 0.0
+        self._return_s = 0.0  # how long clients take to come back, on average
+
+    def patience_s(self) -> float:
+        """How long to wait now, at most. 0: don't."""
+        limit = self._share * self._batch_s
+        return 0.0 if self._return_s > limit else min(limit, 3 * self._return_s + 0.001)
+
+    def ran(self, seconds: float) -> None:
+        """A batch with decode in it took ``seconds``."""
+        self._batch_s = seconds
+
+    def returned(self, seconds: float) -> None:
+        """A client sent its next step ``seconds`` after the result of the last."""
+        self._return_s += 0.1 * (seconds - self._return_s)

@@ -44,6 +44,7 @@ class EngineSession:
     position: int = 0
     closed: bool = False
     broken: bool = False
+    answered_at: float | None = None  # when it got its last token's result, until its next step comes
     waiting: deque[StepWork] = field(default_factory=deque)
 
     def row_length(self, row: int, column: int) -> int:

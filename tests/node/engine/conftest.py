@@ -50,7 +50,7 @@ def reference() -> Callable[[str], Reference]:
     def get(like: str) -> Reference:
         if like not in _REFERENCES:
             path = str(tiny_model(like, layers=4))
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
             model.requires_grad_(False)
             _REFERENCES[like] = Reference(model, load_span(resolve(path), 0, 4, dtype=torch.float32, device="cpu"))
         return _REFERENCES[like]

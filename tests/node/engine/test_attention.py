@@ -67,7 +67,7 @@ def with_tensors(rule: dict[str, Any], heads: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 20), st.integers(1, 7)), min_size=1, max_size=5),
     heads=st.sampled_from([(1, 1), (4, 1), (4, 2), (3, 3)]),

@@ -20,7 +20,8 @@ def tokens(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 
 
 def close(mine: torch.Tensor, theirs: torch.Tensor) -> None:
-    torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+    # Of the largest value, which residual streams have few of: transformers' own eager and SDPA differ by as much
+    torch.testing.assert_close(mine, theirs, atol=1e-5 * max(1.0, float(theirs.abs().max())), rtol=0)
 
 
 @pytest.mark.parametrize("like", FAMILIES)
@@ -184,8 +185,8 @@ def test_deep_prompts_and_gradients(
     close(engine.forward(hidden.detach(), **options).result(), last[0])
     hidden_grad, prompt_grad = engine.backward(hidden.detach(), grad, **options).result()
     assert prompt_grad is not None
-    torch.testing.assert_close(hidden_grad, expected[0], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(prompt_grad, expected[1], atol=1e-4, rtol=1e-4)
+    close(hidden_grad, expected[0])
+    close(prompt_grad, expected[1])
     session = engine.open(rows=3, first=0, last=4)
     close(engine.step(session, hidden.detach(), start=0, prompts=prompts.detach()).result(), last[0])
 

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from swarm import checkpoint as checkpoint_module
+from swarm import hub
+from swarm.checkpoint import INDEX, Checkpoint
+from swarm.errors import ModelError
+from swarm.hub import HubRepo
+from swarm.source import ModelSource, resolve
+
+from tests.models import tiny_model
+
+NAME = "model.layers.3.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """A copy of a sharded model that may be changed."""
+    return Path(shutil.copytree(tiny_model("llama-gqa", sharded=True), tmp_path / "model"))
+
+
+def _shard_of(path: Path, name: str) -> Path:
+    return path / json.loads((path / INDEX).read_text())["weight_map"][name]
+
+
+def test_one_file_and_many_hold_the_same() -> None:
+    one = Checkpoint.open(resolve(str(tiny_model("llama-gqa"))))
+    many = Checkpoint.open(resolve(str(tiny_model("llama-gqa", sharded=True))))
+    assert set(one.files) == set(many.files)
+    assert len(set(many.files.values())) > 3
+    for name in one.files:
+        assert torch.equal(one.read(name), many.read(name, mapped=True))
+
+
+def test_info_is_what_is_read() -> None:
+    checkpoint = Checkpoint.open(resolve(str(tiny_model("llama-gqa", dtype="bfloat16", sharded=True))))
+    info = checkpoint.info(NAME)
+    tensor = checkpoint.read(NAME)
+    assert (info.shape, info.dtype) == (tuple(tensor.shape), tensor.dtype)
+    assert info.dtype is torch.bfloat16 is checkpoint.main_dtype()
+    assert info.file.name == checkpoint.files[NAME]
+
+
+def test_lazy_reads_when_indexed() -> None:
+    checkpoint = Checkpoint.open(resolve(str(tiny_model("llama-gqa"))))
+    lazy = checkpoint.lazy(NAME)
+    assert torch.equal(lazy[...], checkpoint.read(NAME))
+    assert torch.equal(lazy[2:4], checkpoint.read(NAME)[2:4])
+
+
+def test_tensors_outlive_their_file() -> None:
+    checkpoint = Checkpoint.open(resolve(str(tiny_model("llama-gqa"))))
+    expected = load_file(tiny_model("llama-gqa") / "model.safetensors")[NAME]
+    tensors = [checkpoint.read(NAME), checkpoint.read(NAME, mapped=True)]
+    checkpoint.close()
+    assert all(torch.equal(tensor, expected) for tensor in tensors)
+
+
+def test_without_pread_it_still_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = checkpoint_module.safe_open
+
+    def old(path: Path, framework: str) -> object:
+        return real(path, framework=framework)
+
+    monkeypatch.setattr(checkpoint_module, "safe_open", old)
+    checkpoint = Checkpoint.open(resolve(str(tiny_model("llama-gqa"))))
+    assert checkpoint.read(NAME).shape == (128, 64)
+
+
+def test_missing_shard_is_named(sharded: Path) -> None:
+    shard = _shard_of(sharded, NAME)
+    shard.unlink()
+    checkpoint = Checkpoint.open(resolve(str(sharded)))
+    for use in (checkpoint.read, checkpoint.info, lambda name: checkpoint.fetch([name])):
+        with pytest.raises(ModelError, match=f"{shard.name} is missing"):
+            use(NAME)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("left", [0, 6, -100])
+def test_truncated_shard_is_named(sharded: Path, mapped: bool, left: int) -> None:
+    shard = _shard_of(sharded, NAME)
+    shard.write_bytes(shard.read_bytes()[:left])
+    with pytest.raises(ModelError, match=f"can't read .*{shard.name}"):
+        Checkpoint.open(resolve(str(sharded))).read(NAME, mapped=mapped)
+
+
+def test_truncated_single_file_is_named(tmp_path: Path) -> None:
+    path = Path(shutil.copytree(tiny_model("llama-gqa"), tmp_path / "model"))
+    weights = path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    with pytest.raises(ModelError, match=r"can't read .*model\.safetensors"):
+        Checkpoint.open(resolve(str(path)))
+
+
+def test_index_that_lies(sharded: Path) -> None:
+    shard = _shard_of(sharded, NAME)
+    tensors = load_file(shard)
+    tensors.pop(NAME)
+    save_file(tensors, shard)
+    checkpoint = Checkpoint.open(resolve(str(sharded)))
+    with pytest.raises(ModelError, match=NAME):
+        checkpoint.read(NAME)
+    with pytest.raises(ModelError, match=NAME):
+        checkpoint.info(NAME)
+
+
+@pytest.mark.parametrize(
+    "index",
+    ["{", "[]", '{"weight_map": {"a": "../../etc/x.safetensors"}}', '{"weight_map": {"a": "/x.safetensors"}}',
+     '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "pytorch_model.bin"}}'],
+)  # fmt: skip
+def test_bad_index(sharded: Path, index: str) -> None:
+    (sharded / INDEX).write_text(index)
+    with pytest.raises(ModelError, match="index.json"):
+        Checkpoint.open(resolve(str(sharded)))
+
+
+def _hub_source(monkeypatch: pytest.MonkeyPatch, path: Path) -> tuple[ModelSource, list[str]]:
+    """``path`` as if it were on the Hub, and the list of files that get asked for."""
+    asked: list[str] = []
+
+    def fetch(self: HubRepo, filename: str) -> Path | None:
+        asked.append(filename)
+        return path / filename if (path / filename).is_file() else None
+
+    monkeypatch.setattr(hub.HubRepo, "fetch", fetch)
+    return resolve("someone/model"), asked
+
+
+def test_hub_fetches_only_the_shards_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny_model("llama-gqa", sharded=True)
+    source, asked = _hub_source(monkeypatch, path)
+    assert asked == ["config.json"]
+    checkpoint = Checkpoint.open(source)
+    steps: list[tuple[int, int]] = []
+    names = [name for name in checkpoint.files if name.startswith("model.layers.3.")]
+    checkpoint.fetch(names, lambda done, total: steps.append((done, total)))
+    needed = {checkpoint.files[name] for name in names}
+    assert set(asked) == {"config.json", INDEX} | needed
+    assert steps == [(done, len(needed)) for done in range(len(needed) + 1)]
+
+
+def test_hub_single_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, _ = _hub_source(monkeypatch, tiny_model("llama-gqa"))
+    assert NAME in Checkpoint.open(source)
+
+
+@pytest.mark.parametrize(("file", "message"), [("pytorch_model.bin.index.json", r"\.bin"), ("x", "no weights in")])
+def test_hub_without_safetensors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file: str, message: str) -> None:
+    shutil.copy(tiny_model("llama-gqa") / "config.json", tmp_path)
+    (tmp_path / file).touch()
+    source, _ = _hub_source(monkeypatch, tmp_path)
+    with pytest.raises(ModelError, match=message):
+        Checkpoint.open(source)

@@ -1,0 +1,168 @@
+"""Real nodes on loopback for end-to-end tests."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+START_TIMEOUT = 120.0
+
+
+class Zygote:
+    """The process that forks nodes; see :mod:`tests.swarm_e2e.zygote`."""
+
+    _process: subprocess.Popen[str] | None = None
+
+    @classmethod
+    def start(cls, argv: Sequence[str], stdout: Path, stderr: Path) -> int:
+        """Starts ``swarm-node`` with these arguments; its PID."""
+        if cls._process is None:
+            # one thread a node: they are many, on few cores
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            cls._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.swarm_e2e.zygote"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=environment,
+                cwd=Path(__file__).parents[2],
+            )
+        assert cls._process.stdin is not None
+        assert cls._process.stdout is not None
+        order = {"argv": list(argv), "stdout": str(stdout), "stderr": str(stderr)}
+        cls._process.stdin.write(json.dumps(order) + "\n")
+        cls._process.stdin.flush()
+        return int(cls._process.stdout.readline())
+
+    @classmethod
+    def close(cls) -> None:
+        """Ends the zygote; nodes are not affected."""
+        if cls._process is not None:
+            assert cls._process.stdin is not None
+            cls._process.stdin.close()
+            cls._process.wait()
+            cls._process = None
+
+
+class Node:
+    """A ``swarm-node serve`` process."""
+
+    def __init__(self, argv: Sequence[str], workdir: Path) -> None:
+        number = len(list(workdir.glob("*.out")))
+        self.stdout, self.stderr = workdir / f"{number}.out", workdir / f"{number}.err"
+        self.stdout.touch()
+        self.argv = list(argv)
+        self.pid = Zygote.start(self.argv, self.stdout, self.stderr)
+
+    def events(self) -> list[dict[str, Any]]:
+        """What it has said so far: every line of it is JSON."""
+        return [json.loads(line) for line in self.stdout.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+    @property
+    def ready(self) -> dict[str, Any] | None:
+        """Its ready event, if it has come."""
+        return next((event for event in self.events() if event["event"] == "ready"), None)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        try:
+            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except FileNotFoundError:
+            return False
+
+    @property
+    def peer_id(self) -> str:
+        """Its name in the swarm."""
+        return self.wait_ready()["peer_id"]
+
+    def wait_ready(self) -> dict[str, Any]:
+        """Waits until it serves."""
+        deadline = time.monotonic() + START_TIMEOUT
+        while (ready := self.ready) is None:
+            if not self.alive or time.monotonic() > deadline:
+                raise AssertionError(
+                    f"no node: {self.argv}\n{self.stdout.read_text()}\n{self.stderr.read_text()[-3000:]}"
+                )
+            time.sleep(0.05)
+        return ready
+
+    def kill(self) -> None:
+        """kill -9."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        self.wait_gone(10)
+
+    def terminate(self) -> None:
+        """SIGTERM, as a supervisor sends it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGTERM)
+
+    def wait_gone(self, timeout: float) -> None:
+        """Waits for the process to end."""
+        deadline = time.monotonic() + timeout
+        while self.alive:
+            if time.monotonic() > deadline:
+                raise AssertionError(f"node {self.pid} did not end\n{self.stderr.read_text()[-3000:]}")
+            time.sleep(0.02)
+
+
+class Swarm:
+    """Nodes that serve one model to one another's clients."""
+
+    def __init__(self, model: Path | str, workdir: Path) -> None:
+        self.model, self._workdir = str(model), workdir
+        self.nodes: list[Node] = []
+        self.initial_peers: list[str] = []
+
+    def add(self, blocks: str, *options: str, wait: bool = True) -> Node:
+        """Starts a node for these blocks. The first one is the swarm."""
+        argv = ["serve", self.model, "--blocks", blocks, "--host", "127.0.0.1", "--log-format", "json", *options]
+        for peer in self.initial_peers:
+            argv += ["--initial-peers", peer]
+        node = Node(argv, self._workdir)
+        self.nodes.append(node)
+        if not self.initial_peers:
+            self.initial_peers = node.wait_ready()["maddrs"][:1]
+        elif wait:
+            node.wait_ready()
+        return node
+
+    def node_of(self, peer_id: object) -> Node:
+        """The node with this PeerID."""
+        return next(node for node in self.nodes if node.alive and node.peer_id == str(peer_id))
+
+    def close(self) -> None:
+        """Ends all nodes in order."""
+        for node in self.nodes:
+            node.terminate()
+        for node in self.nodes:
+            try:
+                node.wait_gone(15)
+            except AssertionError:
+                node.kill()
+                raise
+
+
+@contextlib.contextmanager
+def run_swarm(model: Path | str, spans: Sequence[str], *options: str) -> Iterator[Swarm]:
+    """A swarm with a node for each of ``spans``, all of them up."""
+    with tempfile.TemporaryDirectory(prefix="swarm-e2e-") as workdir:
+        swarm = Swarm(model, Path(workdir))
+        try:
+            for span in spans:
+                swarm.add(span, *options, wait=False)
+            for node in swarm.nodes:
+                node.wait_ready()
+            yield swarm
+        finally:
+            swarm.close()
