@@ -272,9 +272,8 @@ class SwarmModelForCausalLM(_Family):
         if generation_config.cache_implementation is not None:
             raise ValueError("cache_implementation can't be chosen: the cache is on the nodes of the swarm")
         if generation_mode == GenerationMode.ASSISTED_GENERATION:
-            # The last guess may reach beyond the end before it is cut off.
-            guess = max(generation_config.prompt_lookup_num_tokens or 0, generation_config.num_assistant_tokens or 0)
-            max_cache_length += 1 + guess
+            # A guess from the prompt may reach beyond the end before it is cut off; an assistant's stops there.
+            max_cache_length += 1 + (generation_config.prompt_lookup_num_tokens or 0)
         if cache.max_length is None:
             cache.max_length = max_cache_length
         elif max_cache_length > cache.max_length:

@@ -88,7 +88,9 @@ def make_config(
     return AutoConfig.for_model(preset.model_type, **(values | options))
 
 
-def make_checkpoint(out: Path | str, config: PreTrainedConfig, *, seed: int = 0, max_shard_bytes: int = 1 << 29) -> Path:
+def make_checkpoint(
+    out: Path | str, config: PreTrainedConfig, *, seed: int = 0, max_shard_bytes: int = 1 << 29
+) -> Path:
     """Write ``config.json`` and safetensors shards of at most ``max_shard_bytes`` (one tensor at least) to ``out``.
 
     Memory use is one shard. With one shard the file is ``model.safetensors``, else there is an index.

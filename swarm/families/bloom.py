@@ -46,6 +46,7 @@ class BloomFamily(Family):
         attention = block.self_attention
         assert isinstance(attention, BloomAttention)
         attention.__class__ = SwarmBloomAttention
+        # The original keeps none, and the name of the attention function is in it.
         attention.config = config  # the original keeps none, and the name of the attention function is in it
 
     def position_embeddings(

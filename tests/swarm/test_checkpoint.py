@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
 from swarm import checkpoint as checkpoint_module
 from swarm import hub
 from swarm.checkpoint import INDEX, Checkpoint
 from swarm.errors import ModelError
 from swarm.hub import HubRepo
 from swarm.source import ModelSource, resolve
-
 from tests.models import tiny_model
 
 NAME = "model.layers.3.mlp.up_proj.weight"

@@ -1,17 +1,18 @@
 from __future__ import annotations
 
+import inspect
 import json
+import socket
 from pathlib import Path
 
-import httpx
 import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+
 from swarm import hub
 from swarm.errors import ModelError, UsageError
 from swarm.source import default_dht_prefix, resolve
-
 from tests.models import tiny_model
 
 
@@ -20,7 +21,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("network used")
 
-    monkeypatch.setattr(httpx.Client, "send", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(hub, "hf_hub_download", refuse)
 
 
@@ -112,11 +113,9 @@ def test_no_such_path(no_network: None) -> None:
 
 
 def _hub_error(kind: type[Exception]) -> Exception:
-    response = httpx.Response(404, request=httpx.Request("GET", "https://hub.invalid"))
-    try:
-        return kind("gone", response=response)
-    except TypeError:
-        return kind("gone")
+    error = kind.__new__(kind)  # their constructors want an HTTP response of the library's present HTTP client
+    error.args = ("gone",)
+    return error
 
 
 @pytest.mark.parametrize(
@@ -163,19 +162,16 @@ def test_hub_model_is_pinned_to_its_commit(monkeypatch: pytest.MonkeyPatch, tmp_
     assert "secret" not in repr(source)
 
 
-def test_bundled_names() -> None:
-    for name in ("demo", "demo-draft"):
-        try:
-            source = resolve(name)
-        except ModelError as error:  # not built into every checkout
-            assert "install" in str(error)
-        else:
-            assert source.is_local
+@pytest.mark.parametrize("name", ["demo", "demo-draft"])
+def test_bundled_names(name: str, no_network: None) -> None:
+    try:
+        source = resolve(name)
+    except ModelError:
+        pytest.skip("not built into this checkout")
+    assert source.is_local
 
 
 def test_hub_library_is_called_as_it_is() -> None:
     """The fake above must not hide a changed signature."""
-    import inspect
-
     parameters = inspect.signature(huggingface_hub.hf_hub_download).parameters
     assert {"repo_id", "filename", "revision", "token", "cache_dir"} <= set(parameters)

@@ -1,9 +1,9 @@
 """Starts ``swarm-node`` processes in a fraction of a second: imports everything once, then forks for each.
 
-A node started here runs the same command line through the same entry point in a process of its own; only the time for
-importing torch and transformers is saved. Reads a JSON object a line, ``{"argv": […], "stdout": path, "stderr": path}``;
-answers with the PID.
+Reads a JSON object a line, ``{"argv": […], "stdout": path, "stderr": path}``; answers with the PID. Only the time for
+importing torch and transformers is saved: the command line, the entry point and the process are a real node's.
 """
+
 from __future__ import annotations
 
 import json
