@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import torch
 from swarm.node.announcer import Announcer
-from swarm.node.engine import attention as _attention  # noqa: F401: registers itself
 from swarm.node.engine.engine import Engine
 from swarm.node.handler import Handler
 from swarm.node.hardware import choose_device, choose_dtype, free_memory

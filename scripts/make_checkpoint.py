@@ -141,7 +141,8 @@ def _values(name: str, like: torch.Tensor, std: float, generator: torch.Generato
     values = torch.empty(like.shape, dtype=like.dtype).normal_(generator=generator)
     if like.dim() == 1 and name.endswith("weight"):
         return values.mul_(0.1).add_(1)
-    return values.mul_(std)
+    # Small biases: a part of the hidden states that all positions share would make all next tokens the same.
+    return values.mul_(std if like.dim() > 1 else std / 5)
 
 
 def _bytes(tensor: torch.Tensor) -> int:

@@ -114,7 +114,7 @@ def load_span(
 
     names = [f"{skeleton.layers_name}.{index}." for index in wanted]
     plans = [plan.only(lambda key, name=name: key.startswith(name)) for name in names]  # type: ignore[misc]
-    checkpoint.fetch([key for part in plans for key in part.keys()])
+    checkpoint.fetch([key for part in plans for key in part.keys()])  # noqa: SIM118
     for done, (index, name, part) in enumerate(zip(wanted, names, plans, strict=True)):
         if progress is not None:
             progress(done, len(wanted))

@@ -78,7 +78,7 @@ def resolve(
     cache_dir: str | Path | None = None,
     dht_prefix: str | None = None,
 ) -> ModelSource:
-    """The model that ``model`` names: a local directory, ``demo`` or ``demo-draft``, or a Hub id, looked up in this order.
+    """The model that ``model`` names: a local directory, ``demo`` or ``demo-draft``, or a Hub id, tried in this order.
 
     Only a Hub id touches the network, and only for the config (weights are fetched when they are loaded).
 
@@ -106,11 +106,9 @@ def resolve(
     elif not dht_prefix or "." in dht_prefix or any(character.isspace() for character in dht_prefix):
         raise UsageError(f"a DHT prefix can't be empty or hold dots or spaces; got {dht_prefix!r}")
 
-    dtype = config.dtype
-    source = ModelSource(model, directory, config, dht_prefix, dtype or torch.float32, hub)
-    if dtype is None:
-        source = replace(source, dtype=Checkpoint.open(source).main_dtype())
-    return source
+    source = ModelSource(model, directory, config, dht_prefix, torch.float32, hub)
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else Checkpoint.open(source).main_dtype()
+    return replace(source, dtype=dtype)
 
 
 def default_dht_prefix(model: str, model_type: str) -> str:
@@ -119,10 +117,7 @@ def default_dht_prefix(model: str, model_type: str) -> str:
     Petals' rule differs by family: BLOOM keeps the owner and gets a suffix from Petals' early days, the others go by
     the last part of the name only (copies of one model under several owners make one swarm), Llama always with "-hf".
     """
-    if model_type == "bloom":
-        prefix = f"{model}-petals"
-    else:
-        prefix = model.rstrip("/").split("/")[-1]
+    prefix = f"{model}-petals" if model_type == "bloom" else model.rstrip("/").split("/")[-1]
     prefix = "-".join(prefix.replace(".", "-").split())
     if model_type == "llama" and not prefix.endswith("-hf"):
         prefix += "-hf"

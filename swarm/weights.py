@@ -116,7 +116,7 @@ def load_weights(
                     dtype=dtype,
                     dtype_plan=model._get_dtype_plan(dtype),
                     device_map={"": device},
-                    weight_mapping=[] if group.stacks else get_model_conversion_mapping(model),
+                    weight_mapping=[] if group.stacks else get_model_conversion_mapping(model),  # type: ignore[arg-type]
                 ),
             )
         for name, found, expected in sorted(info.mismatched_keys):

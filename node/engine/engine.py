@@ -196,9 +196,13 @@ class Engine:
     def _receive(self) -> bool:
         """Take in all messages, waiting for one if there is nothing to do. False: stop."""
         while True:
-            idle = not self._ready and not self._dense
             try:
-                message = self._inbox.get(block=idle, timeout=None if idle else self._patience_left())
+                if not self._ready and not self._dense:
+                    message = self._inbox.get()
+                elif patience := self._patience_left():
+                    message = self._inbox.get(timeout=patience)
+                else:
+                    message = self._inbox.get_nowait()
             except Empty:
                 self._answered.clear()
                 return True
@@ -206,7 +210,7 @@ class Engine:
                 return False
             self._accept(message)
 
-    def _patience_left(self) -> float | None:
+    def _patience_left(self) -> float:
         """How long to wait, with work at hand, for those who were just answered. 0: not at all."""
         if not self._answered or not self._ready:
             return 0.0

@@ -48,6 +48,7 @@ class SwarmFalconAttention(FalconAttention):
         """
         batch_size, length, _size = fused.shape
         groups = self.num_kv_heads
+        assert groups is not None
         fused = fused.view(batch_size, length, groups, self.num_heads // groups + 2, self.head_dim)
         query = fused[..., :-2, :].flatten(2, 3).transpose(1, 2)
         return query, fused[..., -2, :].transpose(1, 2), fused[..., -1, :].transpose(1, 2)

@@ -118,7 +118,7 @@ def test_index_that_lies(sharded: Path) -> None:
 )  # fmt: skip
 def test_bad_index(sharded: Path, index: str) -> None:
     (sharded / INDEX).write_text(index)
-    with pytest.raises(ModelError, match="index.json"):
+    with pytest.raises(ModelError, match=r"index\.json"):
         Checkpoint.open(resolve(str(sharded)))
 
 

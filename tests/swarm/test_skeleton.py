@@ -49,7 +49,7 @@ def _attention(
     if alibi is not None:
         logits = logits + alibi[:, None, None] * positions
     hidden = (distance < 0) | (distance >= (sliding_window or LENGTH + 1))
-    return (logits.masked_fill(hidden, float("-inf")).softmax(-1) @ value).transpose(1, 2), None
+    return (logits.masked_fill(hidden, float("-inf")).softmax(-1).to(value.dtype) @ value).transpose(1, 2), None
 
 
 @pytest.fixture(autouse=True)

@@ -58,7 +58,7 @@ def reference() -> Callable[[str], Reference]:
     return get
 
 
-@pytest.fixture()
+@pytest.fixture
 def start_engine() -> Iterator[Callable[..., Engine]]:
     engines: list[Engine] = []
 

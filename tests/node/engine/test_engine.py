@@ -47,7 +47,7 @@ def hidden(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, columns, SIZE, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture()
+@pytest.fixture
 def span(reference: Get) -> FragileSpan:
     return FragileSpan(reference("llama-gqa").span)
 

@@ -86,7 +86,9 @@ def test_left_padding(like: str, reference: Get, start_engine: Start) -> None:
     states = [whole.blocks(tokens(1, 14 - pad, seed=pad)) for pad in padding]
     size = whole.span.hidden_size
     inputs, expected = (
-        torch.cat([torch.cat([torch.zeros(1, pad, size), one[at]], 1) for pad, one in zip(padding, states, strict=True)])
+        torch.cat(
+            [torch.cat([torch.zeros(1, pad, size), one[at]], 1) for pad, one in zip(padding, states, strict=True)]
+        )
         for at in (0, 4)
     )
     inputs[1, :5] = torch.nan  # what is padded is not looked at
