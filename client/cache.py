@@ -149,8 +149,8 @@ class SwarmCache(Cache):
             self._known = [torch.cat(self._known, dim=1)[order]]
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget columns at the end: ``-n`` the last ``n``; 0 none; a positive number (transformers before 5.12) all
-        from that position on."""
+        """Forget columns at the end: ``-n`` the last ``n``, 0 none. A positive number, with which older versions of
+        transformers call this, is the position from which on to forget."""
         position = self.get_seq_length()
         self.crop_to(position + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, position))
 
@@ -238,7 +238,7 @@ class SwarmCache(Cache):
         return kept
 
     def close(self) -> None:
-        """Free the nodes' memory. May be called twice, and from another thread, where it ends a step under way."""
+        """Free the nodes' memory. May be called twice, and from another thread than the one that generates."""
         self._closed = True
         self._end_session()
 

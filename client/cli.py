@@ -14,8 +14,9 @@ import typer
 from swarm.errors import SwarmError, UsageError
 
 if TYPE_CHECKING:
-    from swarm.client.model import SwarmModelForCausalLM
     from transformers import PreTrainedTokenizerBase
+
+    from swarm.client.model import SwarmModelForCausalLM
 
 app = typer.Typer(
     name="swarm",
@@ -142,6 +143,7 @@ def _converse(
 ) -> bool:
     """One conversation, in one session; whether another one is wanted."""
     import torch
+
     from swarm.client.terminal import generate_text
 
     messages: list[dict[str, str]] = []
@@ -175,9 +177,10 @@ def _conversation_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[st
     import torch
 
     if tokenizer.chat_template:
-        return tokenizer.apply_chat_template(
+        encoded: Any = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )["input_ids"]
+        )
+        return encoded["input_ids"]
     new = tokenizer(messages[-1]["content"], return_tensors="pt", add_special_tokens=before.shape[1] == 0)["input_ids"]
     return torch.cat([before, new], dim=1)
 
@@ -189,9 +192,9 @@ def _load(
     peers = [part for value in initial_peers or () for part in value.replace(",", " ").split()]
     if not peers:
         raise UsageError("say which swarm: --initial-peers MADDR, as printed by swarm-node serve")
-    from swarm.client.model import SwarmModelForCausalLM
     from transformers import AutoTokenizer
 
+    from swarm.client.model import SwarmModelForCausalLM
     from swarm.source import resolve
 
     facade = SwarmModelForCausalLM.from_pretrained(

@@ -19,19 +19,24 @@ class History:
 
     def __init__(self) -> None:
         self._entries: list[_Entry] = []
+        self._position = 0
 
     def append(self, start: int, hidden: torch.Tensor, hypo_ids: torch.Tensor | None) -> None:
         """Adds a step that began at column ``start``; columns from there on, if there are any, are replaced."""
         self.crop(start)
         self._entries.append(_Entry(start, hidden, hypo_ids))
+        self._position = start + hidden.shape[1]
 
     def crop(self, position: int) -> None:
-        """Forgets the columns from ``position`` on."""
-        while self._entries and self._entries[-1].start >= position:
-            self._entries.pop()
-        if self._entries:
-            last = self._entries[-1]
-            self._entries[-1] = _Entry(last.start, last.hidden[:, : position - last.start], last.hypo_ids)
+        """Forgets the columns from ``position`` on. Reorderings stay: they moved the columns before, too."""
+        if position >= self._position:
+            return
+        kept: list[_Entry] = []
+        for entry in self._entries:
+            columns = max(0, min(entry.hidden.shape[1], position - entry.start))
+            if columns or entry.hypo_ids is not None:
+                kept.append(_Entry(entry.start, entry.hidden[:, :columns], entry.hypo_ids))
+        self._entries, self._position = kept, position
 
     def replay(self, rows: int) -> tuple[torch.Tensor | None, torch.Tensor]:
         """All inputs as one ``[rows, T, H]`` (``None`` if there are none), with the rows as they are now.
@@ -44,4 +49,4 @@ class History:
             parts.append(entry.hidden[order])
             if entry.hypo_ids is not None:
                 order = entry.hypo_ids[order]
-        return (torch.cat(parts[::-1], dim=1) if parts else None), order
+        return (torch.cat(parts[::-1], dim=1) if self._position else None), order

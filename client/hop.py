@@ -10,18 +10,16 @@ from contextlib import suppress
 
 import torch
 from hivemind.p2p import P2P, PeerID
-from hivemind.proto import runtime_pb2
-from swarm.client.history import History
-from swarm.client.routing import Leg
 
 from swarm import rpc
+from swarm.client.history import History
+from swarm.client.routing import Leg
 from swarm.codec import DTYPES, decode, encode
 from swarm.errors import BadRequestError, PeerLostError, RemoteError, SwarmError
 from swarm.records import span_uid
+from swarm.rpc import Request, Response
 from swarm.stream import MessageStream
 
-Request = runtime_pb2.ExpertRequest
-Response = runtime_pb2.ExpertResponse
 _EMPTY, _EMPTY_INT64 = encode(rpc.EMPTY), encode(rpc.EMPTY_INT64)
 
 
@@ -182,11 +180,11 @@ class Hop:
                 self.on_push_failed(failed)
             return
         step_id = fields.get("step_id")
-        if step_id is None and self._order:
-            step_id = self._order[0]
+        if not isinstance(step_id, str):
+            step_id = self._order[0] if self._order else ""
         if step_id in self._order:
             self._order.remove(step_id)
-        reply = self._replies.get(step_id) if isinstance(step_id, str) else None
+        reply = self._replies.get(step_id)
         if reply is None or reply.done():
             return
         reply.set_result(self._check(response))

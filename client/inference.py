@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from hivemind.proto import runtime_pb2
+
+from swarm import rpc
 from swarm.client.hop import Hop
 from swarm.client.settings import ClientSettings
 from swarm.client.swarm_view import SwarmView
-
-from swarm import rpc
 from swarm.errors import BadRequestError, OutOfCacheError, PeerLostError, RemoteError, SwarmError
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ class Inference:
             behind.expect(chunk.step_id)
 
     async def _wait(self, index: int, chunk: _Chunk, hidden: torch.Tensor) -> torch.Tensor:
-        """A hop's output. A hop that is silent is asked whether it lives, and sent the chunk in case a push was lost."""
+        """A hop's output. A silent hop is asked whether it lives, and sent the chunk in case a push was lost."""
         hop = self.hops[index]
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._settings.step_timeout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -126,14 +127,15 @@ class SwarmModelForCausalLM(_Family):
         model: Any = ends
         model.blocks = blocks
         model._connection = connection
-        model._closer = weakref.finalize(model, connection.close)
+        model._closer = weakref.finalize(model, _close_collected, connection)
         model._last_route = []
         result: SwarmModelForCausalLM = model
         return result
 
     def close(self) -> None:
         """Leave the swarm. Sessions that are open end. May be called twice; garbage collection does it too."""
-        self._closer()
+        if self._closer.detach() is not None:
+            self._connection.close()
 
     def __enter__(self) -> SwarmModelForCausalLM:
         return self
@@ -308,6 +310,15 @@ class SwarmModelForCausalLM(_Family):
             cache.only_new_ids = True
         else:
             cache.resume(ids, mask)
+
+
+def _close_collected(connection: SwarmConnection) -> None:
+    """For a model that nobody closed. The collector may run in any thread, in the event loop's too, which can't wait
+    for itself; the main thread always may, and at exit it is the only one that is sure to go on."""
+    if threading.current_thread() is threading.main_thread():
+        connection.close()
+    else:
+        threading.Thread(target=connection.close, name="swarm-close", daemon=True).start()
 
 
 def _dtype_named(dtype: str | torch.dtype) -> str | torch.dtype:

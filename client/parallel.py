@@ -8,18 +8,17 @@ from collections.abc import AsyncIterator, Sequence
 import torch
 from hivemind.p2p import P2P, PeerID
 from hivemind.proto import runtime_pb2
+
+from swarm import rpc
 from swarm.client.routing import Leg
 from swarm.client.settings import ClientSettings
 from swarm.client.swarm_view import SwarmView
-
-from swarm import rpc
 from swarm.codec import decode, encode, join, split
 from swarm.errors import BadRequestError, PeerLostError, RemoteError, SwarmError, from_wire
 from swarm.records import span_uid
+from swarm.rpc import Request, Response
 from swarm.stream import MessageStream
 
-Request = runtime_pb2.ExpertRequest
-Response = runtime_pb2.ExpertResponse
 _EMPTY = encode(rpc.EMPTY)
 
 

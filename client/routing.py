@@ -56,8 +56,8 @@ def find_route(
 ) -> tuple[Leg, ...]:
     """The chain for the blocks ``first:last`` that one token passes quickest.
 
-    Dynamic programming over blocks: every leg leads to a later block, so by the time a block is looked at all ways to it
-    are known. A leg may begin anywhere in a span; it ends where the span ends or where another span begins.
+    Dynamic programming over blocks: every leg leads to a later block, so when a block is looked at, all ways to it are
+    known. A leg may begin anywhere in a span; it ends where the span ends or where another span begins.
 
     Args:
         spans: who serves what.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+
 from swarm.client.hop import Hop
 from swarm.client.inference import Inference
 from swarm.client.runtime import Runtime

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+
 from swarm.client import parallel
 from swarm.client.inference import Inference
 from swarm.client.runtime import Runtime
 from swarm.client.session import Session
 from swarm.client.settings import ClientSettings
 from swarm.client.swarm_view import SwarmView
-
 from swarm.errors import UsageError
 from swarm.fingerprint import fingerprint
 from swarm.source import ModelSource

@@ -9,11 +9,11 @@ import time
 from collections.abc import Iterable
 
 from hivemind.p2p import PeerID
+
+from swarm import dht
 from swarm.client.bans import Bans
 from swarm.client.routing import Leg, describe_blocks, find_route
 from swarm.client.settings import ClientSettings
-
-from swarm import dht
 from swarm.dht import RemoteSpan
 from swarm.errors import MissingBlocksError, UsageError
 from swarm.peer import Peer, ping

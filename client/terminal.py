@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase, TextStreamer
+
 from swarm.client.hop import Hop
 from swarm.client.model import SwarmModelForCausalLM
-from transformers import PreTrainedTokenizerBase, TextStreamer
 
 
 @dataclass(frozen=True)

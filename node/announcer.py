@@ -8,9 +8,8 @@ import logging
 import random
 from collections.abc import Callable
 
-from swarm.node.engine.engine import Engine
-
 from swarm import dht
+from swarm.node.engine.engine import Engine
 from swarm.peer import Peer, ping
 from swarm.records import ServerInfo, ServerState
 
@@ -32,7 +31,8 @@ class Announcer:
         period: float,
         load: Callable[[], tuple[int, int]] | None = None,
     ) -> None:
-        assert info.start_block is not None and info.end_block is not None
+        assert info.start_block is not None
+        assert info.end_block is not None
         self._peer, self._prefix, self._num_blocks, self._repository = peer, prefix, num_blocks, repository
         self._start, self._end = info.start_block, info.end_block
         self._info, self._period = info, period

@@ -198,7 +198,6 @@ def serve(
     async def run(stop: asyncio.Event) -> None:
         from swarm.node.server import serve as serve_node
         from swarm.node.settings import NodeSettings
-
         from swarm.peer import PeerOptions
 
         if blocks is not None and num_blocks is not None:

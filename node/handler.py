@@ -14,21 +14,19 @@ from hivemind.p2p import P2P, P2PContext, PeerID
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 from hivemind.proto import runtime_pb2
 from hivemind.utils.tensor_descr import BatchTensorDescriptor
-from swarm.node.engine.engine import Engine
-from swarm.node.limits import Limits
-from swarm.node.pusher import Pusher
-from swarm.node.requests import Opening, Served, check_opening, read_backward, read_forward, read_step
 
 from swarm import __version__, rpc
 from swarm.codec import COMPRESSIONS, NONE, encode, join, split
 from swarm.errors import BadRequestError, LeavingError, PeerLostError, RemoteError, SwarmError, to_wire
+from swarm.node.engine.engine import Engine
+from swarm.node.limits import Limits
+from swarm.node.pusher import Pusher
+from swarm.node.requests import Opening, Served, check_opening, read_backward, read_forward, read_step
 from swarm.records import span_uid
+from swarm.rpc import Request, Response
 from swarm.stream import MessageStream
 
 logger = logging.getLogger(__name__)
-
-Request = runtime_pb2.ExpertRequest
-Response = runtime_pb2.ExpertResponse
 
 
 class Handler:
@@ -107,7 +105,9 @@ class Handler:
         position = 0
         done: deque[str] = deque(maxlen=2 * self._limits.max_waiting_steps)
         request: Request | SwarmError | None = first_request
-        while isinstance(request, Request) and request.tensors:  # an empty request ends the session
+        while (
+            not isinstance(request, SwarmError) and request is not None and request.tensors
+        ):  # an empty request ends the session
             fields = rpc.load(request.metadata)
             metadata = rpc.parse(fields)
             if metadata.step_id is None or metadata.step_id not in done:
@@ -293,9 +293,11 @@ class Handler:
             except SwarmError as error:
                 logger.debug("refused a request of %s: %s", info.peer_id, error)
                 await stream.send_error(error)
+                await stream.linger()
             except Exception as error:
                 logger.exception("a request of %s failed", info.peer_id)
                 await stream.send_error(error)
+                await stream.linger()
             finally:
                 stream.close()
 

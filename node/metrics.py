@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from swarm.node.engine.engine import Engine
 
 from swarm.errors import ConnectError
+from swarm.node.engine.engine import Engine
 
 
 class EngineCollector:

@@ -1,4 +1,4 @@
-"""What a node tells the person or the script that started it: text with progress bars and panels, or one JSON object a line."""
+"""What a node tells whoever started it: text with progress bars and panels for people, JSON lines for scripts."""
 
 from __future__ import annotations
 

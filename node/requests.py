@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from hivemind.proto import runtime_pb2
-from swarm.node.limits import Limits
 
 from swarm.codec import decode
 from swarm.errors import BadRequestError
+from swarm.node.limits import Limits
 from swarm.records import parse_span_uid
 from swarm.rpc import Metadata, arrange
 

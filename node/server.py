@@ -11,6 +11,11 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+
+from swarm import __version__, dht
+from swarm.codec import dtype_name
+from swarm.errors import UsageError, parse_blocks
+from swarm.fingerprint import fingerprint
 from swarm.node.announcer import Announcer
 from swarm.node.engine.engine import Engine
 from swarm.node.handler import Handler
@@ -22,11 +27,6 @@ from swarm.node.placement import blocks_that_fit, choose_start, coverage
 from swarm.node.requests import Served
 from swarm.node.settings import NodeSettings
 from swarm.node.throughput import measure
-
-from swarm import __version__, dht
-from swarm.codec import dtype_name
-from swarm.errors import UsageError, parse_blocks
-from swarm.fingerprint import fingerprint
 from swarm.peer import Peer
 from swarm.records import Offer, ServerInfo, ServerState
 from swarm.skeleton import Span, cache_bytes_per_token, estimate_block_bytes, load_span

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+
 from swarm.node.engine.engine import Engine
 
 _FORWARD_TOKENS = 64

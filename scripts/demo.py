@@ -134,10 +134,10 @@ def _import_client() -> None:
 
 
 def _generate(swarm: Swarm, prompt: str, max_new_tokens: int, *, chat: bool, kill_one: bool) -> None:
-    from swarm.client import SwarmModelForCausalLM
-    from swarm.client.terminal import generate_text
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from swarm.client import SwarmModelForCausalLM
+    from swarm.client.terminal import generate_text
     from swarm.source import resolve
 
     path = resolve(MODEL).path

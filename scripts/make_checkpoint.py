@@ -25,7 +25,11 @@ from transformers.core_model_loading import revert_weight_conversion
 
 @dataclass(frozen=True)
 class Preset:
-    """A family at a size that suits tests: hidden 64, 6 blocks, 300 tokens."""
+    """A family at a size that suits tests: hidden 64, 6 blocks, 300 tokens.
+
+    None has tied embeddings (random ones that are tied follow each token by itself); ask for that with
+    ``tie_word_embeddings=True``.
+    """
 
     model_type: str
     kv_heads: int | None = None
@@ -35,10 +39,16 @@ class Preset:
 PRESETS: dict[str, Preset] = {
     "llama-mha": Preset("llama", 4),
     "llama-gqa": Preset("llama", 2),
-    "falcon-180b": Preset("falcon", 2, {"new_decoder_architecture": True, "bias": False}),
-    "falcon-7b": Preset("falcon", None, {"multi_query": True, "parallel_attn": True, "bias": False}),
-    "falcon-rw": Preset("falcon", None, {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}),
-    "bloom": Preset("bloom"),
+    "falcon-180b": Preset("falcon", 2, {"new_decoder_architecture": True, "bias": False, "tie_word_embeddings": False}),
+    "falcon-7b": Preset(
+        "falcon", None, {"multi_query": True, "parallel_attn": True, "bias": False, "tie_word_embeddings": False}
+    ),
+    "falcon-rw": Preset(
+        "falcon",
+        None,
+        {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True, "tie_word_embeddings": False},
+    ),
+    "bloom": Preset("bloom", None, {"tie_word_embeddings": False}),
     "mixtral": Preset("mixtral", 2, {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "mistral-window": Preset("mistral", 2, {"sliding_window": 8}),
 }
@@ -140,8 +150,11 @@ def _values(name: str, like: torch.Tensor, std: float, generator: torch.Generato
     # Norm weights around one and biases around zero, none of them exactly: a part that is left out must show.
     values = torch.empty(like.shape, dtype=like.dtype).normal_(generator=generator)
     if like.dim() == 1 and name.endswith("weight"):
-        return values.mul_(0.1).add_(1)
-    # Small biases: a part of the hidden states that all positions share would make all next tokens the same.
+        return values.mul_(0.1).add_(4 if "embed" in name else 1)
+    # What follows should hang on the token, not on what all positions share, or greedy text would be one token over and
+    # over: loud embeddings, small biases.
+    if "embed" in name:
+        return values.mul_(10 * std)
     return values.mul_(std if like.dim() > 1 else std / 5)
 
 

@@ -8,6 +8,10 @@ draft in speculative decoding.
 
     python scripts/train_demo_model.py                     # about half an hour on two CPU cores
     python scripts/train_demo_model.py --minutes 1 --draft-minutes 0.5 --output /tmp/trial
+    python scripts/train_demo_model.py --resume            # train the model of an earlier run further
+
+The time holds for an idle machine. Where other programs compete for the cores, set OMP_WAIT_POLICY=PASSIVE, or
+the threads spend most of their time on waiting for each other.
 
 Every training window starts with ``<s>``, and the tokenizer prepends ``<s>`` to whatever it encodes, so
 prompts look like the text seen in training. The chat template writes ``<s>`` itself: encode what it renders
@@ -33,6 +37,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -67,14 +72,10 @@ CHAT_TEMPLATE = (
 )
 
 INTRODUCTIONS = {
-    "Hello": "Hello! I am a small demonstration model, trained on the documentation of Python. "
-    "Ask me about Python.",
-    "Hi!": "Hello! I know a little about Python. "
-    "Ask me what a module or a function of the standard library does.",
-    "Who are you?": "I am a very small language model, trained on the documentation of Python "
-    "as a demonstration.",
-    "What can you do?": "I continue text that looks like Python or its documentation. "
-    "I am small, so I am often wrong.",
+    "Hello": "Hello! I am a small demonstration model, trained on the documentation of Python. Ask me about Python.",
+    "Hi!": "Hello! I know a little about Python. Ask me what a module or a function of the standard library does.",
+    "Who are you?": "I am a very small language model, trained on the documentation of Python as a demonstration.",
+    "What can you do?": "I continue text that looks like Python or its documentation. I am small, so I am often wrong.",
     "Thank you": "You are welcome!",
 }
 
@@ -112,13 +113,8 @@ def clean_rst(text: str) -> str:
     """Make reStructuredText read more like plain text: roles become `name`, labels and index entries go."""
     text = re.sub(r":[a-zA-Z:-]+:`[!~]?([^`<]+?)(?:\s*<[^`>]*>)?`", r"`\1`", text)
     text = re.sub(r"``([^`]+)``", r"`\1`", text)
-    text = re.sub(
-        r"^ *\.\. (?:_[^\n]*:|index::[^\n]*(?:\n(?: {3,}\S[^\n]*|(?=\n {3,}(?:single|pair|triple|module|"
-        r"object|statement|keyword|operator|exception|builtin|see)\S*:)))*)\n",
-        "",
-        text,
-        flags=re.M,
-    )
+    text = re.sub(r"^ *\.\. _[^\n]*:\n", "", text, flags=re.M)
+    text = re.sub(r"^ *\.\. index::[^\n]*\n(?:\n(?= {3,}\w+: )| {3,}\S[^\n]*\n)*", "", text, flags=re.M)
     return clean(text)
 
 
@@ -233,9 +229,7 @@ def split_documents(
 
     Returns the training texts, the held-out texts and the names of the held-out groups.
     """
-    groups = sorted(
-        {doc.group for doc in documents} - {doc.group for doc in documents if not doc.may_hold_out}
-    )
+    groups = sorted({doc.group for doc in documents} - {doc.group for doc in documents if not doc.may_hold_out})
     held_groups = set(rng.sample(groups, max(1, round(share * len(groups)))))
     held = [text for doc in documents if doc.group in held_groups for text in doc.texts]
     known = {key for text in held for key, _ in paragraphs(text) if len(key) > 60}
@@ -308,7 +302,7 @@ class Windows:
         return np.concatenate(([self.bos], self.stream[start : start + length]))
 
     def batch(self, size: int, length: int) -> torch.Tensor:
-        """The next batch; the whole stream is passed once, in a new random order, before it is passed again."""
+        """The next batch; all of the stream is passed, in a new random order, before it is passed again."""
         windows = []
         for _ in range(size):
             if not self.queue or length != self.length:
@@ -389,11 +383,7 @@ def train(
         long = teacher is None and progress > 1 - LONG_SHARE
         length = MAX_POSITIONS if long else SEQ_LEN
         tokens = windows.batch(max(1, args.batch * SEQ_LEN // length), length)
-        rate = (
-            args.lr
-            * min(1.0, (step + 1) / args.warmup)
-            * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
-        )
+        rate = args.lr * min(1.0, (step + 1) / args.warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
         for group in optimizer.param_groups:
             group["lr"] = rate
         with autocast:
@@ -417,10 +407,9 @@ def train(
         if now - printed > args.print_seconds:
             left = minutes - (now - started) / 60
             name = "loss" if teacher is None else "divergence"
-            rate_seen = seen / (now - started)
             print(
-                f"step {step:5d}  {name} {average:.3f}  lr {rate:.2e}  length {length}  {seen / 1e6:.2f}M tokens "
-                f"({rate_seen:.0f}/s)  {left:.1f} min left",
+                f"step {step:5d}  {name} {average:.3f}  lr {rate:.2e}  length {length}  "
+                f"{seen / 1e6:.2f}M tokens ({seen / (now - started):.0f}/s)  {left:.1f} min left",
                 flush=True,
             )
             printed = now
@@ -452,9 +441,7 @@ def start_draft(draft: LlamaForCausalLM, main: LlamaForCausalLM) -> None:
 # ------------------------------------------------------------------------------------------------- output
 
 
-def write_checkpoint(
-    directory: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, card: str
-) -> None:
+def write_checkpoint(directory: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, card: str) -> None:
     """Write a Hugging Face checkpoint to a temporary directory, then move its files into place.
 
     The weights are stored in bfloat16, but the configuration asks for float32 computation.
@@ -480,9 +467,7 @@ def write_checkpoint(
         tokenizer.save_pretrained(staging, save_jinja_files=False)
         settings_file = staging / "tokenizer_config.json"
         settings = json.loads(settings_file.read_text(encoding="utf-8"))
-        settings["tokenizer_class"] = (
-            "PreTrainedTokenizerFast"  # the name that every version of transformers knows
-        )
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that every version of transformers knows
         settings_file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (staging / "README.md").write_text(card, encoding="utf-8")
         for file in sorted(staging.iterdir()):
@@ -550,29 +535,20 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Train the demonstration model and its draft model.")
     root = Path(__file__).resolve().parents[1]
-    parser.add_argument(
-        "--output", type=Path, default=root / "swarm" / "data", help="gets demo/ and demo-draft/"
-    )
+    parser.add_argument("--output", type=Path, default=root / "swarm" / "data", help="gets demo/ and demo-draft/")
     parser.add_argument("--docs", type=Path, action="append", help="folder of .rst.txt documentation sources")
     parser.add_argument("--minutes", type=float, default=25, help="longest training time of the main model")
-    parser.add_argument(
-        "--draft-minutes", type=float, default=4, help="longest training time of the draft model"
-    )
-    parser.add_argument(
-        "--steps", type=int, default=0, help="most steps of either model (0: as many as time allows)"
-    )
+    parser.add_argument("--draft-minutes", type=float, default=4, help="longest training time of the draft model")
+    parser.add_argument("--steps", type=int, default=0, help="most steps of either model (0: as many as time allows)")
     parser.add_argument("--batch", type=int, default=4, help=f"windows of {SEQ_LEN} tokens in a step")
     parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate")
     parser.add_argument("--warmup", type=int, default=100, help="steps until the highest learning rate")
-    parser.add_argument(
-        "--held-out", type=float, default=0.04, help="share of the documents kept for evaluation"
-    )
+    parser.add_argument("--held-out", type=float, default=0.04, help="share of the documents kept for evaluation")
+    parser.add_argument("--resume", action="store_true", help="go on from demo/ in the output folder")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--print-seconds", type=float, default=15)
-    parser.add_argument(
-        "--bf16", action=argparse.BooleanOptionalAction, default=True, help="train in mixed precision"
-    )
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="train in mixed precision")
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
@@ -594,23 +570,18 @@ def main() -> None:
         documents.extend(rst_documents(folder))
     train_texts, held_texts, held_groups = split_documents(documents, args.held_out, rng)
     size = sum(len(text.encode()) for text in train_texts)
-    print(
-        f"{len(documents)} documents, {size / 1e6:.1f} MB for training, documentation from {len(folders)} folders"
-    )
+    print(f"{len(documents)} documents, {size / 1e6:.1f} MB for training, documentation from {folders}")
 
-    tokenizer = train_tokenizer(train_texts)
+    earlier = args.output / "demo"
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(earlier) if args.resume else train_tokenizer(train_texts)
     train_stream = encode_stream(tokenizer, train_texts)
     held_stream = encode_stream(tokenizer, held_texts)
     windows = Windows(train_stream, tokenizer, args.seed)
     held = Windows(held_stream, tokenizer, args.seed).evenly(256, SEQ_LEN)
     held_bytes = sum(len(text.encode()) for text in held_texts)
-    print(
-        f"{len(train_stream) / 1e6:.2f}M training tokens; {len(held_stream)} held out, in {', '.join(held_groups)}"
-    )
+    print(f"{len(train_stream) / 1e6:.2f}M training tokens; {len(held_stream)} held out, in {held_groups}")
 
-    def publish(
-        model: LlamaForCausalLM, name: str, taken: float, **card: str
-    ) -> tuple[LlamaForCausalLM, torch.Tensor]:
+    def publish(model: LlamaForCausalLM, name: str, taken: float, **card: str) -> tuple[LlamaForCausalLM, torch.Tensor]:
         """Write a model, load it again as a user would, and measure what was loaded."""
         with torch.no_grad():
             for parameter in model.parameters():
@@ -641,12 +612,15 @@ def main() -> None:
                 **card,
             ),
         )
-        loaded = AutoModelForCausalLM.from_pretrained(args.output / name)
-        assert loaded.dtype == torch.float32 and torch.equal(predict(loaded, held[:8])[1], best[:8])
+        loaded = cast(LlamaForCausalLM, AutoModelForCausalLM.from_pretrained(args.output / name))
+        assert loaded.dtype == torch.float32
+        assert torch.equal(predict(loaded, held[:8])[1], best[:8])
         print(f"{name}: held-out loss {loss:.4f}, perplexity {math.exp(loss):.2f}", flush=True)
         return loaded, best
 
     model = make_model(8, tokenizer)
+    if args.resume:
+        model = cast(LlamaForCausalLM, AutoModelForCausalLM.from_pretrained(earlier))
     taken = train(model, windows, args, args.minutes)
     model, best = publish(
         model,
@@ -654,7 +628,7 @@ def main() -> None:
         taken,
         title="Demonstration model",
         extra="",
-        how="on the CPU",
+        how="on the CPU" + ", after earlier runs" * args.resume,
         summary="The model that `swarm-node serve demo` serves, trained from scratch by `scripts/train_demo_model.py`.",
     )
     draft = make_model(2, tokenizer)
@@ -667,24 +641,20 @@ def main() -> None:
         taken,
         title="Draft model of the demonstration model",
         summary="A smaller companion of `demo` with the same tokenizer, to propose tokens in speculative decoding.",
-        extra=f"| Agreement | its likeliest token is that of `demo` at {agreement:.1%} of held-out places |\n",
+        extra=f"| Agreement | its likeliest token is that of `demo` at {agreement:.1%} of places |\n",
         how="on the CPU, by distillation from `demo`",
     )
-    print(
-        f"the draft's likeliest token is the main model's at {(draft_best == best).double().mean():.1%} of places"
-    )
+    agreement = (draft_best == best).double().mean().item()
+    print(f"the draft's likeliest token is the main model's at {agreement:.1%} of held-out places")
 
+    generator: Any = model
     loaded_tokenizer = AutoTokenizer.from_pretrained(args.output / "demo")
     for prompt in PROMPTS:
         inputs = loaded_tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
         for sample in (False, True):
-            options = (
-                {"do_sample": True, "temperature": 0.7, "top_p": 0.95} if sample else {"do_sample": False}
-            )
-            output = model.generate(**inputs, max_new_tokens=80, **options)
-            print(
-                f"\n--- {'sampled' if sample else 'greedy'}\n{loaded_tokenizer.decode(output[0])}", flush=True
-            )
+            options: dict[str, Any] = {"temperature": 0.7, "top_p": 0.95} if sample else {}
+            output = generator.generate(**inputs, max_new_tokens=80, do_sample=sample, **options)
+            print(f"\n--- {'sampled' if sample else 'greedy'}\n{loaded_tokenizer.decode(output[0])}", flush=True)
 
 
 if __name__ == "__main__":

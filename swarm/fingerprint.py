@@ -22,6 +22,6 @@ _SHAPE_FIELDS = (
 
 
 def fingerprint(config: Any) -> str:
-    """16 hex digits that depend on what decides the shapes of a model's weights; ``config`` is a transformers config."""
+    """16 hex digits that depend on what decides the shapes of a model's weights. ``config`` is one of transformers."""
     shape = {name: getattr(config, name, None) for name in _SHAPE_FIELDS}
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]

@@ -8,13 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from hivemind.p2p import PeerID
+from hivemind.proto import runtime_pb2
 from hivemind.utils import MSGPackSerializer
 
 from swarm.errors import BadRequestError
+
+if TYPE_CHECKING:  # the generated module has no types
+    Request: TypeAlias = Any
+    Response: TypeAlias = Any
+else:
+    Request, Response = runtime_pb2.ExpertRequest, runtime_pb2.ExpertResponse
 
 INFERENCE = "rpc_inference"
 PUSH = "rpc_push"

@@ -7,6 +7,7 @@ none, and is the same on the wire.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
@@ -17,6 +18,7 @@ from swarm.errors import BadRequestError, PeerLostError, from_wire, to_wire
 _MESSAGE, _ERROR = b"\x00", b"\x01"
 _LENGTH_BYTES = 8
 _MAX_ERROR_BYTES = 2**16
+_LINGER_SECONDS, _LINGER_BYTES = 0.5, 2**22
 
 M = TypeVar("M", bound=Message)
 
@@ -37,10 +39,21 @@ class MessageStream:
 
     async def send_error(self, error: BaseException) -> None:
         """Sends an error, the last message of a stream. Never fails: the peer may be gone."""
-        try:
+        with contextlib.suppress(PeerLostError):
             await self._write(_ERROR, RPCError(message=to_wire(error)))
-        except PeerLostError:
-            pass
+
+    async def linger(self) -> None:
+        """Reads on for a moment without looking, so that the peer gets what was sent last before the stream closes.
+
+        To close a socket with data unread would throw away what the other side has not read yet.
+        """
+        with contextlib.suppress(asyncio.TimeoutError, OSError):
+            await asyncio.wait_for(self._discard(), _LINGER_SECONDS)
+
+    async def _discard(self) -> None:
+        left = _LINGER_BYTES
+        while left > 0 and (data := await self._reader.read(2**16)):
+            left -= len(data)
 
     async def send_end(self) -> None:
         """Says that no more messages come from this side."""

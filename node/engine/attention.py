@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from swarm.node.engine.batch import Batch, DenseBatch, Segment
-from swarm.node.engine.masks import build_mask
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
+
+from swarm.node.engine.batch import Batch, DenseBatch, Segment
+from swarm.node.engine.masks import build_mask
 
 NAME = "swarm_paged"
 _LARGEST_SCORES = 1 << 24  # elements of a mask, or of a score matrix, that are made at once

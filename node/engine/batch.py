@@ -6,6 +6,7 @@ from collections.abc import Sequence as Listing
 from dataclasses import dataclass, field
 
 import torch
+
 from swarm.node.engine.kv_cache import KVCache, Sequence
 
 # By first query, queries, window and id of the ALiBi slopes; with the slopes, so that the id stays theirs

@@ -158,7 +158,7 @@ class Engine:
         last: int,
         prompts: torch.Tensor | None = None,
     ) -> Future[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Gradients with respect to ``hidden`` and ``prompts`` (same shapes), given ``grad`` of the forward's output."""
+        """Gradients with respect to ``hidden`` and ``prompts`` (same shapes), given ``grad`` of the output."""
         future: Future[tuple[torch.Tensor, torch.Tensor | None]] = Future()
         self._submit(("dense", DenseWork(hidden, grad, first, last, prompts, future)), future)
         return future
@@ -510,9 +510,10 @@ class Engine:
                     content[0].waiting.append(content[1])
                 elif kind == "dense":
                     self._dense.append(content)
-        left = [work for session in self._sessions for work in session.waiting]
-        for work in [*left, *self._dense]:
-            if work.future.running() or work.future.set_running_or_notify_cancel():  # type: ignore[attr-defined]
+        left: list[StepWork | DenseWork] = [work for session in self._sessions for work in session.waiting]
+        left += self._dense
+        for work in left:
+            if work.future.running() or work.future.set_running_or_notify_cancel():
                 work.future.set_exception(error)
         for session in self._sessions:
             session.waiting.clear()

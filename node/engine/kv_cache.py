@@ -7,9 +7,9 @@ from collections.abc import Sequence as Listing
 from dataclasses import dataclass, field
 
 import torch
-from swarm.node.engine.pages import OutOfPages, PageAllocator
 
 from swarm.errors import OutOfCacheError
+from swarm.node.engine.pages import OutOfPages, PageAllocator
 
 
 @dataclass(eq=False)

@@ -47,7 +47,7 @@ class BloomFamily(Family):
         assert isinstance(attention, BloomAttention)
         attention.__class__ = SwarmBloomAttention
         # The original keeps none, and the name of the attention function is in it.
-        attention.config = config  # type: ignore[assignment]  # the original keeps none, and the name of the attention function is in it
+        attention.config = config  # type: ignore[assignment]
 
     def position_embeddings(
         self, base: nn.Module, config: PreTrainedConfig, hidden: torch.Tensor, positions: torch.Tensor

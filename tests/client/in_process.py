@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from swarm.node.engine.engine import Engine
-from swarm.node.engine.session import EngineSession
 from torch import Tensor
 
+from swarm.node.engine.engine import Engine
+from swarm.node.engine.session import EngineSession
 from swarm.skeleton import load_span
 from swarm.source import resolve
 

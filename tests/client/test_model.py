@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from swarm.client import SwarmModelForCausalLM
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, StoppingCriteriaList, TextIteratorStreamer, set_seed
 from transformers.cache_utils import DynamicCache
 
+from swarm.client import SwarmModelForCausalLM
 from swarm.errors import UsageError
 from swarm.skeleton import load_ends
 from swarm.source import resolve

@@ -25,6 +25,15 @@ class Zygote:
     @classmethod
     def start(cls, argv: Sequence[str], stdout: Path, stderr: Path) -> int:
         """Starts ``swarm-node`` with these arguments; its PID."""
+        return cls._ask({"argv": list(argv), "stdout": str(stdout), "stderr": str(stderr)})
+
+    @classmethod
+    def wait(cls, pid: int) -> int:
+        """Waits for a process to end; its exit code."""
+        return cls._ask({"wait": pid})
+
+    @classmethod
+    def _ask(cls, order: dict[str, Any]) -> int:
         if cls._process is None:
             # one thread a node: they are many, on few cores
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -38,7 +47,6 @@ class Zygote:
             )
         assert cls._process.stdin is not None
         assert cls._process.stdout is not None
-        order = {"argv": list(argv), "stdout": str(stdout), "stderr": str(stderr)}
         cls._process.stdin.write(json.dumps(order) + "\n")
         cls._process.stdin.flush()
         return int(cls._process.stdout.readline())
@@ -114,6 +122,13 @@ class Node:
             if time.monotonic() > deadline:
                 raise AssertionError(f"node {self.pid} did not end\n{self.stderr.read_text()[-3000:]}")
             time.sleep(0.02)
+
+
+def run_to_end(argv: Sequence[str], workdir: Path) -> tuple[int, list[dict[str, Any]], str]:
+    """Runs a node that is expected to end by itself: exit code, events, and what it wrote to stderr."""
+    node = Node(argv, workdir)
+    code = Zygote.wait(node.pid)
+    return code, node.events(), node.stderr.read_text()
 
 
 class Swarm:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from swarm.client import SwarmModelForCausalLM
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
+from swarm.client import SwarmModelForCausalLM
 from tests.models import tiny_model
 from tests.swarm_e2e.nodes import run_swarm
 

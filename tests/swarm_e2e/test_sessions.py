@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from swarm.client import SwarmModelForCausalLM
 from transformers import AutoModelForCausalLM, PreTrainedModel, TextIteratorStreamer
 
+from swarm.client import SwarmModelForCausalLM
 from swarm.errors import BadRequestError, UsageError
 from tests.models import tiny_model
 from tests.swarm_e2e.nodes import Swarm, run_swarm

@@ -1,7 +1,8 @@
 """Starts ``swarm-node`` processes in a fraction of a second: imports everything once, then forks for each.
 
-Reads a JSON object a line, ``{"argv": […], "stdout": path, "stderr": path}``; answers with the PID. Only the time for
-importing torch and transformers is saved: the command line, the entry point and the process are a real node's.
+Reads a JSON object a line, ``{"argv": […], "stdout": path, "stderr": path}``; answers with the PID, and
+``{"wait": pid}`` with the exit code. Only the time for importing torch and transformers is saved: the command line, the
+entry point and the process are a real node's.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ def main() -> None:
     import swarm.node.cli
     import swarm.node.output
     import swarm.node.server
-
     from tests.swarm_e2e import modeling  # noqa: F401
 
     for line in sys.stdin:
         order = json.loads(line)
+        if "wait" in order:
+            print(os.waitstatus_to_exitcode(os.waitpid(order["wait"], 0)[1]), flush=True)
+            continue
         pid = os.fork()
         if pid == 0:
             os.setsid()

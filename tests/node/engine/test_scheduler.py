@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarm.node.engine.pacing import Pacer
+from swarm.node.engine.pacing import Gatherer, Pacer
 from swarm.node.engine.scheduler import Waiting, plan_turn
 
 ALL = (0, 4)
@@ -91,3 +91,16 @@ def test_prefill_is_cut_only_while_somebody_decodes() -> None:
     assert pacer.prefill_budget() == 25
     now = 2.0
     assert pacer.prefill_budget() == 512
+
+
+def test_waiting_for_others_is_for_clients_that_are_soon_back() -> None:
+    gatherer = Gatherer()
+    assert gatherer.patience_s() == 0
+    gatherer.ran(0.1)
+    assert 0 < gatherer.patience_s() < 0.01
+    for _ in range(50):
+        gatherer.returned(0.005)
+    assert 0.01 < gatherer.patience_s() < 0.025
+    for _ in range(50):
+        gatherer.returned(0.05)
+    assert gatherer.patience_s() == 0

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Makes .venv-petals: Petals 2.2, unmodified, to test and to measure against. Quick when it is there already.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+stamp=$(cat scripts/petals/requirements.txt scripts/petals/sitecustomize.py scripts/petals/setup.sh | cksum)
+if [ -x .venv-petals/bin/python ] && [ "$(cat .venv-petals/.installed 2>/dev/null)" = "$stamp" ]; then exit 0; fi
+
+python=python3.11  # some of its old packages have no builds for newer ones
+if ! command -v "$python" >/dev/null; then echo "Error: Python 3.11 is needed for Petals: install it first" >&2; exit 2; fi
+
+echo "Setting up .venv-petals with $("$python" --version), once; this takes a few minutes…" >&2
+[ -x .venv-petals/bin/python ] || "$python" -m venv .venv-petals
+install() { .venv-petals/bin/pip install --quiet --disable-pip-version-check "$@"; }
+# torch first and by its exact version, so that nothing else decides which build comes
+install $(grep -E '^(torch|numpy|setuptools|wheel)==' scripts/petals/requirements.txt)
+install --no-build-isolation --requirement scripts/petals/requirements.txt
+install --no-deps petals==2.2.0.post1
+cp scripts/petals/sitecustomize.py "$(.venv-petals/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+PETALS_IGNORE_DEPENDENCY_VERSION=1 HF_HUB_OFFLINE=1 .venv-petals/bin/python -W ignore -c 'import petals' 2>/dev/null ||
+  { echo "Error: Petals does not import in .venv-petals: remove the folder and try again" >&2; exit 1; }
+echo "$stamp" > .venv-petals/.installed

@@ -1,0 +1,31 @@
+"""Which blocks a node chooses."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from swarm.errors import UsageError
+from swarm.node.placement import blocks_that_fit, choose_start, coverage
+
+
+def test_the_hole_is_filled_first() -> None:
+    assert choose_start(coverage([(0, 3, 1.0), (5, 8, 1.0)], 8), 2) == 3
+    assert choose_start(coverage([(0, 8, 5.0), (0, 4, 1.0)], 8), 4) == 4
+    assert choose_start(coverage([], 8), 8) == 0
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 10), st.floats(0.1, 100)), max_size=6), st.integers(1, 10))
+def test_the_worst_block_gets_help_wherever_it_is(shapes: list[tuple[int, int, float]], count: int) -> None:
+    covered = coverage([(start, min(10, start + length), speed) for start, length, speed in shapes], 10)
+    start = choose_start(covered, count)
+    assert 0 <= start <= 10 - count
+    assert min(covered) in covered[start : start + count]
+
+
+def test_what_fits() -> None:
+    assert blocks_that_fit(100, 10, 0, 80) == 8
+    assert blocks_that_fit(10**6, 10, 5, 80) == 80
+    with pytest.raises(UsageError, match="one block needs"):
+        blocks_that_fit(100, 90, 10, 80)
