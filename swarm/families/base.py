@@ -42,6 +42,6 @@ class Family:
     def run(
         self, block: nn.Module, hidden: torch.Tensor, positions: torch.Tensor, embeddings: Any, batch: Any
     ) -> torch.Tensor:
-        """One block. ``hidden`` ``[1, N, H]`` in and out, ``positions`` ``[1, N]`` int64, ``embeddings`` of its kind."""
+        """One block. ``hidden`` ``[1, N, H]`` in and out; ``positions`` ``[1, N]``; ``embeddings`` for its kind."""
         output = block(hidden, position_embeddings=embeddings, position_ids=positions, attention_mask=None, batch=batch)
         return output[0] if isinstance(output, tuple) else output

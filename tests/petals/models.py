@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests.models import tiny_model
@@ -26,11 +27,22 @@ def shared_model(like: str) -> Path:
     if like == "bloom":
         tensors = load_file(path / "model.safetensors")
         renamed = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
-        # with a tied head, random text is one token over and over unless what the blocks add is louder than the embeddings
-        renamed["word_embeddings_layernorm.weight"] *= 0.1
-        renamed["word_embeddings_layernorm.bias"] *= 0.1
+        _quieten_embeddings(renamed)
         save_file(renamed, path / "model.safetensors", metadata={"format": "pt"})
     return path
+
+
+def _quieten_embeddings(tensors: dict[str, torch.Tensor]) -> None:
+    """With a tied head, random text is one token over and over, unless what blocks add is louder than the embeddings."""
+    embeddings = tensors["word_embeddings.weight"]
+    tensors["word_embeddings.weight"] = embeddings / embeddings.norm(dim=1, keepdim=True) * 8
+    for name, tensor in tensors.items():
+        if name.startswith("word_embeddings_layernorm"):
+            tensor.mul_(0.1)
+        elif name.startswith("h.") and tensor.dim() > 1:
+            tensor.mul_(4)
+        elif name.startswith("ln_f"):
+            tensor.fill_(float(name.endswith("weight")))
 
 
 def write_old_fields(path: Path) -> None:

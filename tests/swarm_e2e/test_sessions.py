@@ -136,6 +136,19 @@ def test_gradients_pass_through_the_swarm(model: Any, whole: PreTrainedModel) ->
     torch.testing.assert_close(grads[0], grads[1], atol=1e-4, rtol=1e-3)
 
 
+def test_several_models_in_one_process(model: Any, whole: PreTrainedModel) -> None:
+    path = tiny_model("bloom", layers=2)
+    other_whole = AutoModelForCausalLM.from_pretrained(path)
+    with (
+        run_swarm(path, ("0:2",)) as second,
+        SwarmModelForCausalLM.from_pretrained(str(path), initial_peers=second.initial_peers) as other,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        both = [pool.submit(this.generate, prompt(4), max_new_tokens=8, **QUIET) for this in (model, other)]
+        for result, right in zip(both, (whole, other_whole), strict=True):
+            assert torch.equal(result.result(), right.generate(prompt(4), max_new_tokens=8, **QUIET))
+
+
 def test_a_model_of_another_shape_under_the_same_name(swarm: Swarm, path: Path) -> None:
     other = tiny_model("llama-gqa", hidden=32, positions=2048)
     from swarm.source import resolve
