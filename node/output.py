@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -62,6 +63,10 @@ class TextOutput:
 
     @contextmanager
     def stage(self, name: str, text: str) -> Iterator[Stage]:
+        if name == "download":  # the Hub's library draws a bar a file, with rate and time left
+            self._console.print(text, markup=False)
+            yield lambda done, total: None
+            return
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
         with Progress(*columns, TimeRemainingColumn(), console=self._console) as progress:
             task = progress.add_task(text, total=1.0)
@@ -73,6 +78,7 @@ class JsonOutput:
     """For scripts and supervisors: every line on stdout is one JSON object with ``event`` and ``time``."""
 
     def __init__(self) -> None:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(_JsonFormatter())
         logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)

@@ -29,7 +29,7 @@ from swarm.node.settings import NodeSettings
 from swarm.node.throughput import measure
 from swarm.peer import Peer
 from swarm.records import Offer, ServerInfo, ServerState
-from swarm.skeleton import Span, cache_bytes_per_token, estimate_block_bytes, load_span
+from swarm.skeleton import Span, cache_bytes_per_token, estimate_block_bytes, fetch_span, load_span
 from swarm.source import ModelSource, resolve
 
 T = TypeVar("T")
@@ -147,6 +147,9 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
 async def _load(
     source: ModelSource, start: int, end: int, dtype: torch.dtype, device: torch.device, output: Output
 ) -> Span:
+    if source.hub is not None:
+        with output.stage("download", f"Downloading what is missing of blocks {start}:{end}") as fetched:
+            await in_thread(lambda: fetch_span(source, start, end, progress=lambda *done: fetched(*done)))
     with output.stage("load", f"Loading blocks {start}:{end}") as report:
         return await in_thread(
             lambda: load_span(source, start, end, dtype=dtype, device=device, progress=lambda *done: report(*done))

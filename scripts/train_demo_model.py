@@ -491,9 +491,9 @@ tags: [demo]
 
 {summary}
 
-It is a real, if very small, language model: it continues English technical documentation and Python code in
-a plausible form, but what it says is often wrong. Use it to try the software that serves it, not as a source
-of facts.
+It is a real, if very small, language model: what it writes has the look of English documentation and Python
+code, but is often wrong and may make no sense. Use it to try the software that serves it, not as a source of
+facts.
 
 | | |
 |---|---|

@@ -23,7 +23,17 @@ from swarm.source import ModelSource
 from swarm.span import Prepared, Span
 from swarm.weights import load_weights, plan_weights
 
-__all__ = ["Prepared", "Skeleton", "Span", "build_skeleton", "estimate_block_bytes", "load_ends", "load_span"]
+__all__ = [
+    "Prepared",
+    "Skeleton",
+    "Span",
+    "build_skeleton",
+    "cache_bytes_per_token",
+    "estimate_block_bytes",
+    "fetch_span",
+    "load_ends",
+    "load_span",
+]
 
 _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -144,6 +154,21 @@ def load_span(
         family=family,
         kinds=kinds,
     )
+
+
+def fetch_span(
+    source: ModelSource, start: int, end: int, *, progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Download the files that hold the blocks ``start:end``, unless they are here. ``progress(files done, in all)``.
+
+    Raises:
+        ModelError: a file is missing, or the Hub can't be reached.
+    """
+    skeleton, checkpoint = build_skeleton(source, source.dtype, attention="eager"), Checkpoint.open(source)
+    plan = plan_weights(skeleton.model, checkpoint)
+    wanted = tuple(f"{skeleton.layers_name}.{index}." for index in range(start, end))
+    checkpoint.fetch(plan.only(lambda name: name.startswith(wanted)).keys(), progress)
+    checkpoint.close()
 
 
 def load_ends(source: ModelSource, *, dtype: torch.dtype | str = "checkpoint") -> PreTrainedModel:

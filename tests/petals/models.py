@@ -22,7 +22,8 @@ def shared_model(like: str) -> Path:
     # Petals takes a BLOOM checkpoint as the Hub has it: blocks are named h.*, and the head is tied
     options = {"tie_word_embeddings": True} if like == "bloom" else {}
     path = Path(_ROOT.name) / like
-    shutil.copytree(tiny_model(like, positions=2048, **options), path)
+    # without an end token: transformers 4.34 can't be told to ignore it
+    shutil.copytree(tiny_model(like, positions=2048, eos_token_id=None, **options), path)
     write_old_fields(path)
     if like == "bloom":
         tensors = load_file(path / "model.safetensors")

@@ -10,6 +10,8 @@ import sys
 
 
 def main():
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what it imports prints
     from petals.cli import run_server
     from petals.models import bloom, falcon, llama  # noqa: F401
     from petals.server import from_pretrained, server  # noqa: F401
@@ -31,7 +33,7 @@ def main():
                 run_server.main()
             finally:
                 os._exit(0)
-        print(pid, flush=True)
+        print(pid, file=answers, flush=True)
 
 
 if __name__ == "__main__":

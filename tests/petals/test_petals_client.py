@@ -1,0 +1,186 @@
+"""An unmodified Petals client on our nodes: the same text and the same gradients as transformers on the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from swarm.source import default_dht_prefix
+from tests.petals.models import shared_model
+from tests.petals.peers import Client
+from tests.swarm_e2e.nodes import Swarm, run_swarm
+
+FAMILIES = {"llama-gqa": "llama", "falcon-180b": "falcon", "bloom": "bloom"}
+QUIET: dict[str, Any] = {"eos_token_id": None, "pad_token_id": 0, "do_sample": False}
+
+
+@dataclass
+class Case:
+    """Our nodes, the Petals client's model of them, and the whole model."""
+
+    swarm: Swarm
+    petals: Client
+    name: str
+    whole: Any
+
+    def connect(self, name: str, **options: Any) -> str:
+        """Makes another model of the client's."""
+        path = shared_model(self.name)
+        prefix = default_dht_prefix(path.name, FAMILIES[self.name])
+        self.petals.ask(
+            "connect",
+            name=name,
+            path=str(path),
+            initial_peers=self.swarm.initial_peers,
+            dht_prefix=prefix,
+            **options,
+        )
+        return name
+
+    def generate(self, name: str, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+        """The client's text."""
+        return torch.tensor(self.petals.ask("generate", name=name, ids=ids.tolist(), **QUIET, **options))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request: pytest.FixtureRequest, petals: Client) -> Iterator[Case]:
+    path = shared_model(request.param)
+    with run_swarm(path, ("0:3", "3:6")) as swarm:
+        case = Case(swarm, petals, request.param, AutoModelForCausalLM.from_pretrained(path))
+        case.connect(request.param)
+        yield case
+
+
+@pytest.fixture(scope="module")
+def llama(petals: Client) -> Iterator[Case]:
+    path = shared_model("llama-gqa")
+    with run_swarm(path, ("0:3", "3:6")) as swarm:
+        case = Case(swarm, petals, "llama-gqa", AutoModelForCausalLM.from_pretrained(path))
+        case.connect("llama")
+        yield case
+
+
+def prompts(rows: int, columns: int) -> torch.Tensor:
+    return torch.randint(10, 250, (rows, columns), generator=torch.Generator().manual_seed(rows * columns))
+
+
+def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def through(layers: Any, whole: Any, hidden: torch.Tensor, deep: torch.Tensor | None = None) -> torch.Tensor:
+    """``hidden`` through the Llama model's ``layers``, with prompts added before each, as Petals means them."""
+    rows, columns, _ = hidden.shape
+    positions = torch.arange(columns)[None]
+    mask = torch.full((columns, columns), float("-inf")).triu(1)[None, None]
+    embeddings = whole.model.rotary_emb(hidden, positions)
+    for index, layer in enumerate(layers):
+        if deep is not None:
+            added = torch.zeros_like(hidden)
+            added[:, : deep.shape[1]] = deep[index]
+            hidden = hidden + added
+        hidden = layer(hidden, attention_mask=mask, position_embeddings=embeddings, position_ids=positions)
+    return hidden
+
+
+def test_greedy(case: Case) -> None:
+    ids = prompts(1, 9)
+    expected = case.whole.generate(ids, max_new_tokens=16, **QUIET)
+    assert torch.equal(case.generate(case.name, ids, max_new_tokens=16), expected)
+
+
+def test_batch(case: Case) -> None:
+    ids = prompts(2, 7)
+    expected = case.whole.generate(ids, max_new_tokens=12, **QUIET)
+    assert torch.equal(case.generate(case.name, ids, max_new_tokens=12), expected)
+
+
+def test_beam_search(case: Case) -> None:
+    ids = prompts(2, 6)
+    expected = case.whole.generate(ids, max_new_tokens=10, num_beams=3, **QUIET)
+    assert torch.equal(case.generate(case.name, ids, max_new_tokens=10, num_beams=3), expected)
+
+
+def test_a_session_stepped_by_hand(llama: Case) -> None:
+    hidden = numbers(2, 12, 64)
+    result = torch.tensor(llama.petals.ask("session", name="llama", hidden=hidden.tolist(), steps=[7, 1, 3, 1]))
+    with torch.no_grad():
+        torch.testing.assert_close(result, through(llama.whole.model.layers, llama.whole, hidden), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("columns", "blocks"), [(11, (0, 6)), (5, (2, 5)), (1500, (0, 6))])
+def test_forward_and_backward(llama: Case, columns: int, blocks: tuple[int, int]) -> None:
+    # the longest goes by streams, in parts
+    first, last = blocks
+    hidden, grad = numbers(2, columns, 64), numbers(2, columns, 64, seed=1)
+    order = {"hidden": hidden.tolist(), "grad": grad.tolist(), "first": first, "last": last}
+    result = llama.petals.ask("forward_backward", name="llama", **order)
+    hidden.requires_grad_(True)
+    output = through(llama.whole.model.layers[first:last], llama.whole, hidden)
+    output.backward(grad)
+    torch.testing.assert_close(torch.tensor(result["output"]), output.detach(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(torch.tensor(result["grad"]), hidden.grad, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["ptune", "deep_ptune"])
+def test_prompt_tuning(llama: Case, mode: str) -> None:
+    length, layers, hidden_size = 4, 6, 64
+    llama.connect(mode, tuning_mode=mode, pre_seq_len=length)
+    ids, labels = prompts(2, 8), prompts(2, 8).flip(1)
+    shallow = numbers(length, hidden_size).requires_grad_(True)
+    deep = numbers(length, layers * hidden_size, seed=1).requires_grad_(True) if mode == "deep_ptune" else None
+    values = {"deep": deep.tolist()} if deep is not None else {}
+    result = llama.petals.ask(
+        "tune", name=mode, ids=ids.tolist(), labels=labels.tolist(), prompts=shallow.tolist(), **values
+    )
+
+    embedded = torch.cat([shallow.expand(2, -1, -1), llama.whole.get_input_embeddings()(ids).detach()], dim=1)
+    by_layer = deep.view(length, layers, hidden_size).transpose(0, 1) if deep is not None else None
+    hidden = through(llama.whole.model.layers, llama.whole, embedded, by_layer)[:, length:]
+    logits = llama.whole.lm_head(llama.whole.model.norm(hidden))
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    wanted = [shallow] if deep is None else [shallow, deep]
+    gradients = torch.autograd.grad(loss, wanted)
+
+    assert result["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    for name, gradient in zip(("prompts", "deep"), gradients, strict=False):
+        torch.testing.assert_close(torch.tensor(result[name]), gradient, atol=1e-4, rtol=1e-3)
+
+
+def test_generating_with_deep_prompts(llama: Case) -> None:
+    llama.connect("tuned", tuning_mode="deep_ptune", pre_seq_len=3)
+    shallow, deep = numbers(3, 64), numbers(3, 6 * 64, seed=1)
+    ids = prompts(2, 5)
+    order = {"prompts": shallow.tolist(), "deep": deep.tolist()}
+    llama.petals.ask("tune", name="tuned", ids=ids.tolist(), labels=ids.tolist(), **order)
+    result = llama.generate("tuned", ids, max_new_tokens=6)
+
+    expected = ids
+    with torch.no_grad():
+        for _ in range(6):
+            embedded = torch.cat([shallow.expand(2, -1, -1), llama.whole.get_input_embeddings()(expected)], dim=1)
+            by_layer = deep.view(3, 6, 64).transpose(0, 1)
+            hidden = through(llama.whole.model.layers, llama.whole, embedded, by_layer)
+            logits = llama.whole.lm_head(llama.whole.model.norm(hidden[:, -1]))
+            expected = torch.cat([expected, logits.argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(result, expected)
+
+
+def test_the_client_survives_a_node_that_is_killed(llama: Case) -> None:
+    ids = prompts(1, 8)
+    expected = llama.whole.generate(ids, max_new_tokens=24, **QUIET)
+    with run_swarm(shared_model("llama-gqa"), ("0:3", "3:6")) as swarm:
+        case = Case(swarm, llama.petals, "llama-gqa", llama.whole)
+        case.connect("doomed", update_period=2, ban_timeout=1, min_backoff=0.2)
+        order = {"name": "doomed", "ids": ids.tolist(), "max_new_tokens": 24, "pause_at": 18, **QUIET}
+        llama.petals.send({"do": "generate", **order})
+        assert llama.petals.receive() == {"paused": True}
+        swarm.add("3:6")
+        swarm.nodes[1].kill()
+        llama.petals.send({})
+        assert torch.equal(torch.tensor(llama.petals.result()), expected)
