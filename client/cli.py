@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -233,4 +234,5 @@ def _errors() -> Iterator[None]:
 
 def main() -> None:
     """Entry point of ``swarm``."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for nodes on this machine; see swarm-node
     app()

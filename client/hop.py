@@ -14,8 +14,8 @@ from hivemind.p2p import P2P, PeerID
 from swarm import rpc
 from swarm.client.history import History
 from swarm.client.routing import Leg
-from swarm.codec import DTYPES, decode, encode
-from swarm.errors import BadRequestError, PeerLostError, RemoteError, SwarmError
+from swarm.codec import DTYPES, all_finite, decode, encode
+from swarm.errors import BadRequestError, OutOfCacheError, PeerLostError, RemoteError, SwarmError
 from swarm.records import span_uid
 from swarm.rpc import Request, Response
 from swarm.stream import MessageStream
@@ -33,6 +33,8 @@ class Hop:
         self.history = History()
         self.on_push_failed: Callable[[str], None] | None = None
         self.dtype = DTYPES.get(leg.span.info.torch_dtype or "")
+        self.is_petals = leg.span.info.offer is None  # passes nothing on, and can't forget columns
+        self.cropped = False  # was to forget columns, and is to be replaced as it can't
         self._uid = span_uid(prefix, leg.start, leg.end)
         self._stream = stream
         self._rows, self._hidden_size = shape
@@ -95,8 +97,10 @@ class Hop:
             )
             if await hop._stream.receive(Response) is None:
                 raise PeerLostError(f"{leg.peer_id} ended the session")
-        except BaseException:
+        except BaseException as error:
             hop._stream.close()
+            if isinstance(error, RemoteError) and str(error).startswith("Could not allocate"):
+                raise OutOfCacheError(f"{leg.peer_id} has no KV cache left: {error}") from error  # Petals' words
             raise
         hop._reader = asyncio.create_task(hop._read())
         return hop
@@ -128,6 +132,11 @@ class Hop:
             self._replies[step_id] = asyncio.get_running_loop().create_future()
             if self._failure is not None:
                 self._replies[step_id].set_exception(self._failure)
+
+    def has_answered(self, step_id: str) -> bool:
+        """Whether the answer to a step is here, for a step that was pushed."""
+        reply = self._replies.get(step_id)
+        return reply is not None and reply.done() and reply.exception() is None
 
     async def reply(self, step_id: str, timeout: float) -> torch.Tensor | None:
         """The hop's output for a step, ``[rows, T, H]``; ``None`` if it says nothing for ``timeout`` seconds.
@@ -200,7 +209,7 @@ class Hop:
             raise RemoteError(f"{self.peer_id} answered nonsense: {error}") from error
         if output.ndim != 3 or output.shape[0] != self._rows or output.shape[2] != self._hidden_size:
             raise RemoteError(f"{self.peer_id} answered with a tensor of shape {tuple(output.shape)}")
-        if not output.is_floating_point() or not torch.isfinite(output).all():
+        if not output.is_floating_point() or not all_finite(output):
             raise RemoteError(f"{self.peer_id} answered with numbers that are not finite")
         return output
 

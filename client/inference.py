@@ -25,11 +25,17 @@ _ALIVE_TIMEOUT = 5.0
 
 @dataclass(eq=False)
 class _Chunk:
-    """A step under way. ``covered``: hops that have it or get it pushed."""
+    """A step under way.
+
+    Attributes:
+        alone: the only one under way in its session.
+        covered: hops that have it, or get it pushed for sure.
+    """
 
     start: int
     hidden: torch.Tensor
     hypo_ids: torch.Tensor | None
+    alone: bool
     step_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     covered: set[Hop] = field(default_factory=set)
 
@@ -67,10 +73,11 @@ class Inference:
             self.hops = await self._open_route(self._first, self._last, self._left_padding)
         width = max(1, self._settings.prefill_tokens // rows)
         chunks = [
-            _Chunk(self.position + at, hidden[:, at : at + width], hypo_ids if at == 0 else None)
+            _Chunk(self.position + at, hidden[:, at : at + width], hypo_ids if at == 0 else None, columns <= width)
             for at in range(0, columns, width)
         ]
         try:
+            await self._replace_cropped()
             self._in_flight = {chunk.step_id: chunk for chunk in chunks}
             for chunk in chunks:  # all of them at once: the next hop works on one while this one works on the next
                 await self._send(0, chunk, chunk.hidden, must=False)
@@ -90,6 +97,7 @@ class Inference:
         """Forgets the columns from ``position`` on: the nodes are told by the next step's start."""
         for hop in self.hops:
             hop.history.crop(position)
+            hop.cropped |= hop.is_petals and position < self.position
         self.position = position
 
     async def close(self) -> None:
@@ -117,18 +125,35 @@ class Inference:
 
     async def _send(self, index: int, chunk: _Chunk, hidden: torch.Tensor, *, must: bool) -> None:
         """Sends a chunk to a hop unless it has it or gets it pushed; the hops behind it get it pushed from there."""
-        hop, following = self.hops[index], self.hops[index + 1 :]
-        if hop in chunk.covered:
+        hop, following = self.hops[index], self._pushed_from(index, chunk)
+        if hop in chunk.covered or hop.has_answered(chunk.step_id):
             return
+        for behind in following:
+            behind.expect(chunk.step_id)
         try:
             await hop.send(chunk.step_id, chunk.start, hidden, chunk.hypo_ids, following)
         except SwarmError:
             if must:
                 raise
             return  # found out, and repaired, when the chunk is collected
-        chunk.covered.update((hop, *following))
-        for behind in following:
-            behind.expect(chunk.step_id)
+        # A push to a Petals server may be lost, and nobody hears of it: it is sent the step from here too, as its own
+        # client does, and runs the one that comes first.
+        chunk.covered.update((hop, *(behind for behind in following if not behind.is_petals)))
+
+    def _pushed_from(self, index: int, chunk: _Chunk) -> list[Hop]:
+        """The hops that get a chunk pushed when it is sent to hop ``index``.
+
+        None behind a Petals server, which passes nothing on. Nor a Petals server while there are more chunks: it takes
+        steps as they come, and pushes may overtake each other.
+        """
+        pushed: list[Hop] = []
+        before = self.hops[index]
+        for hop in self.hops[index + 1 :]:
+            if before.is_petals or (hop.is_petals and not chunk.alone):
+                break
+            pushed.append(hop)
+            before = hop
+        return pushed
 
     async def _wait(self, index: int, chunk: _Chunk, hidden: torch.Tensor) -> torch.Tensor:
         """A hop's output. A silent hop is asked whether it lives, and sent the chunk in case a push was lost."""
@@ -149,7 +174,7 @@ class Inference:
                 raise PeerLostError(f"{hop.peer_id} does not answer")
             if not resent:
                 resent = True  # a node runs a step that it gets twice only once
-                await hop.send(chunk.step_id, chunk.start, hidden, chunk.hypo_ids, self.hops[index + 1 :])
+                await hop.send(chunk.step_id, chunk.start, hidden, chunk.hypo_ids, self._pushed_from(index, chunk))
 
     async def _alive(self, hop: Hop) -> bool:
         call = self._view.peer.p2p.call_protobuf_handler(
@@ -174,8 +199,9 @@ class Inference:
         try:
             output = await hop.reply(chunk.step_id, self._settings.step_timeout)
             index = self.hops.index(hop) + 1
-            if output is not None and index < len(self.hops):
-                await self.hops[index].send(chunk.step_id, chunk.start, output, chunk.hypo_ids, self.hops[index + 1 :])
+            if output is not None and index < len(self.hops) and not self.hops[index].is_petals:
+                following = self._pushed_from(index, chunk)
+                await self.hops[index].send(chunk.step_id, chunk.start, output, chunk.hypo_ids, following)
         except (SwarmError, ValueError) as error:
             logger.debug("could not forward for %s: %s", hop.peer_id, error)  # the collector finds the hop failed
 
@@ -187,6 +213,16 @@ class Inference:
         self._note(failed.peer_id, error)
         logger.warning("Blocks %d:%d: %s; finding another way…", failed.start, failed.end, error)
         failed.abandon()
+        await self._renew(index)
+
+    async def _replace_cropped(self) -> None:
+        """Opens new sessions at hops that were to forget columns and can't."""
+        for hop in [hop for hop in self.hops if hop.cropped]:
+            await hop.close()
+            await self._renew(self.hops.index(hop))
+
+    async def _renew(self, index: int) -> None:
+        failed = self.hops[index]
         deadline = asyncio.get_running_loop().time() + self._settings.wait_timeout
         while True:
             try:
@@ -247,7 +283,9 @@ class Inference:
         deadline = asyncio.get_running_loop().time() + self._settings.wait_timeout
         refused = 0
         while True:
-            legs = await self._view.route(first, last, cache_tokens=self._rows * self._max_length)
+            legs = await self._view.route(
+                first, last, cache_tokens=self._rows * self._max_length, left_padding=any(left_padding)
+            )
             opened = await asyncio.gather(*(self._open(leg, left_padding) for leg in legs), return_exceptions=True)
             errors = [
                 (leg, result) for leg, result in zip(legs, opened, strict=True) if isinstance(result, BaseException)

@@ -20,6 +20,7 @@ from swarm.errors import UsageError
 
 from .cache import SwarmCache
 from .ends import put_blocks_in
+from .head import combine_head
 from .model_session import ModelSession, open_session_of
 from .remote_blocks import RemoteBlocks
 from .streaming import stream_tokens
@@ -122,6 +123,7 @@ class SwarmModelForCausalLM(_Family):
         facade = SwarmModelForCausalLM if issubclass(cls, PreTrainedModel) else cls  # cls: a facade class, or an own
         blocks = RemoteBlocks(connection, 0, connection.num_blocks)
         put_blocks_in(ends, blocks)
+        combine_head(ends)
         ends.__class__ = _facade_class(facade, type(ends))  # type: ignore[arg-type]  # classes are hashable
         ends.eval()
         model: Any = ends

@@ -13,7 +13,7 @@ from swarm import rpc
 from swarm.client.routing import Leg
 from swarm.client.settings import ClientSettings
 from swarm.client.swarm_view import SwarmView
-from swarm.codec import decode, encode, join, split
+from swarm.codec import all_finite, decode, encode, join, split
 from swarm.errors import BadRequestError, PeerLostError, RemoteError, SwarmError, from_wire
 from swarm.records import span_uid
 from swarm.rpc import Request, Response
@@ -101,7 +101,7 @@ async def _call(
         outputs = [decode(message, max_elements=elements) for message in messages]
     except asyncio.TimeoutError as error:
         raise PeerLostError(f"{leg.peer_id} does not answer") from error
-    if not outputs or tuple(outputs[0].shape) != tuple(expected) or not torch.isfinite(outputs[0]).all():
+    if not outputs or tuple(outputs[0].shape) != tuple(expected) or not all_finite(outputs[0]):
         raise RemoteError(f"{leg.peer_id} answered nonsense")
     return outputs
 

@@ -77,21 +77,28 @@ class SwarmView:
         """A peer answered well."""
         self._bans.succeeded(peer_id)
 
-    async def route(self, first: int, last: int, *, cache_tokens: int = 0) -> tuple[Leg, ...]:
+    async def route(
+        self, first: int, last: int, *, cache_tokens: int = 0, left_padding: bool = False
+    ) -> tuple[Leg, ...]:
         """The best chain for the blocks ``first:last``; waits for blocks that are missing at the moment.
+
+        Args:
+            left_padding: only by way of nodes that let rows start later, which Petals' servers can't.
 
         Raises:
             MissingBlocksError: still nobody serves them after ``wait_timeout`` seconds.
         """
         deadline = time.monotonic() + self._settings.wait_timeout
+        padded = " to rows with padding at their left (pass rows of one length to use servers that can't)"
+        whom = padded if left_padding else ""
         announced = False
         while True:
             try:
-                return self._find(first, last, cache_tokens)
+                return self._find(first, last, cache_tokens, left_padding)
             except MissingBlocksError as error:
                 if time.monotonic() >= deadline:
                     raise MissingBlocksError(
-                        f"nobody serves {describe_blocks(error.blocks)} of {self.prefix}, waited "
+                        f"nobody serves {describe_blocks(error.blocks)} of {self.prefix}{whom}, waited "
                         f"{self._settings.wait_timeout:.0f} s: start a node for them (swarm-node serve … --blocks "
                         f"{error.blocks[0]}:{error.blocks[-1] + 1}) or raise wait_timeout",
                         error.blocks,
@@ -99,20 +106,22 @@ class SwarmView:
                 if not announced:
                     announced = True
                     logger.warning(
-                        "Nobody serves %s of %s right now; waiting up to %.0f s for a node…",
+                        "Nobody serves %s of %s%s right now; waiting up to %.0f s for a node…",
                         describe_blocks(error.blocks),
                         self.prefix,
+                        whom,
                         self._settings.wait_timeout,
                     )
             await asyncio.sleep(_POLL_SECONDS)
             await self.refresh()
 
-    def _find(self, first: int, last: int, cache_tokens: int) -> tuple[Leg, ...]:
+    def _find(self, first: int, last: int, cache_tokens: int, left_padding: bool) -> tuple[Leg, ...]:
         now = time.monotonic()
         usable = [
             span
             for span in self._spans
-            if not self._bans.banned(span.peer_id, started=span.info.offer.started if span.info.offer else 0.0)
+            if (not left_padding or (span.info.offer is not None and span.info.offer.left_padding))
+            and not self._bans.banned(span.peer_id, started=span.info.offer.started if span.info.offer else 0.0)
         ]
         random.shuffle(usable)  # equals share the load
         roomy = [span for span in usable if self._full.get(span.peer_id, 0.0) <= now]

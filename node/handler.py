@@ -7,6 +7,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from swarm import __version__, rpc
 from swarm.codec import COMPRESSIONS, NONE, encode, join, split
 from swarm.errors import BadRequestError, LeavingError, PeerLostError, RemoteError, SwarmError, to_wire
 from swarm.node.engine.engine import Engine
+from swarm.node.engine.session import EngineSession
 from swarm.node.limits import Limits
 from swarm.node.pusher import Pusher
 from swarm.node.requests import Opening, Served, check_opening, read_backward, read_forward, read_step
@@ -29,13 +31,36 @@ from swarm.stream import MessageStream
 logger = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
+class _Session:
+    """A session that is open. ``inbox`` has the client's steps and those pushed by other nodes, and what ends it."""
+
+    stream: MessageStream
+    opening: Opening
+    engine_session: EngineSession
+    inbox: asyncio.Queue[Request | SwarmError | None]
+    position: int = 0
+    idle_since: float | None = None
+
+
+async def _read(session: _Session) -> None:
+    """Moves what the client sends into the inbox."""
+    last: SwarmError | None = None
+    try:
+        while (request := await session.stream.receive(Request)) is not None:
+            await session.inbox.put(request)
+    except SwarmError as error:
+        last = error
+    await session.inbox.put(last)
+
+
 class Handler:
     """Serves the RPCs of :mod:`swarm.rpc` for one engine."""
 
     def __init__(self, p2p: P2P, engine: Engine, served: Served, limits: Limits) -> None:
         self._p2p, self._engine, self._served, self._limits = p2p, engine, served, limits
         self._pusher = Pusher(p2p)
-        self._inboxes: dict[str, asyncio.Queue[Request | SwarmError | None]] = {}
+        self._sessions: dict[str, _Session] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._leaving = False
         self._busy = 0  # steps and requests under way
@@ -53,6 +78,7 @@ class Handler:
         for name, answer in ((rpc.PUSH, self._push), (rpc.FORWARD, self._forward), (rpc.BACKWARD, self._backward)):
             await self._p2p.add_protobuf_handler(rpc.handle_name(name), _unary(answer), Request)
         await self._p2p.add_protobuf_handler(rpc.handle_name(rpc.INFO), self._info, runtime_pb2.ExpertUID)
+        self._spawn(self._end_idle_sessions())
 
     async def leave(self, timeout: float) -> None:
         """Takes no more work, gives what is under way ``timeout`` seconds, then ends the sessions."""
@@ -60,10 +86,12 @@ class Handler:
         deadline = asyncio.get_running_loop().time() + timeout
         while self._busy and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.02)
-        for inbox in list(self._inboxes.values()):
+        for session in list(self._sessions.values()):
             with suppress(asyncio.QueueFull):
-                inbox.put_nowait(LeavingError("this node is shutting down"))
+                session.inbox.put_nowait(LeavingError("this node is shutting down"))
         await asyncio.sleep(0.1)  # lets the goodbyes out
+        for task in self._tasks:
+            task.cancel()
         self._pusher.close()
 
     # sessions
@@ -76,62 +104,43 @@ class Handler:
             raise LeavingError("this node is shutting down: open the session elsewhere")
         metadata = rpc.parse(rpc.load(request.metadata))
         opening = check_opening(request, metadata, self._served, self._limits)
-        session_id = metadata.session_id
-        if session_id in self._inboxes:
+        session_id = metadata.session_id or f"unnamed {id(request)} {peer}"  # without a name nobody can push to it
+        if session_id in self._sessions:
             raise BadRequestError("there is a session of this id already")
-        inbox: asyncio.Queue[Request | SwarmError | None] = asyncio.Queue(self._limits.max_waiting_steps)
-        session = self._engine.open(
+        engine_session = self._engine.open(
             rows=opening.rows, first=opening.first, last=opening.last, left_padding=opening.left_padding
         )
-        reading = asyncio.create_task(self._read(stream, inbox))
+        session = _Session(stream, opening, engine_session, asyncio.Queue(self._limits.max_waiting_steps))
+        reading = asyncio.create_task(_read(session))
+        self._sessions[session_id] = session
         try:
-            if session_id is not None:
-                self._inboxes[session_id] = inbox
-            await self._run_session(stream, request, opening, session, inbox)
+            await self._run_session(session, request)
         finally:
             reading.cancel()
-            if session_id is not None:
-                self._inboxes.pop(session_id, None)
-            self._engine.close(session)
+            del self._sessions[session_id]
+            self._engine.close(engine_session)
 
-    async def _run_session(
-        self,
-        stream: MessageStream,
-        first_request: Request,
-        opening: Opening,
-        session: Any,
-        inbox: asyncio.Queue[Request | SwarmError | None],
-    ) -> None:
-        position = 0
+    async def _run_session(self, session: _Session, request: Request) -> None:
         done: deque[str] = deque(maxlen=2 * self._limits.max_waiting_steps)
-        request: Request | SwarmError | None = first_request
-        while (
-            not isinstance(request, SwarmError) and request is not None and request.tensors
-        ):  # an empty request ends the session
+        while request.tensors:  # an empty request ends the session
             fields = rpc.load(request.metadata)
             metadata = rpc.parse(fields)
             if metadata.step_id is None or metadata.step_id not in done:
                 if metadata.step_id is not None:
                     done.append(metadata.step_id)
-                position = await self._step(stream, request, fields, metadata, opening, session, position)
-            try:
-                request = await asyncio.wait_for(inbox.get(), self._limits.step_timeout)
-            except asyncio.TimeoutError:
-                raise RemoteError(f"the session was idle for {self._limits.step_timeout:.0f} seconds") from None
-        if isinstance(request, SwarmError):
-            raise request
+                await self._step(session, request, fields, metadata)
+            session.idle_since = asyncio.get_running_loop().time()
+            received = await session.inbox.get()
+            session.idle_since = None
+            if received is None:
+                return
+            if isinstance(received, SwarmError):
+                raise received
+            request = received
 
-    async def _step(
-        self,
-        stream: MessageStream,
-        request: Request,
-        fields: dict[str, Any],
-        metadata: rpc.Metadata,
-        opening: Opening,
-        session: Any,
-        position: int,
-    ) -> int:
-        """Runs one step and sends its result on; the position after it."""
+    async def _step(self, session: _Session, request: Request, fields: dict[str, Any], metadata: rpc.Metadata) -> None:
+        """Runs one step and sends its result on."""
+        opening, position = session.opening, session.position
         step = read_step(request, metadata, opening, self._served, self._limits, position=position)
         start = position if metadata.start is None else metadata.start
         columns = step.hidden.shape[1]
@@ -139,15 +148,17 @@ class Handler:
             output = step.hidden.to(self._served.dtype)
         else:
             output = await self._run(
-                self._engine.step(session, step.hidden, start=start, hypo_ids=step.hypo_ids, prompts=step.prompts)
+                self._engine.step(
+                    session.engine_session, step.hidden, start=start, hypo_ids=step.hypo_ids, prompts=step.prompts
+                )
             )
+        session.position = start + columns
         encoded = encode(output)
         if metadata.next_servers and step.prompts is None and columns:
-            self._spawn(self._push_on(stream, encoded, request, fields, metadata))
-        await stream.send(Response(tensors=[encoded], metadata=rpc.dump({"step_id": metadata.step_id})))
-        return start + columns
+            self._push_on(session.stream, encoded, request, fields, metadata)
+        await session.stream.send(Response(tensors=[encoded], metadata=rpc.dump({"step_id": metadata.step_id})))
 
-    async def _push_on(
+    def _push_on(
         self,
         stream: MessageStream,
         output: runtime_pb2.Tensor,
@@ -164,22 +175,27 @@ class Handler:
             tensors=[output, *request.tensors[1:]],
             metadata=rpc.dump(passed_on),
         )
+        if not self._pusher.push_now(hop.peer_id, onward):
+            self._spawn(self._push_later(stream, hop.peer_id, onward, metadata.step_id))
+
+    async def _push_later(self, stream: MessageStream, peer_id: PeerID, onward: Request, step_id: str | None) -> None:
         try:
-            await self._pusher.push(hop.peer_id, onward)
+            await self._pusher.push(peer_id, onward)
         except PeerLostError as error:
             logger.debug("%s", error)
             # the client forwards the output itself, or finds that the next hop is gone
             with suppress(PeerLostError):
-                await stream.send(Response(metadata=rpc.dump({"push_failed": metadata.step_id})))
+                await stream.send(Response(metadata=rpc.dump({"push_failed": step_id})))
 
-    async def _read(self, stream: MessageStream, inbox: asyncio.Queue[Request | SwarmError | None]) -> None:
-        last: SwarmError | None = None
-        try:
-            while (request := await stream.receive(Request)) is not None:
-                await inbox.put(request)
-        except SwarmError as error:
-            last = error
-        await inbox.put(last)
+    async def _end_idle_sessions(self) -> None:
+        limit = self._limits.step_timeout
+        while True:
+            await asyncio.sleep(limit / 10)
+            now = asyncio.get_running_loop().time()
+            for session in list(self._sessions.values()):
+                if session.idle_since is not None and now - session.idle_since > limit:
+                    with suppress(asyncio.QueueFull):
+                        session.inbox.put_nowait(RemoteError(f"the session was idle for {limit:.0f} seconds"))
 
     # pushes from other nodes
 
@@ -193,11 +209,11 @@ class Handler:
 
     def _deliver(self, request: Request) -> None:
         session_id = rpc.parse(rpc.load(request.metadata)).session_id
-        inbox = self._inboxes.get(session_id) if session_id is not None else None
-        if inbox is None:
+        session = self._sessions.get(session_id) if session_id is not None else None
+        if session is None:
             return  # its client is gone, or has found another route
         try:
-            inbox.put_nowait(request)
+            session.inbox.put_nowait(request)
         except asyncio.QueueFull:
             raise BadRequestError("too many steps of one session are waiting") from None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 
 from hivemind.p2p import P2P, PeerID
 from hivemind.proto import runtime_pb2
@@ -22,7 +22,19 @@ class Pusher:
         self._p2p, self._timeout = p2p, timeout
         self._streams: OrderedDict[PeerID, MessageStream] = OrderedDict()
         self._locks: dict[PeerID, asyncio.Lock] = {}
+        self._waiting: Counter[PeerID] = Counter()  # pushes that wait for their turn
         self._unary: set[PeerID] = set()  # Petals' servers know no push stream
+
+    def push_now(self, peer_id: PeerID, request: runtime_pb2.ExpertRequest) -> bool:
+        """Delivers ``request`` at once if that needs no waiting; False if it does: then :meth:`push` it."""
+        stream = self._streams.get(peer_id)
+        if stream is None or self._waiting[peer_id]:
+            return False
+        try:
+            return stream.send_now(request)
+        except PeerLostError:
+            self._drop(peer_id)
+            return False
 
     async def push(self, peer_id: PeerID, request: runtime_pb2.ExpertRequest) -> None:
         """Delivers ``request`` to the peer's daemon.
@@ -30,12 +42,15 @@ class Pusher:
         Raises:
             PeerLostError: the peer can't be reached from here.
         """
-        async with self._locks.setdefault(peer_id, asyncio.Lock()):
-            try:
+        self._waiting[peer_id] += 1
+        try:
+            async with self._locks.setdefault(peer_id, asyncio.Lock()):
                 await asyncio.wait_for(self._send(peer_id, request), self._timeout)
-            except Exception as error:
-                self._drop(peer_id)
-                raise PeerLostError(f"can't push to {peer_id}: {error}") from error
+        except Exception as error:
+            self._drop(peer_id)
+            raise PeerLostError(f"can't push to {peer_id}: {error}") from error
+        finally:
+            self._waiting[peer_id] -= 1
 
     def close(self) -> None:
         """Closes all streams."""

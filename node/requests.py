@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from hivemind.proto import runtime_pb2
 
-from swarm.codec import decode
+from swarm.codec import all_finite, decode
 from swarm.errors import BadRequestError
 from swarm.node.limits import Limits
 from swarm.records import parse_span_uid
@@ -154,7 +154,7 @@ def _check_hidden(hidden: torch.Tensor, served: Served, limits: Limits) -> None:
             f"{rows} rows of {columns} tokens in one message; the limit is {limits.max_step_tokens} tokens in all: "
             "send them in smaller steps"
         )
-    if not torch.isfinite(hidden).all():
+    if not all_finite(hidden):
         raise BadRequestError("hidden states are not finite")
 
 
@@ -169,7 +169,7 @@ def _check_prompts(prompts: torch.Tensor, rows: int, columns: int, blocks: int, 
         or shape[2] > columns
         or shape[3] != served.hidden_size
         or not prompts.is_floating_point()
-        or not torch.isfinite(prompts).all()
+        or not all_finite(prompts)
     ):
         raise BadRequestError(
             f"prompts are finite [{blocks}, 1 or {rows}, up to {columns}, {served.hidden_size}]; got {tuple(shape)}"

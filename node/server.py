@@ -18,6 +18,7 @@ from swarm.errors import UsageError, parse_blocks
 from swarm.fingerprint import fingerprint
 from swarm.node.announcer import Announcer
 from swarm.node.engine.engine import Engine
+from swarm.node.engine.packing import pack_block
 from swarm.node.handler import Handler
 from swarm.node.hardware import choose_device, choose_dtype, free_memory
 from swarm.node.limits import Limits
@@ -152,7 +153,9 @@ async def _load(
             await in_thread(lambda: fetch_span(source, start, end, progress=lambda *done: fetched(*done)))
     with output.stage("load", f"Loading blocks {start}:{end}") as report:
         return await in_thread(
-            lambda: load_span(source, start, end, dtype=dtype, device=device, progress=lambda *done: report(*done))
+            lambda: load_span(
+                source, start, end, dtype=dtype, device=device, progress=lambda *done: report(*done), finish=pack_block
+            )
         )
 
 

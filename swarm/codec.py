@@ -6,6 +6,7 @@ both, and so does ours.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import AsyncIterator, Iterator
 
@@ -81,6 +82,14 @@ def decode(message: runtime_pb2.Tensor, *, max_elements: int) -> torch.Tensor:
     if len(buffer) != elements * dtype.itemsize:
         raise BadRequestError("the tensor's data does not have the length that its shape says")
     return torch.frombuffer(buffer, dtype=dtype).view(shape)
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether a floating tensor has neither infinities nor NaNs. One pass: either makes the sum infinite or NaN.
+
+    Numbers so large that their sum overflows float32 count as infinite too; hidden states are far from that.
+    """
+    return math.isfinite(tensor.sum(dtype=torch.float32).item())
 
 
 def split(message: runtime_pb2.Tensor, part_bytes: int = PART_BYTES) -> Iterator[runtime_pb2.Tensor]:

@@ -91,11 +91,13 @@ def load_span(
     dtype: torch.dtype,
     device: torch.device | str,
     progress: Callable[[int, int], None] | None = None,
+    finish: Callable[[nn.Module], None] | None = None,
 ) -> Span:
     """Blocks ``start:end``, one at a time, so that little more memory is used than they need in the end.
 
     Args:
         progress: called with the number of blocks done and the number of blocks, from ``(0, n)`` to ``(n, n)``.
+        finish: changes each block in place once it is loaded, before the next one is.
 
     Raises:
         UsageError: the model has no such blocks.
@@ -125,12 +127,17 @@ def load_span(
     names = [f"{skeleton.layers_name}.{index}." for index in wanted]
     plans = [plan.only(lambda key, name=name: key.startswith(name)) for name in names]  # type: ignore[misc]
     checkpoint.fetch([key for part in plans for key in part.keys()])  # noqa: SIM118
+    parameter_bytes = 0
     for done, (index, name, part) in enumerate(zip(wanted, names, plans, strict=True)):
         if progress is not None:
             progress(done, len(wanted))
-        _fill_buffers(model, skeleton.layers[index], device)
+        block = skeleton.layers[index]
+        _fill_buffers(model, block, device)
         missing = load_weights(model, part, checkpoint, dtype=dtype, device=device)
         _require_none(checkpoint, sorted(key for key in missing if key.startswith(name)))
+        parameter_bytes += sum(_bytes(parameter) for parameter in block.parameters())
+        if finish is not None:
+            finish(block)
     if progress is not None:
         progress(len(wanted), len(wanted))
     checkpoint.close()
@@ -147,7 +154,7 @@ def load_span(
         kv_heads=geometry.kv_heads,
         key_dim=geometry.key_dim,
         value_dim=geometry.value_dim,
-        parameter_bytes=sum(_bytes(parameter) for parameter in blocks.parameters()),
+        parameter_bytes=parameter_bytes,
         config=config,
         blocks=blocks,
         base=skeleton.base,

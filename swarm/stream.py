@@ -18,6 +18,7 @@ from swarm.errors import BadRequestError, PeerLostError, from_wire, to_wire
 _MESSAGE, _ERROR = b"\x00", b"\x01"
 _LENGTH_BYTES = 8
 _MAX_ERROR_BYTES = 2**16
+_MAX_UNSENT_BYTES = 2**20
 _LINGER_SECONDS, _LINGER_BYTES = 0.5, 2**22
 
 M = TypeVar("M", bound=Message)
@@ -36,6 +37,19 @@ class MessageStream:
             PeerLostError: the stream is closed.
         """
         await self._write(_MESSAGE, message)
+
+    def send_now(self, message: Message) -> bool:
+        """Sends a message at once, without waiting; False if too much waits to be sent already.
+
+        Raises:
+            PeerLostError: the stream is closed.
+        """
+        if self._writer.is_closing():
+            raise PeerLostError("the stream is closed")
+        if self._writer.transport.get_write_buffer_size() > _MAX_UNSENT_BYTES:
+            return False
+        self._put(_MESSAGE, message)
+        return True
 
     async def send_error(self, error: BaseException) -> None:
         """Sends an error, the last message of a stream. Never fails: the peer may be gone."""
@@ -92,9 +106,12 @@ class MessageStream:
         self._writer.close()
 
     async def _write(self, marker: bytes, message: Message) -> None:
-        data = message.SerializeToString()
         try:
-            self._writer.writelines((marker, len(data).to_bytes(_LENGTH_BYTES, "big"), data))
+            self._put(marker, message)
             await self._writer.drain()
         except (OSError, RuntimeError) as error:
             raise PeerLostError("the stream is closed") from error
+
+    def _put(self, marker: bytes, message: Message) -> None:
+        data = message.SerializeToString()
+        self._writer.writelines((marker, len(data).to_bytes(_LENGTH_BYTES, "big"), data))

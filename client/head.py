@@ -1,0 +1,81 @@
+"""The output head for many sessions of one process: whoever waits while it computes is computed together next.
+
+Reading the head's weights is what a token costs a client, often more than the rest of its work, and costs the same for
+sixteen rows as for one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+MAX_ROWS = 64
+"""Inputs of more rows, such as the logits of a whole prompt, are worth a computation of their own."""
+
+
+class _Ticket:
+    """One thread's rows, until they are done or the thread is asked to compute for all that wait."""
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self.rows = rows
+        self.output: torch.Tensor | None = None
+        self.error: BaseException | None = None
+        self.called = threading.Event()
+
+
+class CombinedForward:
+    """Takes the place of a linear layer's ``forward``, for inference on a CPU."""
+
+    def __init__(self, forward: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._forward = forward
+        self._lock = threading.Lock()
+        self._waiting: list[_Ticket] = []
+        self._busy = False
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` ``[…, in]`` to ``[…, out]``."""
+        rows = x.shape[:-1].numel()
+        if not 0 < rows <= MAX_ROWS or (torch.is_grad_enabled() and x.requires_grad) or x.device.type != "cpu":
+            return self._forward(x)
+        ticket = _Ticket(x.reshape(rows, x.shape[-1]))
+        with self._lock:
+            self._waiting.append(ticket)
+            first, self._busy = not self._busy, True
+        if not first:
+            ticket.called.wait()
+        if ticket.output is None and ticket.error is None:
+            self._compute()
+        if ticket.error is not None:
+            raise ticket.error
+        assert ticket.output is not None
+        return ticket.output.view(*x.shape[:-1], -1)
+
+    def _compute(self) -> None:
+        """Computes for all that wait, the caller among them; then calls one of those that came meanwhile."""
+        with self._lock:
+            batch, self._waiting = self._waiting, []
+        try:
+            together = batch[0].rows if len(batch) == 1 else torch.cat([ticket.rows for ticket in batch])
+            outputs = self._forward(together).split([len(ticket.rows) for ticket in batch])
+            for ticket, output in zip(batch, outputs, strict=True):
+                ticket.output = output
+        except BaseException as error:
+            for ticket in batch:
+                ticket.error = error
+        with self._lock:
+            successor = self._waiting[0] if self._waiting else None
+            self._busy = successor is not None
+        for ticket in batch:
+            ticket.called.set()
+        if successor is not None:
+            successor.called.set()
+
+
+def combine_head(model: nn.Module) -> None:
+    """Makes the output head of ``model`` compute together what several threads ask of it at a time."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    if isinstance(head, nn.Linear):
+        head.forward = CombinedForward(head.forward)  # type: ignore[method-assign, assignment]

@@ -1,0 +1,55 @@
+"""The head gives each thread its own rows, whoever computed them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from swarm.client.head import CombinedForward
+
+
+def test_threads_get_their_own_rows_and_wait_together() -> None:
+    weight, sizes = torch.randint(-3, 4, (8, 16)).float(), []  # whole numbers: sums are exact in any order
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(x))
+        time.sleep(0.002)  # so that others come meanwhile
+        return x @ weight.T
+
+    combined, start = CombinedForward(forward), threading.Barrier(12)
+
+    def run(number: int) -> None:
+        start.wait()
+        for turn in range(20):
+            x = torch.full((1, 1 + number % 3, 16), float(number * 100 + turn))
+            torch.testing.assert_close(combined(x), x @ weight.T)
+
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(run, range(12)))
+    assert sum(sizes) == 20 * sum(1 + number % 3 for number in range(12))
+    assert len(sizes) < 120, "they were computed together"
+
+
+def test_an_error_reaches_those_whose_rows_it_is_and_no_more() -> None:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if x.isnan().any():
+            raise RuntimeError("no")
+        return x
+
+    combined = CombinedForward(forward)
+    with pytest.raises(RuntimeError, match="no"):
+        combined(torch.full((1, 4), float("nan")))
+    assert torch.equal(combined(torch.ones(1, 4)), torch.ones(1, 4))
+
+
+def test_gradients_and_long_inputs_go_straight_through() -> None:
+    combined = CombinedForward(lambda x: 2 * x)
+    x = torch.ones(1, 4, requires_grad=True)
+    combined(x).sum().backward()
+    assert torch.equal(x.grad, torch.full((1, 4), 2.0))
+    assert combined(torch.ones(1, 500, 4)).shape == (1, 500, 4)
+    assert combined(torch.ones(1, 0, 4)).shape == (1, 0, 4)
