@@ -7,6 +7,7 @@ sixteen rows as for one.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 MAX_ROWS = 64
 """Inputs of more rows, such as the logits of a whole prompt, are worth a computation of their own."""
+_GATHER_SECONDS = 0.001
 
 
 class _Ticket:
@@ -34,6 +36,7 @@ class CombinedForward:
         self._lock = threading.Lock()
         self._waiting: list[_Ticket] = []
         self._busy = False
+        self._together = False  # whether the last computation was for several
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` ``[…, in]`` to ``[…, out]``."""
@@ -55,8 +58,11 @@ class CombinedForward:
 
     def _compute(self) -> None:
         """Computes for all that wait, the caller among them; then calls one of those that came meanwhile."""
+        if self._together:
+            time.sleep(_GATHER_SECONDS)  # sessions that were computed together come back together, one after the other
         with self._lock:
             batch, self._waiting = self._waiting, []
+        self._together = len(batch) > 1
         try:
             together = batch[0].rows if len(batch) == 1 else torch.cat([ticket.rows for ticket in batch])
             outputs = self._forward(together).split([len(ticket.rows) for ticket in batch])

@@ -59,8 +59,8 @@ class Engine:
         )
         self._pacer = Pacer(max_batch_tokens)
         self._gatherer = Gatherer()
-        self._answered: set[EngineSession] = set()  # by the turn before, and not back yet
-        self._answered_at = 0.0
+        self._away: set[EngineSession] = set()  # sessions that decode, are answered and not back yet
+        self._waiting_since = 0.0
         self._inbox: SimpleQueue[_Message] = SimpleQueue()
         self._sessions: set[EngineSession] = set()
         self._ready: deque[EngineSession] = deque()  # sessions with waiting work, who waits longest first
@@ -204,17 +204,17 @@ class Engine:
                 else:
                     message = self._inbox.get_nowait()
             except Empty:
-                self._answered.clear()
                 return True
             if message[0] == "stop":
                 return False
             self._accept(message)
 
     def _patience_left(self) -> float:
-        """How long to wait, with work at hand, for those who were just answered. 0: not at all."""
-        if not self._answered or not self._ready:
+        """How long to wait, with work at hand, for sessions that are due. 0: not at all."""
+        if not self._away or not self._ready:
             return 0.0
-        return max(0.0, self._answered_at + self._gatherer.patience_s() - time.perf_counter())
+        due = [session.answered_at + session.away_s for session in self._away if session.away_s is not None]
+        return self._gatherer.patience_s(time.perf_counter(), len(self._ready), self._waiting_since, due)
 
     def _accept(self, message: _Message) -> None:
         kind, content = message
@@ -223,10 +223,11 @@ class Engine:
             if session.closed:
                 work.future.cancel()
                 return
-            if session.answered_at is not None:
-                self._gatherer.returned(time.perf_counter() - session.answered_at)
-                session.answered_at = None
-                self._answered.discard(session)
+            if session in self._away:
+                self._away.discard(session)
+                session.away_s = self._gatherer.usual(session.away_s, work.arrived_at - session.answered_at)
+            if not self._ready:
+                self._waiting_since = work.arrived_at
             session.waiting.append(work)
             if len(session.waiting) == 1:
                 self._ready.append(session)
@@ -397,8 +398,8 @@ class Engine:
             return
         self._drop_first(session)
         if not session.waiting and work.columns <= DECODE_COLUMNS:
-            session.answered_at = self._answered_at = time.perf_counter()
-            self._answered.add(session)
+            session.answered_at = time.perf_counter()
+            self._away.add(session)
         work.future.set_result(output)
 
     def _undo(self, session: EngineSession, work: StepWork) -> None:
@@ -494,7 +495,7 @@ class Engine:
         if session in self._sessions:
             self._sessions.discard(session)
             self._cache.release(session.rows)
-            self._answered.discard(session)
+            self._away.discard(session)
         if session.waiting:
             self._ready.remove(session)
         for work in session.waiting:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 
 class Pacer:
@@ -43,26 +43,39 @@ class Pacer:
 
 
 class Gatherer:
-    """Decides how long to wait for sessions that were just answered, so that those that decode keep decoding together.
+    """Decides how long to wait for sessions that are due, so that those that decode keep decoding together.
 
-    Without it, sessions split for good into groups that take turns: one group's next tokens come right after another
-    group's batch has begun. Waiting pays if clients are back soon, compared to the time of a batch.
+    Without it, sessions scatter into ever smaller groups that take turns: the first to come back is computed alone
+    while the others, answered with it, are still on their way, and find the engine busy. A batch takes about as long
+    for many rows as for one, so waiting until some moment costs those that are here the wait, and saves those that come
+    until then the rest of a batch that would have begun without them. It is done where it saves more than it costs.
     """
 
-    def __init__(self, *, share: float = 0.25) -> None:
-        self._share = share
+    def __init__(self, *, cap: float = 1.0) -> None:
+        self._cap = cap
         self._batch_s = 0.0
-        self._return_s = 0.0  # how long clients take to come back, on average
-
-    def patience_s(self) -> float:
-        """How long to wait now, at most. 0: don't."""
-        limit = self._share * self._batch_s
-        return 0.0 if self._return_s > limit else min(limit, 3 * self._return_s + 0.001)
 
     def ran(self, seconds: float) -> None:
         """A batch with decode in it took ``seconds``."""
-        self._batch_s = seconds
+        self._batch_s = seconds if not self._batch_s else 0.7 * self._batch_s + 0.3 * seconds
 
-    def returned(self, seconds: float) -> None:
-        """A client sent its next step ``seconds`` after the result of the last."""
-        self._return_s += 0.1 * (seconds - self._return_s)
+    def usual(self, before: float | None, seconds: float) -> float:
+        """How long a session is usually away, after it has been away for ``seconds``."""
+        return seconds if before is None else 0.7 * before + 0.3 * seconds
+
+    def patience_s(self, now: float, waiting: int, waiting_since: float, due: Iterable[float]) -> float:
+        """How long to wait now, with ``waiting`` sessions here (the first since ``waiting_since``), for those that are
+        ``due`` at these times. 0: don't. Who is overdue by half a batch is not waited for: it may be gone."""
+        batch = self._batch_s
+        near = sorted(max(moment, now) for moment in due if now - batch / 2 < moment < now + batch)
+        best, until, total = 0.0, now, 0.0
+        for count, moment in enumerate(near, start=1):
+            total += moment
+            saved = count * (now + batch) - total
+            costs = waiting * (moment - now) + count * moment - total
+            if saved - costs > best:
+                best, until = saved - costs, moment
+        if not best:
+            return 0.0
+        # a little longer than to the moment itself, since nobody is on time
+        return max(0.0, min(until + batch / 8, waiting_since + self._cap * batch) - now)

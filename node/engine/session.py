@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ class StepWork:
     hypo_ids: list[int] | None
     prompts: torch.Tensor | None
     future: Future[torch.Tensor]
+    arrived_at: float = field(default_factory=time.perf_counter)
     begun: bool = False
     done: int = 0  # columns that went through the blocks
     output: torch.Tensor | None = None  # of the columns done, where they are fewer than all
@@ -44,7 +46,8 @@ class EngineSession:
     position: int = 0
     closed: bool = False
     broken: bool = False
-    answered_at: float | None = None  # when it got its last token's result, until its next step comes
+    answered_at: float = 0.0  # when it got its last token's result
+    away_s: float | None = None  # how long after that its next step usually comes
     waiting: deque[StepWork] = field(default_factory=deque)
 
     def row_length(self, row: int, column: int) -> int:
