@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from swarm.errors import SwarmError, UsageError
+from swarm.errors import BadRequestError, SwarmError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -229,7 +229,8 @@ def _errors() -> Iterator[None]:
         raise typer.Exit(130) from None
     except (SwarmError, ValueError) as error:
         print(f"Error: {error}", file=sys.stderr)
-        raise typer.Exit(2 if isinstance(error, (UsageError, ValueError)) else 1) from None
+        theirs = isinstance(error, (UsageError, BadRequestError, ValueError))
+        raise typer.Exit(2 if theirs else 1) from None
 
 
 def main() -> None:

@@ -62,7 +62,17 @@ class SwarmConnection:
         return cls(runtime, peers, runtime.run(join()), source, settings)
 
     def session(self, *, max_length: int, first: int = 0, last: int | None = None) -> Session:
-        """A session over the blocks ``first:last`` for up to ``max_length`` columns. Its first step opens the route."""
+        """A session over the blocks ``first:last`` for up to ``max_length`` columns. Its first step opens the route.
+
+        Raises:
+            UsageError: the model was not made for so many positions.
+        """
+        positions = self._source.max_positions
+        if positions is not None and max_length > positions:
+            raise UsageError(
+                f"{max_length} tokens are too long for {self._source.name}, which was made for {positions}: "
+                "shorten the prompt or ask for fewer tokens"
+            )
         end = self.num_blocks if last is None else last
         inference = Inference(
             self._view,

@@ -67,7 +67,8 @@ def check_opening(request: runtime_pb2.ExpertRequest, metadata: Metadata, served
         raise BadRequestError("the message that opens a session needs max_length")
     if metadata.max_length > limits.max_length:
         raise BadRequestError(
-            f"a session of {metadata.max_length} tokens is too long for this node: its limit is {limits.max_length}"
+            f"a session of {metadata.max_length} tokens is too long for this node: its limit is {limits.max_length}; "
+            "shorten the prompt, ask for fewer tokens, or serve with a larger --cache-tokens"
         )
     rows = request.tensors[0].size[0] if request.tensors and request.tensors[0].size else 1
     if not 1 <= rows <= limits.max_rows:

@@ -15,10 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
+from swarm.client import SwarmModelForCausalLM
 from tests.models import tiny_model
-from tests.swarm_e2e.nodes import Swarm, run_swarm, run_to_end
+from tests.swarm_e2e.nodes import Node, Swarm, run_swarm, run_to_end
 
 BIN = Path(sys.executable).parent
 HERE = ("--host", "127.0.0.1", "--log-format", "json")
@@ -148,8 +150,6 @@ def test_nodes_choose_the_blocks_that_nobody_serves(path: Path) -> None:
         swarm.initial_peers = []
         first = swarm.add("0:2")
         assert first.ready is not None
-        from tests.swarm_e2e.nodes import Node
-
         argv = ["serve", str(path), "--num-blocks", "3", "--initial-peers", swarm.initial_peers[0], *HERE]
         second = Node(argv, swarm._workdir)
         swarm.nodes.append(second)
@@ -157,6 +157,20 @@ def test_nodes_choose_the_blocks_that_nobody_serves(path: Path) -> None:
         everything = Node([*argv[:2], *argv[4:]], swarm._workdir)
         swarm.nodes.append(everything)
         assert everything.wait_ready()["blocks"] == [0, 6], "all of a tiny model fits in memory"
+
+
+def test_a_swarm_around_a_bootstrap_peer(path: Path) -> None:
+    with run_swarm(path, ()) as swarm:
+        port = str(free_port())
+        bootstrap = Node(["bootstrap", "--port", port, *HERE], swarm._workdir)
+        swarm.nodes.append(bootstrap)
+        swarm.initial_peers = bootstrap.wait_ready()["maddrs"]
+        assert swarm.initial_peers == [f"/ip4/127.0.0.1/tcp/{port}/p2p/{bootstrap.peer_id}"]
+        for blocks in ("0:3", "3:6"):
+            swarm.add(blocks)
+        with SwarmModelForCausalLM.from_pretrained(str(path), initial_peers=swarm.initial_peers) as model:
+            ids = torch.randint(10, 250, (1, 5))
+            assert model.generate(ids, max_new_tokens=3, eos_token_id=None, pad_token_id=0).shape == (1, 8)
 
 
 def test_the_command_itself_from_start_to_sigterm(path: Path, tmp_path: Path) -> None:
@@ -220,6 +234,11 @@ def test_generate_and_status_with_the_built_in_model(tmp_path: Path) -> None:
         plain = subprocess.run([*command, "--prompt", "Return the"], capture_output=True, text=True, check=True)
         assert plain.stdout.strip() == ("Return the" + answer["text"]).strip()
         assert "tokens/s" in plain.stderr
+
+        long = subprocess.run([*command, "--prompt", "x", "--max-new-tokens", "5000"], capture_output=True, text=True)
+        assert long.returncode == 2
+        assert long.stderr.strip().count("\n") == 0
+        assert "made for 2048" in long.stderr
 
         chat = [str(BIN / "swarm"), "chat", "demo", *peers, "--max-new-tokens", "8", "--temperature", "0"]
         talk = subprocess.run(chat, input="Hello\n/reset\nHello\n/exit\n", capture_output=True, text=True, check=True)
