@@ -1,4 +1,4 @@
-"""Lets Petals 2.2 run on a newer hivemind: gives the package ``hivemind`` back the names that have moved into its parts.
+"""Lets Petals 2.2 run on a newer hivemind: gives the package ``hivemind`` back names that have moved into its parts.
 
 Stands in the site-packages of Petals' own environment. Costs nothing until ``hivemind`` is imported.
 """

@@ -1,7 +1,7 @@
 """An unmodified Petals client under orders. Run by Petals' Python; knows nothing of this project.
 
-Reads a JSON object a line, ``{"do": name, …}``; answers each with one: ``{"result": …}`` or ``{"error": text}``. Before that
-an order with ``pause_at`` says ``{"paused": true}`` once and waits for a line.
+Reads a JSON object a line, ``{"do": name, …}``; answers each with one: ``{"result": …}`` or ``{"error": text}``.
+Before that an order with ``pause_at`` says ``{"paused": true}`` once and waits for a line.
 """
 
 import json

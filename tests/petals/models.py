@@ -34,7 +34,7 @@ def shared_model(like: str) -> Path:
 
 
 def _quieten_embeddings(tensors: dict[str, torch.Tensor]) -> None:
-    """With a tied head, random text is one token over and over, unless what blocks add is louder than the embeddings."""
+    """With a tied head, random text is one token over and over unless what blocks add is louder than the embeddings."""
     embeddings = tensors["word_embeddings.weight"]
     tensors["word_embeddings.weight"] = embeddings / embeddings.norm(dim=1, keepdim=True) * 8
     for name, tensor in tensors.items():

@@ -43,6 +43,7 @@ class Script:
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 env=environment(),
+                start_new_session=True,
             )
         self._log = log
 
@@ -61,13 +62,11 @@ class Script:
         return json.loads(line)
 
     def close(self) -> None:
-        """Ends it."""
-        _pipe(self._process.stdin).close()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        """Ends it, and the processes that it has started."""
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            _pipe(pipe).close()
 
 
 class Client(Script):

@@ -75,7 +75,7 @@ def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def through(layers: Any, whole: Any, hidden: torch.Tensor, deep: torch.Tensor | None = None) -> torch.Tensor:
     """``hidden`` through the Llama model's ``layers``, with prompts added before each, as Petals means them."""
-    rows, columns, _ = hidden.shape
+    columns = hidden.shape[1]
     positions = torch.arange(columns)[None]
     mask = torch.full((columns, columns), float("-inf")).triu(1)[None, None]
     embeddings = whole.model.rotary_emb(hidden, positions)
@@ -172,15 +172,22 @@ def test_generating_with_deep_prompts(llama: Case) -> None:
 
 
 def test_the_client_survives_a_node_that_is_killed(llama: Case) -> None:
-    ids = prompts(1, 8)
-    expected = llama.whole.generate(ids, max_new_tokens=24, **QUIET)
-    with run_swarm(shared_model("llama-gqa"), ("0:3", "3:6")) as swarm:
+    # Between texts, and for passes without a session. Within a session Petals 2.2's client never recovers, whosever the
+    # server was: its check of the session's history ("Broken input cache") fails for any server that takes over. Nor
+    # does it ban a peer that can't be reached: it asks again until its next look at the swarm, so that comes soon here.
+    ids, hidden = prompts(1, 8), numbers(2, 5, 64)
+    expected = llama.whole.generate(ids, max_new_tokens=12, **QUIET)
+    with run_swarm(shared_model("llama-gqa"), ("0:3", "3:6", "3:6", "0:3")) as swarm:
         case = Case(swarm, llama.petals, "llama-gqa", llama.whole)
-        case.connect("doomed", update_period=2, ban_timeout=1, min_backoff=0.2)
-        order = {"name": "doomed", "ids": ids.tolist(), "max_new_tokens": 24, "pause_at": 18, **QUIET}
-        llama.petals.send({"do": "generate", **order})
-        assert llama.petals.receive() == {"paused": True}
-        swarm.add("3:6")
+        case.connect("doomed", request_timeout=5, update_period=1, max_backoff=0.5)
+        assert torch.equal(case.generate("doomed", ids, max_new_tokens=12), expected)
         swarm.nodes[1].kill()
-        llama.petals.send({})
-        assert torch.equal(torch.tensor(llama.petals.result()), expected)
+        assert torch.equal(case.generate("doomed", ids, max_new_tokens=12), expected)
+        swarm.nodes[3].kill()
+        order = {"hidden": hidden.tolist(), "grad": hidden.tolist(), "first": 0, "last": 6}
+        result = llama.petals.ask("forward_backward", name="doomed", **order)
+    hidden.requires_grad_(True)
+    output = through(llama.whole.model.layers, llama.whole, hidden)
+    output.backward(hidden.detach())
+    torch.testing.assert_close(torch.tensor(result["output"]), output.detach(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(torch.tensor(result["grad"]), hidden.grad, atol=1e-4, rtol=1e-4)

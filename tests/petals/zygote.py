@@ -1,6 +1,6 @@
-"""Starts Petals' own server command in a fraction of its time: imports it once, then forks for each. Run by Petals' Python.
+"""Starts Petals' own server command in a fraction of its time: imports it once, then forks for each.
 
-Reads a JSON object a line, ``{"argv": […], "log": path}``; answers with the PID.
+Reads a JSON object a line, ``{"argv": […], "log": path}``; answers with the PID. Run by Petals' Python.
 """
 
 import json
