@@ -25,8 +25,13 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
+
+# As the commands swarm and swarm-node do: idle threads sleep instead of spinning on the cores that others need. It is
+# read when torch is imported, and holds for both sides of the comparison.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
 
 HERE = Path(__file__).parent
 SIZES = {

@@ -47,12 +47,14 @@ class Gatherer:
 
     Without it, sessions scatter into ever smaller groups that take turns: the first to come back is computed alone
     while the others, answered with it, are still on their way, and find the engine busy. A batch takes about as long
-    for many rows as for one, so waiting until some moment costs those that are here the wait, and saves those that come
-    until then the rest of a batch that would have begun without them. It is done where it saves more than it costs.
+    for many rows as for one, and sessions that were computed together are answered together and come back together. So
+    to wait until some moment costs those that are here, or come until then, their wait, once; and it saves all of them
+    a batch, now and in the rounds to come. It is done where it saves more than it costs.
     """
 
-    def __init__(self, *, cap: float = 1.0) -> None:
-        self._cap = cap
+    def __init__(self, *, worth: float = 0.5, reach: float = 1.25) -> None:
+        self._worth = worth  # of a batch saved, to each session that is computed together, in batches
+        self._reach = reach  # how far to look ahead and to wait at most, in batches
         self._batch_s = 0.0
 
     def ran(self, seconds: float) -> None:
@@ -65,17 +67,18 @@ class Gatherer:
 
     def patience_s(self, now: float, waiting: int, waiting_since: float, due: Iterable[float]) -> float:
         """How long to wait now, with ``waiting`` sessions here (the first since ``waiting_since``), for those that are
-        ``due`` at these times. 0: don't. Who is overdue by half a batch is not waited for: it may be gone."""
-        batch = self._batch_s
-        near = sorted(max(moment, now) for moment in due if now - batch / 2 < moment < now + batch)
+        ``due`` at these times. 0: don't. Who is overdue may come any moment; late by half a batch, it may be gone."""
+        batch, limit = self._batch_s, self._reach * self._batch_s
+        soon = now + batch / 4
+        near = sorted(moment if moment > now else soon for moment in due if now - batch / 2 < moment < now + limit)
         best, until, total = 0.0, now, 0.0
         for count, moment in enumerate(near, start=1):
             total += moment
-            saved = count * (now + batch) - total
             costs = waiting * (moment - now) + count * moment - total
-            if saved - costs > best:
-                best, until = saved - costs, moment
+            gain = self._worth * batch * (waiting + count) - costs
+            if gain > best:
+                best, until = gain, moment
         if not best:
             return 0.0
         # a little longer than to the moment itself, since nobody is on time
-        return max(0.0, min(until + batch / 8, waiting_since + self._cap * batch) - now)
+        return max(0.0, min(until + batch / 8, waiting_since + limit) - now)

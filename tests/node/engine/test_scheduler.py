@@ -95,17 +95,15 @@ def test_prefill_is_cut_only_while_somebody_decodes() -> None:
 
 
 def test_others_are_waited_for_where_that_saves_more_than_it_costs() -> None:
-    gatherer = Gatherer()
+    gatherer = Gatherer(worth=0.5, reach=1.25)
     assert gatherer.patience_s(10.0, 1, 10.0, [10.01]) == 0, "nothing is known yet"
     gatherer.ran(0.08)
     assert gatherer.patience_s(10.0, 1, 10.0, []) == 0
     assert gatherer.patience_s(10.0, 1, 10.0, [10.2, 9.9]) == 0, "one is far away, one seems to have gone"
-    assert gatherer.patience_s(10.0, 1, 10.0, [10.03]) == pytest.approx(0.04), "30 ms for one saves another 50"
-    assert gatherer.patience_s(10.0, 1, 10.0, [10.05]) == 0, "50 ms for one saves another 30"
-    assert gatherer.patience_s(10.0, 1, 10.0, [10.06] * 15) == pytest.approx(0.07), (
-        "60 ms for one saves fifteen 20 each"
-    )
-    assert gatherer.patience_s(10.0, 15, 10.0, [10.06]) == 0, "60 ms for fifteen saves one 20"
-    assert gatherer.patience_s(10.0, 1, 9.93, [10.03] * 9) == pytest.approx(0.01), "nobody is held up for long"
+    assert gatherer.patience_s(10.0, 1, 10.0, [10.03]) == pytest.approx(0.04), "one waits 30 ms: worth 40 to each"
+    assert gatherer.patience_s(10.0, 1, 10.0, [10.09]) == 0, "90 ms is too long for two"
+    assert gatherer.patience_s(10.0, 1, 10.0, [10.09] * 15) == pytest.approx(0.1), "but not if fifteen come"
+    assert gatherer.patience_s(10.0, 15, 10.0, [10.09]) == 0, "fifteen don't wait so long for one"
+    assert gatherer.patience_s(10.0, 1, 9.94, [10.03] * 9) == pytest.approx(0.04), "nor does anyone for ever"
     assert gatherer.usual(None, 0.5) == 0.5
     assert 0.2 < gatherer.usual(0.2, 0.3) < 0.3
