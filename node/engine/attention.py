@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from swarm.node.engine.batch import Batch, DenseBatch, Segment
+from swarm.node.engine.batch import Batch, DenseBatch, Segment, ShortRows
 from swarm.node.engine.masks import build_mask
 
 NAME = "swarm_paged"
@@ -54,6 +54,8 @@ def attention(
         values.index_copy_(2, batch.slots, value.transpose(0, 1))
     kv_heads, heads = key.shape[1], query.shape[1]
     folded = query.transpose(1, 2).reshape(tokens, kv_heads, 1, heads // kv_heads, query.shape[3])
+    if batch.short is not None and rule.plain and rule.slopes is None and rule.window is None:
+        return _decode_together(folded.squeeze(2), keys, values, batch.short, rule)[None].flatten(2, 3), None
     parts: list[torch.Tensor] = []
     for segment in batch.segments:
         if segment.end - segment.begin == 1:
@@ -91,6 +93,19 @@ def _seen(pool: torch.Tensor, segment: Segment, first: int, length: int) -> torc
     if segment.index is None:
         return pool.narrow(2, segment.base + first, length - first)
     return pool.index_select(2, segment.index[first:length])
+
+
+def _decode_together(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rows: ShortRows, rule: _Rule
+) -> torch.Tensor:
+    """``query`` ``[N, kv_heads, group, key_dim]``, a row each; returns ``[N, kv_heads, group, value_dim]``."""
+    count = len(query)
+
+    def gathered(pool: torch.Tensor) -> torch.Tensor:  # [kv_heads, 1, slots, dim] -> [rows, kv_heads, longest, dim]
+        return pool[:, 0].index_select(1, rows.index).unflatten(1, (count, -1)).transpose(0, 1)
+
+    key, value = gathered(keys), gathered(values)
+    return scaled_dot_product_attention(query, key, value, attn_mask=rows.mask, scale=rule.scale)
 
 
 def _decode(

@@ -9,6 +9,9 @@ import torch
 
 from swarm.node.engine.kv_cache import KVCache, Sequence
 
+SHORT_ROWS, SHORT_LENGTH = 4, 256
+"""From how many rows on, and up to which length, one call over copies is quicker than a call for each row in place."""
+
 # By first query, queries, window and id of the ALiBi slopes; with the slopes, so that the id stays theirs
 Masks = dict[tuple[int, int, int | None, int | None], tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -34,12 +37,26 @@ class Segment:
 
 
 @dataclass(frozen=True, eq=False)
+class ShortRows:
+    """A batch of rows with one new token each and few before it: attention in one call over copies of their keys.
+
+    Attributes:
+        index: ``[rows * longest]`` int64, the slots of each row, padded to the longest with its last one.
+        mask: ``[rows, 1, 1, longest]``, True where a slot is no padding; None if there is none.
+    """
+
+    index: torch.Tensor
+    mask: torch.Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Tokens of many rows, packed flat, whose keys and values go to ``cache``.
 
     ``positions`` ``[1, N]`` int64 counts tokens within the row; ``slots`` ``[N]`` int64 says where each token's key and
-    value go, ``run`` is the first of them where they lie side by side. What is the same for all blocks is made once,
-    ``masks`` holds the masks that the first block made.
+    value go, ``run`` is the first of them where they lie side by side. ``short`` stands for all segments if they are
+    short rows, and most blocks can use it instead. What is the same for all blocks is made once; ``masks`` holds the
+    masks that the first block made.
     """
 
     cache: KVCache
@@ -47,6 +64,7 @@ class Batch:
     slots: torch.Tensor
     run: int | None
     segments: tuple[Segment, ...]
+    short: ShortRows | None = None
     masks: Masks = field(default_factory=dict)
 
 
@@ -89,6 +107,23 @@ def pack(cache: KVCache, rows: Listing[tuple[Sequence, int]], device: torch.devi
         slots=torch.tensor(slots, dtype=torch.int64, device=device),
         run=slots[0] if alone else None,
         segments=tuple(segments),
+        short=_short_rows(segments, device),
+    )
+
+
+def _short_rows(segments: Listing[Segment], device: torch.device) -> ShortRows | None:
+    lengths = [segment.length for segment in segments]
+    if len(segments) < SHORT_ROWS or max(lengths) > SHORT_LENGTH:
+        return None
+    if any(segment.index is not None or segment.end - segment.begin != 1 for segment in segments):
+        return None
+    longest = max(lengths)
+    bases = torch.tensor([segment.base for segment in segments], device=device)[:, None]
+    ends = torch.tensor(lengths, device=device)[:, None]
+    places = torch.arange(longest, device=device)[None]
+    return ShortRows(
+        index=(bases + torch.minimum(places, ends - 1)).flatten(),
+        mask=None if min(lengths) == longest else (places < ends)[:, None, None],
     )
 
 
