@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from swarm.errors import BadRequestError, SwarmError, UsageError
+from swarm.options import CONTEXT, NETWORK, DhtPrefix, InitialPeers, Model, split_list
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,34 +25,15 @@ app = typer.Typer(
     help="Generate text with a model that a swarm serves.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=CONTEXT,
 )
 
-_SWARM, _SAMPLING = "Swarm", "Sampling"
+_SAMPLING = "Sampling"
 
-Model = Annotated[
-    str, typer.Argument(envvar="SWARM_MODEL", help="The model that the swarm serves: a directory, a Hub id, or demo.")
-]
-InitialPeers = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--initial-peers",
-        envvar="SWARM_INITIAL_PEERS",
-        metavar="MADDR",
-        help="Address of a node, as swarm-node serve prints it; several: repeat it, or separate them by commas.",
-        rich_help_panel=_SWARM,
-    ),
-]
-DhtPrefix = Annotated[
-    str | None,
-    typer.Option(
-        envvar="SWARM_DHT_PREFIX", help="The model's name in the swarm; default: from MODEL.", rich_help_panel=_SWARM
-    ),
-]
 WaitTimeout = Annotated[
     float,
     typer.Option(
-        envvar="SWARM_WAIT_TIMEOUT", min=0, help="Seconds to wait for blocks nobody serves.", rich_help_panel=_SWARM
+        envvar="SWARM_WAIT_TIMEOUT", min=0, help="Seconds to wait for blocks nobody serves.", rich_help_panel=NETWORK
     ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="How many tokens to generate at most.")]
@@ -190,7 +172,7 @@ def _load(
     model: str, initial_peers: list[str] | None, dht_prefix: str | None, wait_timeout: float
 ) -> tuple[SwarmModelForCausalLM, PreTrainedTokenizerBase]:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    peers = [part for value in initial_peers or () for part in value.replace(",", " ").split()]
+    peers = split_list(initial_peers)
     if not peers:
         raise UsageError("say which swarm: --initial-peers MADDR, as printed by swarm-node serve")
     from transformers import AutoTokenizer

@@ -14,16 +14,17 @@ from typing import Annotated
 import typer
 
 from swarm.errors import SwarmError, UsageError
+from swarm.options import CONTEXT, NETWORK, DhtPrefix, InitialPeers, Model, split_list
 
 app = typer.Typer(
     name="swarm-node",
     help="Contribute to a swarm: serve some of a model's blocks to everyone in it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=CONTEXT,
 )
 
-_NETWORK, _BLOCKS, _COMPUTE, _OUTPUT = "Network", "Which blocks", "Computing", "Output"
+_BLOCKS, _COMPUTE, _OUTPUT = "Which blocks", "Computing", "Output"
 
 
 class LogFormat(str, Enum):
@@ -33,21 +34,10 @@ class LogFormat(str, Enum):
     json = "json"
 
 
-InitialPeers = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--initial-peers",
-        envvar="SWARM_INITIAL_PEERS",
-        metavar="MADDR",
-        help="Address of a peer in the swarm, /ip4/…/tcp/…/p2p/…; several: repeat it, or separate them by commas. "
-        "None starts a new private swarm.",
-        rich_help_panel=_NETWORK,
-    ),
-]
-Host = Annotated[str, typer.Option(envvar="SWARM_HOST", help="Address to listen on.", rich_help_panel=_NETWORK)]
+Host = Annotated[str, typer.Option(envvar="SWARM_HOST", help="Address to listen on.", rich_help_panel=NETWORK)]
 Port = Annotated[
     int,
-    typer.Option(envvar="SWARM_PORT", min=0, max=65535, help="TCP port; 0 takes a free one.", rich_help_panel=_NETWORK),
+    typer.Option(envvar="SWARM_PORT", min=0, max=65535, help="TCP port; 0 takes a free one.", rich_help_panel=NETWORK),
 ]
 Announce = Annotated[
     list[str] | None,
@@ -55,13 +45,13 @@ Announce = Annotated[
         envvar="SWARM_ANNOUNCE",
         metavar="MADDR",
         help="Tell others this address instead of those found.",
-        rich_help_panel=_NETWORK,
+        rich_help_panel=NETWORK,
     ),
 ]
 PublicIp = Annotated[
     str | None,
     typer.Option(
-        envvar="SWARM_PUBLIC_IP", help="IP under which --port is reached from outside.", rich_help_panel=_NETWORK
+        envvar="SWARM_PUBLIC_IP", help="IP under which --port is reached from outside.", rich_help_panel=NETWORK
     ),
 ]
 Relay = Annotated[
@@ -70,7 +60,7 @@ Relay = Annotated[
         "--relay/--no-relay",
         envvar="SWARM_RELAY",
         help="Be reached through relays: for a machine behind a NAT or firewall.",
-        rich_help_panel=_NETWORK,
+        rich_help_panel=NETWORK,
     ),
 ]
 Identity = Annotated[
@@ -79,7 +69,7 @@ Identity = Annotated[
         envvar="SWARM_IDENTITY",
         metavar="FILE",
         help="File with this peer's key, made when missing; keeps the PeerID over restarts.",
-        rich_help_panel=_NETWORK,
+        rich_help_panel=NETWORK,
     ),
 ]
 Format = Annotated[
@@ -91,20 +81,11 @@ Format = Annotated[
         rich_help_panel=_OUTPUT,
     ),
 ]
-DhtPrefix = Annotated[
-    str | None,
-    typer.Option(
-        envvar="SWARM_DHT_PREFIX", help="The model's name in the swarm; default: from MODEL.", rich_help_panel=_NETWORK
-    ),
-]
 
 
 @app.command()
 def serve(
-    model: Annotated[
-        str,
-        typer.Argument(envvar="SWARM_MODEL", help="A directory, a Hugging Face Hub id, or demo, the built-in model."),
-    ],
+    model: Model,
     blocks: Annotated[
         str | None,
         typer.Option(envvar="SWARM_BLOCKS", metavar="START:END", help="Serve these blocks.", rich_help_panel=_BLOCKS),
@@ -128,7 +109,7 @@ def serve(
     dht_prefix: DhtPrefix = None,
     name: Annotated[
         str | None,
-        typer.Option(envvar="SWARM_NAME", help="Shown to others in the swarm's status.", rich_help_panel=_NETWORK),
+        typer.Option(envvar="SWARM_NAME", help="Shown to others in the swarm's status.", rich_help_panel=NETWORK),
     ] = None,
     device: Annotated[
         str, typer.Option(envvar="SWARM_DEVICE", help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=_COMPUTE)
@@ -273,7 +254,7 @@ def bootstrap(
 
 @app.command()
 def status(
-    model: Annotated[str, typer.Argument(envvar="SWARM_MODEL", help="A directory, a Hub id, or demo.")],
+    model: Model,
     initial_peers: InitialPeers = None,
     dht_prefix: DhtPrefix = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and exit.")] = False,
@@ -290,11 +271,6 @@ def status(
         await show(model, peers, dht_prefix=dht_prefix, as_json=as_json, once=once, interval=interval, stop=stop)
 
     _run_until_stopped(run, lambda text: print(f"Error: {text}", file=sys.stderr))
-
-
-def split_list(values: list[str] | None) -> tuple[str, ...]:
-    """Repeated and comma-separated values as one list."""
-    return tuple(part for value in values or () for part in value.replace(",", " ").split())
 
 
 def _run_until_stopped(run: Callable[[asyncio.Event], Awaitable[None]], say_error: Callable[[str], None]) -> None:
