@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import logging
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hivemind.dht import DHTNode
 from hivemind.p2p import P2P, PeerID
@@ -16,6 +19,8 @@ from hivemind.utils.multiaddr import Multiaddr
 from swarm.errors import ConnectError, UsageError
 
 logging.getLogger("hivemind").setLevel(logging.CRITICAL)  # its warnings repeat, with traces, what we raise ourselves
+
+_STOP_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -90,9 +95,10 @@ class Peer:
         return cls(p2p, dht, addresses)
 
     async def stop(self) -> None:
-        """Leaves the DHT and ends the daemon."""
-        await self.dht.shutdown()
-        await self.p2p.shutdown()
+        """Leaves the DHT and ends the daemon. Never hangs, even if the daemon is gone already."""
+        for ending in (self.dht.shutdown(), self.p2p.shutdown()):
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(ending, _STOP_SECONDS)
 
 
 async def _start_daemon(options: PeerOptions) -> P2P:
@@ -109,7 +115,7 @@ async def _start_daemon(options: PeerOptions) -> P2P:
         kind = "ip6" if ":" in options.public_ip else "ip4"
         announce.append(f"/{kind}/{options.public_ip}/tcp/{options.port}")
     try:
-        return await P2P.create(
+        return await _create_p2p(
             initial_peers=list(options.initial_peers),
             host_maddrs=None if options.client else [f"/{family}/{options.host}/tcp/{options.port}"],
             announce_maddrs=announce or None,
@@ -138,6 +144,17 @@ async def _start_daemon(options: PeerOptions) -> P2P:
         raise ConnectError(
             f"could not start the network daemon: {text.splitlines()[-1] if text else error!r}"
         ) from error
+
+
+async def _create_p2p(**options: Any) -> P2P:
+    """``P2P.create``, with the daemon in a session of its own: a Ctrl-C in the terminal is for this process alone,
+    which needs the daemon to say goodbye. The daemon still ends with this process, whichever way that ends."""
+    create = asyncio.subprocess.create_subprocess_exec
+    asyncio.subprocess.create_subprocess_exec = functools.partial(create, start_new_session=True)  # type: ignore[assignment]
+    try:
+        return await P2P.create(**options)
+    finally:
+        asyncio.subprocess.create_subprocess_exec = create
 
 
 def _check_address(address: str, *, needs_peer: bool) -> None:

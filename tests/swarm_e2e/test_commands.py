@@ -214,6 +214,22 @@ def test_the_command_itself_from_start_to_sigterm(path: Path, tmp_path: Path) ->
     assert identity.stat().st_mode & 0o077 == 0
 
 
+def test_ctrl_c_reaches_the_whole_terminal_and_the_node_still_says_goodbye(path: Path) -> None:
+    with run_swarm(path, ("0:6",)) as swarm:
+        command = [str(BIN / "swarm-node"), "serve", str(path), "--blocks", "0:3", "--initial-peers", *HERE]
+        command.insert(command.index("--initial-peers") + 1, swarm.initial_peers[0])
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        assert process.stdout is not None
+        peer_id = next(event["peer_id"] for event in map(json.loads, process.stdout) if event["event"] == "ready")
+        status = [str(BIN / "swarm-node"), "status", str(path), "--json", "--initial-peers", swarm.initial_peers[0]]
+        assert peer_id in subprocess.run(status, capture_output=True, text=True, check=True).stdout
+        os.killpg(process.pid, signal.SIGINT)
+        rest, _ = process.communicate(timeout=30)
+        assert [json.loads(line)["event"] for line in rest.splitlines()] == ["leaving", "stopped"]
+        assert process.returncode == 0
+        assert peer_id not in subprocess.run(status, capture_output=True, text=True, check=True).stdout
+
+
 def test_generate_and_status_with_the_built_in_model(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
