@@ -146,15 +146,18 @@ def _generate(swarm: Swarm, prompt: str, max_new_tokens: int, *, chat: bool, kil
         whole = AutoModelForCausalLM.from_pretrained(path)
 
         def run(text: str, *, kill_one: bool) -> bool:
-            options: dict[str, Any] = {}
+            # the first text is as long as asked for, prompts in the chat may end earlier
+            options: dict[str, Any] = {"min_new_tokens": max_new_tokens} if text == prompt else {}
+            length = {**options, "max_new_tokens": max_new_tokens, "do_sample": False}
+            hooks: dict[str, Any] = {}
             ids = tokenizer(text, return_tensors="pt")["input_ids"]
             print(text, end="", flush=True)
             with model.session(max_length=ids.shape[1] + max_new_tokens) as session:
                 if kill_one:
-                    options["stopping_criteria"] = [_kill_at(max_new_tokens // 3, swarm, session)]
-                made = generate_text(model, tokenizer, ids, max_new_tokens=max_new_tokens, do_sample=False, **options)
+                    hooks["stopping_criteria"] = [_kill_at(max_new_tokens // 3, swarm, session)]
+                made = generate_text(model, tokenizer, ids, **length, **hooks)
             print(f"\n{made.describe()}", flush=True)
-            expected = whole.generate(ids, max_new_tokens=max_new_tokens, do_sample=False)
+            expected = whole.generate(ids, **length)
             same = expected.shape == made.ids.shape and bool((expected == made.ids).all())
             print(f"The whole model in one process continues it: {'identical' if same else 'DIFFERENTLY'}.", flush=True)
             if not same:

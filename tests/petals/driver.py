@@ -7,6 +7,7 @@ Before that an order with ``pause_at`` says ``{"paused": true}`` once and waits 
 import json
 import os
 import sys
+import threading
 import traceback
 
 ANSWERS = os.fdopen(os.dup(1), "w")
@@ -38,10 +39,24 @@ class PauseAt(transformers.StoppingCriteria):
 
 def connect(name, path, initial_peers, dht_prefix, **options):
     """Makes a model."""
-    MODELS[name] = AutoDistributedModelForCausalLM.from_pretrained(
-        path, initial_peers=initial_peers, dht_prefix=dht_prefix, torch_dtype=torch.float32, show_route=False, **options
-    )
-    return type(MODELS[name]).__name__
+
+    def make():
+        MODELS[name] = AutoDistributedModelForCausalLM.from_pretrained(
+            path,
+            initial_peers=initial_peers,
+            dht_prefix=dht_prefix,
+            torch_dtype=torch.float32,
+            show_route=False,
+            **options,
+        )
+
+    for _ in range(3):  # it forks its DHT while threads run: now and then the child hangs on a lock that nobody holds
+        thread = threading.Thread(target=make, daemon=True)
+        thread.start()
+        thread.join(30)
+        if name in MODELS:
+            return type(MODELS[name]).__name__
+    raise TimeoutError("the Petals client does not connect")
 
 
 def generate(name, ids, pause_at=None, **options):
