@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 MODEL = "demo"
 SPANS = ("0:3", "3:6", "6:8")
-PROMPT = "Return a new list that"
+PROMPT = "This method returns"
 
 
 @dataclass
