@@ -131,7 +131,7 @@ class Hop:
             self._order.append(step_id)
             self._replies[step_id] = asyncio.get_running_loop().create_future()
             if self._failure is not None:
-                self._replies[step_id].set_exception(self._failure)
+                self._fail(self._failure)
 
     def has_answered(self, step_id: str) -> bool:
         """Whether the answer to a step is here, for a step that was pushed."""

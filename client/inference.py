@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,7 +71,7 @@ class Inference:
         if not self.hops:
             self._rows, self._left_padding = rows, tuple(left_padding or ())
             self.hops = await self._open_route(self._first, self._last, self._left_padding)
-        width = max(1, self._settings.prefill_tokens // rows)
+        width = self._width()
         chunks = [
             _Chunk(self.position + at, hidden[:, at : at + width], hypo_ids if at == 0 else None, columns <= width)
             for at in range(0, columns, width)
@@ -92,6 +92,10 @@ class Inference:
             self._in_flight = {}
         self.position += columns
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def _width(self) -> int:
+        """Columns of a step at most."""
+        return max(1, self._settings.prefill_tokens // self._rows)
 
     def crop(self, position: int) -> None:
         """Forgets the columns from ``position`` on: the nodes are told by the next step's start."""
@@ -156,25 +160,29 @@ class Inference:
         return pushed
 
     async def _wait(self, index: int, chunk: _Chunk, hidden: torch.Tensor) -> torch.Tensor:
-        """A hop's output. A silent hop is asked whether it lives, and sent the chunk in case a push was lost."""
-        hop = self.hops[index]
+        """A hop's output for a chunk, which it is sent again if it is silent: a push may have been lost."""
+        hop, following = self.hops[index], self._pushed_from(index, chunk)
+        hop.expect(chunk.step_id)
+
+        async def again() -> None:  # a node runs a step that it gets twice only once
+            await hop.send(chunk.step_id, chunk.start, hidden, chunk.hypo_ids, following)
+
+        output = await self._answer(hop, chunk.step_id, again)
+        if output.shape[1] != chunk.hidden.shape[1]:
+            raise RemoteError(f"{hop.peer_id} answered for {output.shape[1]} tokens, not {chunk.hidden.shape[1]}")
+        return output
+
+    async def _answer(self, hop: Hop, step_id: str, again: Callable[[], Awaitable[None]] | None = None) -> torch.Tensor:
+        """A hop's answer to a step. A silent hop is asked whether it lives; if so, ``again`` is called, once."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._settings.step_timeout
-        resent = False
-        hop.expect(chunk.step_id)
-        while True:
-            output = await hop.reply(chunk.step_id, self._settings.silence)
-            if output is not None:
-                if output.shape[1] != chunk.hidden.shape[1]:
-                    raise RemoteError(
-                        f"{hop.peer_id} answered for {output.shape[1]} tokens, not {chunk.hidden.shape[1]}"
-                    )
-                return output
+        while (output := await hop.reply(step_id, self._settings.silence)) is None:
             if loop.time() > deadline or not await self._alive(hop):
                 raise PeerLostError(f"{hop.peer_id} does not answer")
-            if not resent:
-                resent = True  # a node runs a step that it gets twice only once
-                await hop.send(chunk.step_id, chunk.start, hidden, chunk.hypo_ids, self._pushed_from(index, chunk))
+            if again is not None:
+                await again()
+                again = None
+        return output
 
     async def _alive(self, hop: Hop) -> bool:
         call = self._view.peer.p2p.call_protobuf_handler(
@@ -257,18 +265,13 @@ class Inference:
 
     async def _refill(self, hop: Hop, hidden: torch.Tensor) -> torch.Tensor:
         """Plays ``hidden`` into a new hop; its outputs."""
-        width = max(1, self._settings.prefill_tokens // self._rows)
+        width = self._width()
         outputs = []
         for at in range(0, hidden.shape[1], width):
             step_id, part = uuid.uuid4().hex, hidden[:, at : at + width]
             await hop.send(step_id, at, part, None, ())
-            loop = asyncio.get_running_loop()
-            deadline = loop.time() + self._settings.step_timeout
-            while (output := await hop.reply(step_id, self._settings.silence)) is None:
-                if loop.time() > deadline or not await self._alive(hop):
-                    raise PeerLostError(f"{hop.peer_id} does not answer")
+            outputs.append(await self._answer(hop, step_id))
             hop.forget(step_id)
-            outputs.append(output)
         hop.history.append(0, hidden, None)
         return torch.cat(outputs, dim=1)
 

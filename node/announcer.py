@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import logging
 import random
-from collections.abc import Callable
 
 from swarm import dht
 from swarm.node.engine.engine import Engine
@@ -29,19 +28,18 @@ class Announcer:
         info: ServerInfo,
         *,
         period: float,
-        load: Callable[[], tuple[int, int]] | None = None,
     ) -> None:
         assert info.start_block is not None
         assert info.end_block is not None
         self._peer, self._prefix, self._num_blocks, self._repository = peer, prefix, num_blocks, repository
         self._start, self._end = info.start_block, info.end_block
         self._info, self._period = info, period
-        self._load = load
+        self._engine: Engine | None = None
         self._task: asyncio.Task[None] | None = None
 
     def watch(self, engine: Engine) -> None:
         """From now on the records tell the engine's free KV cache and its sessions."""
-        self._load = lambda: (engine.stats().cache_tokens_free, engine.stats().sessions)
+        self._engine = engine
 
     async def announce(self, state: ServerState, **changes: object) -> None:
         """Announces ``state`` and the changed fields of the record now, and keeps it fresh from then on."""
@@ -64,10 +62,10 @@ class Announcer:
 
     async def _store(self) -> None:
         info = self._info
-        if self._load is not None and info.offer is not None:
-            free, sessions = self._load()
-            offer = dataclasses.replace(info.offer, sessions=sessions)
-            info = dataclasses.replace(info, cache_tokens_left=free, offer=offer)
+        if self._engine is not None and info.offer is not None:
+            stats = self._engine.stats()
+            offer = dataclasses.replace(info.offer, sessions=stats.sessions)
+            info = dataclasses.replace(info, cache_tokens_left=stats.cache_tokens_free, offer=offer)
         ttl = max(60.0, 3 * self._period)  # outlives two lost announcements
         await dht.announce(self._peer.dht, self._prefix, self._start, self._end, info, ttl=ttl)
         if info.state == ServerState.ONLINE and not self._prefix.startswith("_"):

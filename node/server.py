@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 import time
 from collections.abc import Callable
@@ -34,7 +35,6 @@ from swarm.skeleton import Span, cache_bytes_per_token, estimate_block_bytes, fe
 from swarm.source import ModelSource, resolve
 
 T = TypeVar("T")
-DEFAULT_CACHE_TOKENS = 16384
 LEAVE_SECONDS = 5.0
 
 
@@ -97,6 +97,13 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
     start, end, reason = _choose_blocks(settings, source, dtype, device, records, peer)
     output.event("blocks", f"Serving blocks {start}:{end} of {source.num_blocks} ({reason})", blocks=[start, end])
 
+    offer = Offer(
+        fingerprint=shape,
+        push_stream=True,
+        left_padding=True,
+        started=time.time(),
+        cache_tokens_total=settings.kv_tokens,
+    )
     info = ServerInfo(
         state=ServerState.JOINING,
         throughput=0.0,
@@ -107,22 +114,21 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
         torch_dtype=dtype_name(dtype),
         quant_type="none",
         using_relay=settings.peer.relay,
-        offer=Offer(fingerprint=shape, push_stream=True, left_padding=True, started=time.time()),
+        offer=offer,
     )
     repository = None if source.is_local else source.name
     announcer = Announcer(peer, source.dht_prefix, source.num_blocks, repository, info, period=settings.update_period)
     await announcer.announce(ServerState.JOINING)
 
     span = await _load(source, start, end, dtype, device, output)
-    cache_tokens = settings.cache_tokens or DEFAULT_CACHE_TOKENS
-    engine = Engine(span, cache_tokens=cache_tokens, max_batch_tokens=settings.max_batch_tokens)
+    engine = Engine(span, cache_tokens=settings.kv_tokens, max_batch_tokens=settings.max_batch_tokens)
     engine.start()
     stack.callback(engine.stop)
     with output.stage("warm-up", "Warming up"):
         speed = await in_thread(lambda: measure(engine, start, end, source.hidden_size))
 
     served = Served(source.dht_prefix, start, end, source.hidden_size, dtype)
-    limits = Limits(max_length=min(source.max_positions or cache_tokens, cache_tokens))
+    limits = Limits(max_length=min(source.max_positions or settings.kv_tokens, settings.kv_tokens))
     handler = Handler(peer.p2p, engine, served, limits)
     await handler.register()
     if settings.metrics_port is not None:
@@ -133,13 +139,7 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
         throughput=speed.inference_rps,
         inference_rps=speed.inference_rps,
         forward_rps=speed.forward_rps,
-        offer=Offer(
-            fingerprint=shape,
-            push_stream=True,
-            left_padding=True,
-            started=time.time(),
-            cache_tokens_total=cache_tokens,
-        ),
+        offer=dataclasses.replace(offer, started=time.time()),
     )
     _say_ready(settings, source, peer, start, end, output)
     return Serving(handler, announcer)
@@ -182,11 +182,10 @@ def _choose_blocks(
         return (*parse_blocks(settings.blocks, source.num_blocks), "as asked")
     count = settings.num_blocks
     if count is None:
-        cache_tokens = settings.cache_tokens or DEFAULT_CACHE_TOKENS
         free, block = free_memory(device), estimate_block_bytes(source, dtype)
-        cache = cache_bytes_per_token(source, dtype) * cache_tokens
+        cache = cache_bytes_per_token(source, dtype) * settings.kv_tokens
         count = blocks_that_fit(free, block, cache, source.num_blocks)
-        size = f"{(block + cache) / 2**20:.0f} MiB each with {cache_tokens} tokens of KV cache"
+        size = f"{(block + cache) / 2**20:.0f} MiB each with {settings.kv_tokens} tokens of KV cache"
         reason = f"{count} fit: {size}, {free / 2**30:.1f} GiB free"
     elif 1 <= count <= source.num_blocks:
         reason = "as many as asked"

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from swarm.peer import PeerOptions
 
+DEFAULT_CACHE_TOKENS = 16384
+
 
 @dataclass(frozen=True)
 class NodeSettings:
@@ -35,3 +37,8 @@ class NodeSettings:
     cache_dir: Path | None = None
     metrics_port: int | None = None
     update_period: float = 20.0
+
+    @property
+    def kv_tokens(self) -> int:
+        """Size of the KV cache in tokens, as asked for or by default."""
+        return self.cache_tokens or DEFAULT_CACHE_TOKENS

@@ -95,13 +95,13 @@ def all_finite(tensor: torch.Tensor) -> bool:
 def split(message: runtime_pb2.Tensor, part_bytes: int = PART_BYTES) -> Iterator[runtime_pb2.Tensor]:
     """Cuts an encoded tensor into parts; the first has everything but the rest of the data."""
     buffer = message.buffer
-    first = runtime_pb2.Tensor()
-    first.CopyFrom(message) if len(buffer) <= part_bytes else first.MergeFrom(
-        runtime_pb2.Tensor(size=message.size, dtype=message.dtype, compression=message.compression)
+    yield runtime_pb2.Tensor(
+        buffer=buffer[:part_bytes],
+        size=message.size,
+        dtype=message.dtype,
+        compression=message.compression,
+        chunks=max(1, -(-len(buffer) // part_bytes)),
     )
-    first.buffer = buffer[:part_bytes]
-    first.chunks = max(1, -(-len(buffer) // part_bytes))
-    yield first
     for offset in range(part_bytes, len(buffer), part_bytes):
         yield runtime_pb2.Tensor(buffer=buffer[offset : offset + part_bytes])
 

@@ -64,15 +64,17 @@ def scene() -> Iterator[Scene]:
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True).start()
 
-    async def start() -> tuple[P2P, P2P]:
+    async def start() -> tuple[P2P, P2P, Handler]:
         node = await P2P.create(nat_port_map=False)
-        await Handler(node, engine, Served("m", 0, 2, HIDDEN, torch.float32), LIMITS).register()
+        handler = Handler(node, engine, Served("m", 0, 2, HIDDEN, torch.float32), LIMITS)
+        await handler.register()
         address = [str(address) for address in await node.get_visible_maddrs()]
-        return node, await P2P.create(initial_peers=address, nat_port_map=False)
+        return node, await P2P.create(initial_peers=address, nat_port_map=False), handler
 
-    node, stranger = asyncio.run_coroutine_threadsafe(start(), loop).result()
+    node, stranger, handler = asyncio.run_coroutine_threadsafe(start(), loop).result()
     scene = Scene(loop, engine, node, stranger)
     yield scene
+    scene.run(handler.leave(1.0))
     scene.run(stranger.shutdown())
     scene.run(node.shutdown())
     engine.stop()
