@@ -36,9 +36,10 @@ import torch
 HERE = Path(__file__).parent
 SIZES = {
     "large": ["--hidden", "2048", "--layers", "16", "--intermediate", "5632", "--heads", "32", "--kv-heads", "8"],
+    "hop": ["--hidden", "2048", "--layers", "2", "--intermediate", "256", "--heads", "32", "--kv-heads", "8"],
     "small": ["--hidden", "512", "--layers", "8", "--intermediate", "1376", "--heads", "8", "--kv-heads", "8"],
 }
-DTYPES = {"large": "bfloat16", "small": "float32"}
+DTYPES = {"large": "bfloat16", "hop": "bfloat16", "small": "float32"}
 BLOCKS = {"large": 16, "small": 8}
 TARGETS = {
     "large: one stream, ours / transformers": 1.0,

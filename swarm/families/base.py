@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -35,7 +36,7 @@ class Family:
         rotary = getattr(base, "rotary_emb", None)
         if rotary is None:
             return None
-        if "layer_type" in inspect.signature(rotary.forward).parameters:
+        if _by_layer_type(type(rotary)):
             return {kind: rotary(hidden, positions, kind) for kind in sorted(set(config.layer_types))}
         return rotary(hidden, positions)
 
@@ -45,3 +46,8 @@ class Family:
         """One block. ``hidden`` ``[1, N, H]`` in and out; ``positions`` ``[1, N]``; ``embeddings`` for its kind."""
         output = block(hidden, position_embeddings=embeddings, position_ids=positions, attention_mask=None, batch=batch)
         return output[0] if isinstance(output, tuple) else output
+
+
+@functools.cache
+def _by_layer_type(rotary: type[nn.Module]) -> bool:
+    return "layer_type" in inspect.signature(rotary.forward).parameters

@@ -1,0 +1,167 @@
+"""What a decode step costs beyond the arithmetic of its layers, for each hop.
+
+    python scripts/bench_overhead.py
+
+Two nodes with one block each of a Llama with hidden 2048 in bfloat16 (and a narrow MLP, since long layers hide what is
+measured here), and one session of one row. From the time of a
+step, as a caller of ``session.step`` sees it, are taken: the time of the same blocks run alone in this process, and the
+network, that is three legs between peers, measured with an echo of a message of the same size. What is left is ours:
+codec, checks, threads, queues, packing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from bench import make_model, run_nodes
+from hivemind.proto import runtime_pb2
+
+from swarm.codec import encode
+from swarm.node.engine import executor
+from swarm.node.engine.batch import pack
+from swarm.node.engine.kv_cache import KVCache, Sequence
+from swarm.node.engine.packing import pack_block
+from swarm.peer import Peer, PeerOptions
+from swarm.skeleton import load_span
+from swarm.source import resolve
+from swarm.stream import MessageStream
+
+PROTOCOL = "bench.echo"
+LIMIT = 2**20
+
+
+def step_ms(session: Any, hidden: torch.Tensor, steps: int) -> list[float]:
+    """Milliseconds of each step of a session."""
+    taken = []
+    for _ in range(steps):
+        begin = time.perf_counter()
+        session.step(hidden)
+        taken.append((time.perf_counter() - begin) * 1e3)
+    return taken
+
+
+def arithmetic_ms(path: Path, blocks: int, hidden: torch.Tensor, steps: int) -> list[float]:
+    """Milliseconds that ``blocks`` blocks take for one row, run as the engine runs them, without an engine."""
+    span = load_span(resolve(str(path)), 0, blocks, dtype=hidden.dtype, device="cpu", finish=pack_block)
+    cache = KVCache(
+        start=0,
+        end=blocks,
+        tokens=2 * steps + 64,
+        page_size=16,
+        kv_heads=span.kv_heads,
+        key_dim=span.key_dim,
+        value_dim=span.value_dim,
+        dtype=span.dtype,
+        device=span.device,
+    )
+    rows = [Sequence()]
+    taken = []
+    with torch.inference_mode():
+        for position in range(steps):
+            rows = cache.arrange(rows, sources=None, keep=[position], grow=[1], blocks=range(blocks))
+            batch = pack(cache, [(rows[0], 1)], span.device)
+            begin = time.perf_counter()
+            executor.run_blocks(span, hidden, batch, first=0, last=blocks)
+            taken.append((time.perf_counter() - begin) * 1e3)
+            rows[0].length += 1
+    return taken
+
+
+def echo(ready: Any) -> None:
+    """A process that sends back what it gets, until it is ended."""
+
+    async def run() -> None:
+        peer = await Peer.start(PeerOptions(host="127.0.0.1"))
+
+        async def answer(_: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            stream = MessageStream(reader, writer, max_bytes=LIMIT)
+            while (message := await stream.receive(runtime_pb2.ExpertRequest)) is not None:
+                await stream.send(message)
+
+        await peer.p2p.add_binary_stream_handler(PROTOCOL, answer)
+        ready.send(list(peer.addresses))
+        await asyncio.Event().wait()
+
+    import uvloop
+
+    uvloop.run(run())
+
+
+def leg_ms(hidden: torch.Tensor, steps: int) -> list[float]:
+    """Milliseconds of one way between two peers, for a message with ``hidden`` in it."""
+    ours, theirs = multiprocessing.get_context("spawn").Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=echo, args=(theirs,), daemon=True)
+    process.start()
+    addresses = ours.recv()
+
+    async def run() -> list[float]:
+        from hivemind.p2p import PeerID
+
+        peer = await Peer.start(PeerOptions(initial_peers=tuple(addresses[:1]), client=True))
+        target = PeerID.from_base58(addresses[0].rpartition("/")[2])
+        _, reader, writer = await peer.p2p.call_binary_stream_handler(target, PROTOCOL)
+        stream = MessageStream(reader, writer, max_bytes=LIMIT)
+        message = runtime_pb2.ExpertRequest(uid="x", tensors=[encode(hidden)], metadata=b"x" * 200)
+        taken = []
+        for _ in range(steps):
+            begin = time.perf_counter()
+            await stream.send(message)
+            await stream.receive(runtime_pb2.ExpertRequest)
+            taken.append((time.perf_counter() - begin) * 1e3 / 2)
+        await peer.stop()
+        return taken
+
+    import uvloop
+
+    try:
+        return uvloop.run(run())
+    finally:
+        process.terminate()
+
+
+def main(
+    steps: Annotated[int, typer.Option(help="Steps of each measurement.")] = 300,
+    threads: Annotated[int, typer.Option(help="Threads of each process.")] = os.cpu_count() or 1,
+) -> None:
+    """Measure the overhead of a hop."""
+    from swarm.client import SwarmModelForCausalLM
+
+    torch.set_num_threads(threads)
+    hidden = torch.randn(1, 1, 2048, generator=torch.Generator().manual_seed(0)).bfloat16() * 0.1
+    with tempfile.TemporaryDirectory(prefix="swarm-bench-") as workdir:
+        path = make_model("hop", Path(workdir))
+        with (
+            run_nodes(path, ("0:1", "1:2"), threads) as peers,
+            SwarmModelForCausalLM.from_pretrained(str(path), initial_peers=peers) as model,
+            model.session(max_length=3 * steps + 64) as session,
+        ):
+            step_ms(session, hidden, 20)
+            step = step_ms(session, hidden, steps)
+        blocks = [2 * value for value in arithmetic_ms(path, 1, hidden, steps)]
+    leg = leg_ms(hidden, steps)
+    print(f"load {os.getloadavg()[0]:.1f}, {threads} threads; milliseconds")
+    print("| | median | fastest tenth |\n| --- | --- | --- |")
+    for name, values in (("step", step), ("its layers, run alone", blocks), ("one leg of the network", leg)):
+        print(f"| {name} | {statistics.median(values):.2f} | {_tenth(values):.2f} |")
+    for name, take in (("median", statistics.median), ("fastest tenth", _tenth)):
+        print(f"overhead of a hop, {name}: {(take(step) - take(blocks) - 3 * take(leg)) / 2:.2f} ms (target: under 1)")
+
+
+def _tenth(values: list[float]) -> float:
+    return statistics.quantiles(values, n=10)[0]
+
+
+if __name__ == "__main__":
+    typer.run(main)
