@@ -8,16 +8,18 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from swarm.errors import BadRequestError, SwarmError, UsageError
-from swarm.options import CONTEXT, NETWORK, DhtPrefix, InitialPeers, Model, split_list
+from swarm.options import CONTEXT, NETWORK, DhtPrefix, InitialPeers, split_list
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from swarm.client.backends import Backend
     from swarm.client.model import SwarmModelForCausalLM
 
 app = typer.Typer(
@@ -45,11 +47,31 @@ TopP = Annotated[
 ]
 TopK = Annotated[int, typer.Option(min=0, help="Sample from so many tokens; 0: all.", rich_help_panel=_SAMPLING)]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.", rich_help_panel=_SAMPLING)]
+OptionalModel = Annotated[
+    str | None,
+    typer.Argument(
+        envvar="SWARM_MODEL",
+        help="A directory, a Hugging Face Hub id, or demo, the built-in model. With --api, a name that it knows.",
+    ),
+]
+Api = Annotated[
+    str | None,
+    typer.Option(
+        envvar="SWARM_API",
+        metavar="URL",
+        help="Ask a gateway (or another server with OpenAI's API) instead of joining the swarm.",
+        rich_help_panel=NETWORK,
+    ),
+]
+ApiKey = Annotated[
+    str | None, typer.Option(envvar="SWARM_API_KEY", help="Key for --api, if it wants one.", rich_help_panel=NETWORK)
+]
+Interval = Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")]
 
 
 @app.command()
 def generate(
-    model: Model,
+    model: OptionalModel = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Text to continue; default: from stdin.")] = None,
     initial_peers: InitialPeers = None,
     max_new_tokens: MaxNewTokens = 64,
@@ -59,6 +81,8 @@ def generate(
     seed: Seed = None,
     dht_prefix: DhtPrefix = None,
     wait_timeout: WaitTimeout = 60.0,
+    api: Api = None,
+    api_key: ApiKey = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with text, speed and route.")] = False,
 ) -> None:
     """Continue a prompt. The text goes to stdout as it comes; speed and route go to stderr."""
@@ -67,36 +91,26 @@ def generate(
             if sys.stdin.isatty():
                 raise UsageError('give a text to continue: --prompt "…", or pipe it in')
             prompt = sys.stdin.read()
-        model_, tokenizer = _load(model, initial_peers, dht_prefix, wait_timeout)
-        with model_:
-            from swarm.client.terminal import generate_text
+        where = _Where(model, split_list(initial_peers), dht_prefix, wait_timeout, api, api_key)
+        with _backend(where, (temperature, top_p, top_k, seed)) as backend:
+            from swarm.client.terminal import describe_speed, print_now
 
-            ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-            if ids.shape[1] == 0:
-                raise UsageError("the prompt is empty")
             if not as_json:
-                print(prompt, end="", flush=True)
-            options = _sampling(temperature, top_p, top_k, seed)
-            made = generate_text(model_, tokenizer, ids, show=not as_json, max_new_tokens=max_new_tokens, **options)
+                print_now(prompt)
+            show = _nowhere if as_json else print_now
+            made = backend.complete(prompt, max_tokens=max_new_tokens, show=show)
             if as_json:
-                fields = {
-                    "prompt": prompt,
-                    "text": made.text,
-                    "new_tokens": made.new_tokens,
-                    "seconds": made.seconds,
-                    "first_token_seconds": made.first_seconds,
-                    "tokens_per_second": made.tokens_per_second,
-                    "route": [[hop.peer_id.to_base58(), hop.start, hop.end] for hop in made.route],
-                }
-                print(json.dumps(fields))
+                print(json.dumps({"prompt": prompt, **asdict(made)}))
             else:
-                print(made.describe(), file=sys.stderr)
+                speed = describe_speed(made.new_tokens, made.tokens_per_second, made.first_seconds, made.route)
+                print(speed, file=sys.stderr)
 
 
 @app.command()
 def chat(
-    model: Model,
+    model: OptionalModel = None,
     initial_peers: InitialPeers = None,
+    system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
     max_new_tokens: MaxNewTokens = 256,
     max_length: Annotated[int, typer.Option(min=16, help="Tokens that the conversation may have in all.")] = 2048,
     temperature: Temperature = 0.7,
@@ -105,101 +119,129 @@ def chat(
     seed: Seed = None,
     dht_prefix: DhtPrefix = None,
     wait_timeout: WaitTimeout = 60.0,
+    api: Api = None,
+    api_key: ApiKey = None,
 ) -> None:
-    """Talk to the model. An empty line, /exit or Ctrl-D ends; /reset forgets the conversation."""
+    """Talk to the model. /help lists the commands; /exit or Ctrl-D ends."""
     with _errors():
-        model_, tokenizer = _load(model, initial_peers, dht_prefix, wait_timeout)
-        options = _sampling(temperature, top_p, top_k, seed)
-        limit = min(max_length, getattr(model_.config, "max_position_embeddings", max_length))
-        with model_:
-            print(f"Talking to {model}. /reset starts anew, /exit ends.", file=sys.stderr)
-            while _converse(model_, tokenizer, limit, max_new_tokens, options):
-                print("Forgotten.", file=sys.stderr)
+        where = _Where(model, split_list(initial_peers), dht_prefix, wait_timeout, api, api_key)
+        with _backend(where, (temperature, top_p, top_k, seed), max_length=max_length) as backend:
+            from swarm.client.talk import Talk, make_reader
+
+            print(f"Talking to {model or api}. /help lists the commands, /exit ends.", file=sys.stderr)
+            Talk(backend, max_tokens=max_new_tokens, system=system).run(make_reader())
 
 
-def _converse(
-    model: SwarmModelForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    max_new_tokens: int,
-    options: dict[str, Any],
-) -> bool:
-    """One conversation, in one session; whether another one is wanted."""
-    import torch
-
-    from swarm.client.terminal import generate_text
-
-    messages: list[dict[str, str]] = []
-    ids = torch.empty(1, 0, dtype=torch.int64)
-    with model.session(max_length=max_length):
-        while True:
-            try:
-                line = input("> ")
-            except (EOFError, KeyboardInterrupt):
-                print(file=sys.stderr)
-                return False
-            if line.strip() in ("/exit", "/quit", ""):
-                return False
-            if line.strip() == "/reset":
-                return True
-            messages.append({"role": "user", "content": line})
-            ids = _conversation_ids(tokenizer, messages, ids)
-            room = max_length - ids.shape[1] - 1
-            if room < 1:
-                print("The conversation is full: /reset starts anew.", file=sys.stderr)
-                messages.pop()
-                continue
-            made = generate_text(model, tokenizer, ids, max_new_tokens=min(max_new_tokens, room), **options)
-            messages.append({"role": "assistant", "content": made.text})
-            ids = made.ids
-            print(f"[{made.describe()}]", file=sys.stderr)
+@app.command()
+def status(
+    model: OptionalModel = None,
+    initial_peers: InitialPeers = None,
+    dht_prefix: DhtPrefix = None,
+    api: Api = None,
+    api_key: ApiKey = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and exit.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Print the table once and exit.")] = False,
+    interval: Interval = 2.0,
+) -> None:
+    """Show who serves which blocks of MODEL, what is free, and where blocks are missing."""
+    with _errors():
+        where = _Where(model, split_list(initial_peers), dht_prefix, 0.0, api, api_key)
+        _watch(where, interval, as_json=as_json, once=once, top=False)
 
 
-def _conversation_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], before: Any) -> Any:
-    """Token ids of the conversation, by the model's chat template; without one, the text just goes on."""
-    import torch
+@app.command()
+def top(
+    model: OptionalModel = None,
+    initial_peers: InitialPeers = None,
+    dht_prefix: DhtPrefix = None,
+    api: Api = None,
+    api_key: ApiKey = None,
+    interval: Interval = 1.0,
+) -> None:
+    """Show live what each node does: tokens a second, sessions, queue, KV cache. Ctrl-C ends."""
+    with _errors():
+        where = _Where(model, split_list(initial_peers), dht_prefix, 0.0, api, api_key)
+        _watch(where, interval, as_json=False, once=False, top=True)
 
-    if tokenizer.chat_template:
-        encoded: Any = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        return encoded["input_ids"]
-    new = tokenizer(messages[-1]["content"], return_tensors="pt", add_special_tokens=before.shape[1] == 0)["input_ids"]
-    return torch.cat([before, new], dim=1)
+
+@dataclass(frozen=True)
+class _Where:
+    """Which model, and where it is: in a swarm, or behind a gateway."""
+
+    model: str | None
+    peers: tuple[str, ...]
+    dht_prefix: str | None
+    wait_timeout: float
+    api: str | None
+    api_key: str | None
+
+    def __post_init__(self) -> None:
+        if self.api is None and self.model is None:
+            raise UsageError("say which MODEL, a directory or a Hub id, or where a gateway is: --api URL")
+        if self.api is None and not self.peers:
+            raise UsageError(
+                "say which swarm: --initial-peers MADDR, as printed by swarm-node serve, or a gateway: --api URL"
+            )
+        if self.api is not None and self.peers:
+            raise UsageError("--api and --initial-peers can't be given together: a gateway knows its swarm")
 
 
-def _load(
-    model: str, initial_peers: list[str] | None, dht_prefix: str | None, wait_timeout: float
-) -> tuple[SwarmModelForCausalLM, PreTrainedTokenizerBase]:
+@contextmanager
+def _backend(
+    where: _Where, sampling: tuple[float, float, int, int | None], *, max_length: int = 2**31
+) -> Iterator[Backend]:
+    from swarm.client.backends import ApiBackend, Sampling, SwarmBackend
+
+    made: Backend
+    if where.api is not None:
+        made = ApiBackend(where.api, where.api_key, where.model, Sampling(*sampling))
+    else:
+        made = SwarmBackend(*_load(where), Sampling(*sampling), max_length)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def _load(where: _Where) -> tuple[SwarmModelForCausalLM, PreTrainedTokenizerBase]:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    peers = split_list(initial_peers)
-    if not peers:
-        raise UsageError("say which swarm: --initial-peers MADDR, as printed by swarm-node serve")
     from transformers import AutoTokenizer
 
     from swarm.client.model import SwarmModelForCausalLM
     from swarm.source import resolve
 
+    assert where.model is not None
     facade = SwarmModelForCausalLM.from_pretrained(
-        model, initial_peers=peers, dht_prefix=dht_prefix, wait_timeout=wait_timeout
+        where.model, initial_peers=where.peers, dht_prefix=where.dht_prefix, wait_timeout=where.wait_timeout
     )
-    source = resolve(model)
+    source = resolve(where.model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=source.is_local)
     except (OSError, ValueError) as error:
         facade.close()
-        raise UsageError(f"{model} has no tokenizer that can be loaded: {error}") from error
+        raise UsageError(f"{where.model} has no tokenizer that can be loaded: {error}") from error
     return facade, tokenizer
 
 
-def _sampling(temperature: float, top_p: float, top_k: int, seed: int | None) -> dict[str, Any]:
-    if seed is not None:
-        from transformers import set_seed
+def _watch(where: _Where, interval: float, *, as_json: bool, once: bool, top: bool) -> None:
+    import asyncio
 
-        set_seed(seed)
-    if temperature == 0:
-        return {"do_sample": False}
-    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    from swarm.client.gateway_view import watch_gateway
+    from swarm.status import show, watch
+
+    async def run() -> None:
+        if where.api is not None:
+            overviews = watch_gateway(where.api, where.api_key, where.model, interval=interval)
+        else:
+            assert where.model is not None
+            overviews = watch(where.model, where.peers, dht_prefix=where.dht_prefix, interval=interval)
+        await show(overviews, as_json=as_json, once=once, top=top, stop=asyncio.Event())
+
+    asyncio.run(run())
+
+
+def _nowhere(text: str) -> None:
+    """For output that nobody is to see."""
 
 
 @contextmanager

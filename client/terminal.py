@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,10 +43,12 @@ class Generated:
 
     def describe(self) -> str:
         """One line: speed and route."""
-        return (
-            f"{self.new_tokens} tokens, {self.tokens_per_second:.1f} tokens/s, "
-            f"first after {self.first_seconds:.2f} s, route {describe_route(self.route)}"
-        )
+        return describe_speed(self.new_tokens, self.tokens_per_second, self.first_seconds, describe_route(self.route))
+
+
+def describe_speed(tokens: int, per_second: float, first_seconds: float, route: str) -> str:
+    """One line: speed and route."""
+    return f"{tokens} tokens, {per_second:.1f} tokens/s, first after {first_seconds:.2f} s, route {route}"
 
 
 def describe_route(route: Sequence[Hop]) -> str:
@@ -54,9 +57,9 @@ def describe_route(route: Sequence[Hop]) -> str:
 
 
 class _TimedStreamer(TextStreamer):
-    """Prints the text as it comes, and notes when the first token came."""
+    """Hands the text on as it comes, and notes when the first token came."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, show: bool) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
         self._show = show
         self._puts = 0
@@ -69,8 +72,12 @@ class _TimedStreamer(TextStreamer):
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if self._show:
-            super().on_finalized_text(text, stream_end)
+        self._show(text + "\n" if stream_end else text)
+
+
+def print_now(text: str) -> None:
+    """Prints ``text`` as it is, at once."""
+    print(text, end="", flush=True)
 
 
 def generate_text(
@@ -78,11 +85,21 @@ def generate_text(
     tokenizer: PreTrainedTokenizerBase,
     ids: torch.Tensor,
     *,
-    show: bool = True,
+    show: Callable[[str], None] = print_now,
+    stop: threading.Event | None = None,
     **options: Any,
 ) -> Generated:
-    """Continues ``ids`` ``[1, tokens]`` and prints the text as it comes. ``options`` are those of ``generate()``."""
-    streamer = _TimedStreamer(tokenizer, show=show)
+    """Continues ``ids`` ``[1, tokens]`` and shows the text as it comes. ``options`` are those of ``generate()``.
+
+    Once ``stop`` is set, it ends after the token that is under way.
+    """
+    streamer = _TimedStreamer(tokenizer, show)
+    if stop is not None:
+
+        def stopped(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            return torch.full((ids.shape[0],), stop.is_set(), dtype=torch.bool)
+
+        options["stopping_criteria"] = [*options.get("stopping_criteria", ()), stopped]
     begin = time.perf_counter()
     result = model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, **options)
     assert isinstance(result, torch.Tensor)

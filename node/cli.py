@@ -262,13 +262,14 @@ def status(
     interval: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")] = 2.0,
 ) -> None:
     """Show who serves which blocks of MODEL, how fast, what is free, and where blocks are missing."""
-    from swarm.node.status import show
+    from swarm.status import show, watch
 
     async def run(stop: asyncio.Event) -> None:
         peers = split_list(initial_peers)
         if not peers:
             raise UsageError("say which swarm: --initial-peers MADDR")
-        await show(model, peers, dht_prefix=dht_prefix, as_json=as_json, once=once, interval=interval, stop=stop)
+        overviews = watch(model, peers, dht_prefix=dht_prefix, interval=interval)
+        await show(overviews, as_json=as_json, once=once, top=False, stop=stop)
 
     _run_until_stopped(run, lambda text: print(f"Error: {text}", file=sys.stderr))
 

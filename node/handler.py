@@ -24,6 +24,7 @@ from swarm.node.engine.session import EngineSession
 from swarm.node.limits import Limits
 from swarm.node.pusher import Pusher
 from swarm.node.requests import Opening, Served, check_opening, read_backward, read_forward, read_step
+from swarm.overview import METER
 from swarm.records import span_uid
 from swarm.rpc import Request, Response
 from swarm.stream import MessageStream
@@ -261,10 +262,12 @@ class Handler:
         return handle
 
     async def _info(self, request: runtime_pb2.ExpertUID, context: P2PContext) -> runtime_pb2.ExpertInfo:
+        stats = self._engine.stats()
         info: dict[str, Any] = {
             "version": f"swarm {__version__}",
             "dht_client_mode": False,
-            "cache_tokens_available": self._engine.stats().cache_tokens_free,
+            "cache_tokens_available": stats.cache_tokens_free,
+            "meter": {name: getattr(stats, name) for name in METER},
         }
         if request.uid:
             self._served.blocks_of(request.uid)

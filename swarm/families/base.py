@@ -36,7 +36,7 @@ class Family:
         rotary = getattr(base, "rotary_emb", None)
         if rotary is None:
             return None
-        if _by_layer_type(type(rotary)):
+        if _by_layer_type(type(rotary)):  # type: ignore[arg-type]
             return {kind: rotary(hidden, positions, kind) for kind in sorted(set(config.layer_types))}
         return rotary(hidden, positions)
 

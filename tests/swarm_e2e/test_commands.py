@@ -245,7 +245,8 @@ def test_generate_and_status_with_the_built_in_model(tmp_path: Path) -> None:
         ids = tokenizer("Return the", return_tensors="pt")["input_ids"]
         expected = whole.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
         assert answer["text"] == tokenizer.decode(expected, skip_special_tokens=True)
-        assert [leg[1:] for leg in answer["route"]] == [[0, 4], [4, 8]]
+        assert answer["route"].startswith("0:4 …")
+        assert " → 4:8 …" in answer["route"]
 
         plain = subprocess.run([*command, "--prompt", "Return the"], capture_output=True, text=True, check=True)
         assert plain.stdout.strip() == ("Return the" + answer["text"]).strip()
@@ -257,12 +258,37 @@ def test_generate_and_status_with_the_built_in_model(tmp_path: Path) -> None:
         assert "made for 2048" in long.stderr
 
         chat = [str(BIN / "swarm"), "chat", "demo", *peers, "--max-new-tokens", "8", "--temperature", "0"]
-        talk = subprocess.run(chat, input="Hello\n/reset\nHello\n/exit\n", capture_output=True, text=True, check=True)
-        assert talk.stderr.count("tokens/s") == 2
+        said = [
+            "Hello \\",
+            "world",
+            "/route",
+            f"/save {tmp_path / 'talk.json'}",
+            "/reset",
+            "",
+            "Hello",
+            "/nothing",
+            "/exit",
+        ]
+        talk = subprocess.run(chat, input="\n".join(said), capture_output=True, text=True, check=True)
+        assert talk.stderr.count("tokens/s") == 3, "two replies, and /route"
+        assert "There is no /nothing" in talk.stderr
+        saved = json.loads((tmp_path / "talk.json").read_text())
+        assert [message["role"] for message in saved] == ["user", "assistant"]
+        assert saved[0]["content"] == "Hello \nworld"
+        assert saved[1]["content"].strip() in talk.stdout
 
-        table = [str(BIN / "swarm-node"), "status", "demo", *peers, "--once"]
-        shown = subprocess.run(table, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "200"})
-        assert "Every block is served" in shown.stdout
+        wide = {**os.environ, "COLUMNS": "200"}
+        for program in ("swarm", "swarm-node"):
+            table = [str(BIN / program), "status", "demo", *peers, "--once"]
+            shown = subprocess.run(table, capture_output=True, text=True, check=True, env=wide)
+            assert "Every block is served" in shown.stdout
+        top = subprocess.Popen([str(BIN / "swarm"), "top", "demo", *peers], stdout=subprocess.PIPE, text=True, env=wide)
+        try:
+            subprocess.run([*command, "--prompt", "x"], capture_output=True, check=True)
+            time.sleep(2)
+        finally:
+            top.send_signal(signal.SIGINT)
+        assert top.communicate(timeout=20)[0].count("busy") > 1
         swarm.nodes[1].kill()
 
 
