@@ -87,6 +87,7 @@ def _as_dict(model: str, num_blocks: int, spans: list[RemoteSpan]) -> dict[str, 
             "sessions": span.info.offer.sessions if span.info.offer is not None else None,
             "dtype": span.info.torch_dtype,
             "version": span.info.version,
+            "deterministic": span.info.offer is not None and span.info.offer.deterministic,
         }
         for span in spans
     ]
