@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from swarm.tiles import tile_linear
+
 MAX_ROWS = 64
 """Inputs of more rows, such as the logits of a whole prompt, are worth a computation of their own."""
 _GATHER_SECONDS = 0.001
@@ -80,8 +82,11 @@ class CombinedForward:
             successor.called.set()
 
 
-def combine_head(model: nn.Module) -> None:
-    """Makes the output head of ``model`` compute together what several threads ask of it at a time."""
+def combine_head(model: nn.Module, *, deterministic: bool = False) -> None:
+    """Makes the output head of ``model`` compute together what several threads ask of it at a time; if it is to be
+    ``deterministic``, then so that none can tell."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     if isinstance(head, nn.Linear):
+        if deterministic:
+            tile_linear(head)
         head.forward = CombinedForward(head.forward)  # type: ignore[method-assign, assignment]

@@ -106,13 +106,15 @@ class SwarmModelForCausalLM(_Family):
         # Before the weights: whether the swarm answers is known in a moment, a download can take minutes.
         connection = SwarmConnection.open(source, initial_peers, chosen)
         try:
-            return cls.from_ends(load_ends(source, dtype=ends_dtype), connection)
+            return cls.from_ends(load_ends(source, dtype=ends_dtype), connection, deterministic=chosen.deterministic)
         except BaseException:
             connection.close()
             raise
 
     @classmethod
-    def from_ends(cls, ends: PreTrainedModel, connection: SwarmConnection) -> SwarmModelForCausalLM:
+    def from_ends(
+        cls, ends: PreTrainedModel, connection: SwarmConnection, *, deterministic: bool = False
+    ) -> SwarmModelForCausalLM:
         """Turn ``ends``, a family's model with an empty list of layers, into a model over ``connection``.
 
         Takes both over: ``ends`` itself becomes the result, and closing the result closes ``connection``.
@@ -123,7 +125,7 @@ class SwarmModelForCausalLM(_Family):
         facade = SwarmModelForCausalLM if issubclass(cls, PreTrainedModel) else cls  # cls: a facade class, or an own
         blocks = RemoteBlocks(connection, 0, connection.num_blocks)
         put_blocks_in(ends, blocks)
-        combine_head(ends)
+        combine_head(ends, deterministic=deterministic)
         ends.__class__ = _facade_class(facade, type(ends))  # type: ignore[arg-type]  # classes are hashable
         ends.eval()
         model: Any = ends

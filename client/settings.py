@@ -18,6 +18,8 @@ class ClientSettings:
         ban_seconds: how long a peer that failed is left out; doubles with each failure in a row.
         prefill_tokens: rows × columns of a step; longer prompts go as several, one behind the other along the route.
         startup_timeout: to join the swarm.
+        deterministic: use only nodes whose results don't depend on who else uses them (``swarm-node serve
+            --deterministic``), and compute the output head that way too.
     """
 
     wait_timeout: float = 60.0
@@ -28,3 +30,4 @@ class ClientSettings:
     ban_seconds: float = 3.0
     prefill_tokens: int = 512
     startup_timeout: float = 30.0
+    deterministic: bool = False

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 _MAX_PINGED = 16
 _FULL_SECONDS = 5.0  # how long a node whose KV cache was full is asked last
 _POLL_SECONDS = 0.5
+_DETERMINISTIC = " deterministically (nodes say so with swarm-node serve --deterministic)"
 
 
 class SwarmView:
@@ -90,7 +91,7 @@ class SwarmView:
         """
         deadline = time.monotonic() + self._settings.wait_timeout
         padded = " to rows with padding at their left (pass rows of one length to use servers that can't)"
-        whom = padded if left_padding else ""
+        whom = (padded if left_padding else "") + (_DETERMINISTIC if self._settings.deterministic else "")
         announced = False
         while True:
             try:
@@ -121,6 +122,7 @@ class SwarmView:
             span
             for span in self._spans
             if (not left_padding or (span.info.offer is not None and span.info.offer.left_padding))
+            and (not self._settings.deterministic or (span.info.offer is not None and span.info.offer.deterministic))
             and not self._bans.banned(span.peer_id, started=span.info.offer.started if span.info.offer else 0.0)
         ]
         random.shuffle(usable)  # equals share the load

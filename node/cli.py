@@ -140,6 +140,15 @@ def serve(
             rich_help_panel=_COMPUTE,
         ),
     ] = 512,
+    deterministic: Annotated[
+        bool,
+        typer.Option(
+            "--deterministic",
+            envvar="SWARM_DETERMINISTIC",
+            help="Give a session the same bits whoever else uses this node, at the cost of some speed.",
+            rich_help_panel=_COMPUTE,
+        ),
+    ] = False,
     revision: Annotated[
         str | None,
         typer.Option(envvar="SWARM_REVISION", help="Branch, tag or commit on the Hub.", rich_help_panel="Model"),
@@ -200,6 +209,7 @@ def serve(
             dtype=dtype,
             cache_tokens=cache_tokens,
             max_batch_tokens=max_batch_tokens,
+            deterministic=deterministic,
             dht_prefix=dht_prefix,
             name=name,
             revision=revision,

@@ -18,6 +18,7 @@ from swarm.codec import dtype_name
 from swarm.errors import UsageError, parse_blocks
 from swarm.fingerprint import fingerprint
 from swarm.node.announcer import Announcer
+from swarm.node.engine.deterministic import check, make_deterministic
 from swarm.node.engine.engine import Engine
 from swarm.node.engine.packing import pack_block
 from swarm.node.handler import Handler
@@ -103,6 +104,7 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
         left_padding=True,
         started=time.time(),
         cache_tokens_total=settings.kv_tokens,
+        deterministic=settings.deterministic,
     )
     info = ServerInfo(
         state=ServerState.JOINING,
@@ -121,7 +123,15 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
     await announcer.announce(ServerState.JOINING)
 
     span = await _load(source, start, end, dtype, device, output)
-    engine = Engine(span, cache_tokens=settings.kv_tokens, max_batch_tokens=settings.max_batch_tokens)
+    if settings.deterministic:
+        with output.stage("deterministic", "Making sure that results don't depend on the batch"):
+            await in_thread(lambda: _make_deterministic(span))
+    engine = Engine(
+        span,
+        cache_tokens=settings.kv_tokens,
+        max_batch_tokens=settings.max_batch_tokens,
+        deterministic=settings.deterministic,
+    )
     engine.start()
     stack.callback(engine.stop)
     with output.stage("warm-up", "Warming up"):
@@ -157,6 +167,12 @@ async def _load(
                 source, start, end, dtype=dtype, device=device, progress=lambda *done: report(*done), finish=pack_block
             )
         )
+
+
+def _make_deterministic(span: Span) -> None:
+    for block in span.blocks:
+        make_deterministic(block)
+    check(span)
 
 
 def _check_same_shape(records: list[dict[Any, ServerInfo]], shape: str, source: ModelSource, peer: Peer) -> None:

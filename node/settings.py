@@ -19,6 +19,7 @@ class NodeSettings:
         num_blocks: how many blocks, where the swarm is thinnest.
         cache_tokens: size of the KV cache in tokens, over all sessions.
         max_batch_tokens: tokens computed in one turn; a longer prompt is cut into chunks.
+        deterministic: a session's results don't depend on who else uses the node, to the last bit.
         update_period: seconds between two announcements.
     """
 
@@ -30,6 +31,7 @@ class NodeSettings:
     dtype: str = "auto"
     cache_tokens: int | None = None
     max_batch_tokens: int = 512
+    deterministic: bool = False
     dht_prefix: str | None = None
     name: str | None = None
     revision: str | None = None

@@ -67,6 +67,7 @@ class NodeView:
     version: str | None
     relayed: bool
     started: float | None
+    deterministic: bool = False
     meter: Meter | None = None
     rates: Rates | None = None
 
@@ -170,6 +171,7 @@ def _view(span: RemoteSpan) -> NodeView:
         version=info.version,
         relayed=bool(info.using_relay),
         started=offer.started if offer is not None else None,
+        deterministic=offer is not None and offer.deterministic,
     )
 
 

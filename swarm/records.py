@@ -35,6 +35,7 @@ class Offer:
         sessions: sessions open when the record was written.
         started: when the node came up, in seconds since the epoch: a ban from before that is void.
         cache_tokens_total: size of the KV cache in tokens.
+        deterministic: a session's results are the same to the last bit whoever else uses the node.
     """
 
     fingerprint: str = ""
@@ -43,6 +44,7 @@ class Offer:
     sessions: int = 0
     started: float = 0.0
     cache_tokens_total: int = 0
+    deterministic: bool = False
 
     @classmethod
     def from_dict(cls, source: Mapping[str, Any]) -> Offer:
@@ -52,8 +54,9 @@ class Offer:
             ValueError: a field has another type than it should.
         """
         fields: dict[str, Any] = {}
-        for name, kind in (("fingerprint", str), ("push_stream", bool), ("left_padding", bool)):
-            fields[name] = _typed(source.get(name, kind()), kind, name)
+        fields["fingerprint"] = _typed(source.get("fingerprint", ""), str, "fingerprint")
+        for name in ("push_stream", "left_padding", "deterministic"):
+            fields[name] = _typed(source.get(name, False), bool, name)
         for name in ("sessions", "cache_tokens_total"):
             fields[name] = _natural(source.get(name, 0), name)
         fields["started"] = _number(source.get("started", 0.0), "started")

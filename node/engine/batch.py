@@ -78,15 +78,27 @@ class DenseBatch:
     masks: Masks = field(default_factory=dict)
 
 
-def pack(cache: KVCache, rows: Listing[tuple[Sequence, int]], device: torch.device) -> Batch:
-    """A batch of ``(row, new tokens)``; the rows must have pages for them. Rows without new tokens are left out."""
+def pack(
+    cache: KVCache,
+    rows: Listing[tuple[Sequence, int]],
+    device: torch.device,
+    *,
+    pieces: Listing[tuple[int, int]] | None = None,
+) -> Batch:
+    """A batch of ``(row, new tokens)``; the rows must have pages for them. Rows without new tokens are left out.
+
+    ``pieces`` make attention over a row independent of the batch: for each row its left padding, and of how many
+    columns a segment of it is at most; it ends at multiples of that.
+    """
     size = cache.page_size
     positions: list[int] = []
     slots: list[int] = []
     segments: list[Segment] = []
-    for row, new in rows:
+    count = 0
+    for number, (row, new) in enumerate(rows):
         if not new:
             continue
+        count += 1
         past, total = row.length, row.length + new
         begin = len(positions)
         positions.extend(range(past, total))
@@ -99,15 +111,20 @@ def pack(cache: KVCache, rows: Listing[tuple[Sequence, int]], device: torch.devi
             every = row.slots(0, total, size)
             index = torch.tensor(every, device=device)
             slots.extend(every[past:])
-        segments.append(Segment(begin, begin + new, past, base, index))
-    alone = len(segments) == 1 and segments[0].index is None
+        padding, columns = (0, total) if pieces is None else pieces[number]
+        at = past
+        while at < total:
+            end = min(total, (at + padding) // columns * columns + columns - padding)
+            segments.append(Segment(begin + at - past, begin + end - past, at, base, index))
+            at = end
+    alone = count == 1 and segments[0].index is None
     return Batch(
         cache=cache,
         positions=torch.tensor(positions, dtype=torch.int64, device=device)[None],
         slots=torch.tensor(slots, dtype=torch.int64, device=device),
         run=slots[0] if alone else None,
         segments=tuple(segments),
-        short=_short_rows(segments, device),
+        short=None if pieces is not None else _short_rows(segments, device),
     )
 
 

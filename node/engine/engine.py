@@ -16,6 +16,7 @@ import torch
 from swarm.errors import BadRequestError, LeavingError, OutOfCacheError, RemoteError
 from swarm.node.engine import executor
 from swarm.node.engine.batch import pack
+from swarm.node.engine.deterministic import PIECE_TOKENS, columns_per_piece
 from swarm.node.engine.executor import PlacedPrompts
 from swarm.node.engine.kv_cache import KVCache, Sequence
 from swarm.node.engine.pacing import Gatherer, Pacer
@@ -41,11 +42,22 @@ class Engine:
         cache_tokens: how many tokens the KV cache holds, over all sessions.
         page_size: tokens per page of it.
         max_batch_tokens: tokens per turn, the most that are packed together.
+        deterministic: cut steps and attention so that a session's bits don't depend on the others, which takes blocks
+            that are made for it (``deterministic.make_deterministic``).
     """
 
-    def __init__(self, span: Span, *, cache_tokens: int, page_size: int = 16, max_batch_tokens: int = 512) -> None:
+    def __init__(
+        self,
+        span: Span,
+        *,
+        cache_tokens: int,
+        page_size: int = 16,
+        max_batch_tokens: int = 512,
+        deterministic: bool = False,
+    ) -> None:
         self.span = span
         self._max_batch_tokens = max_batch_tokens
+        self._deterministic = deterministic
         self._cache = KVCache(
             start=span.start,
             end=span.end,
@@ -250,11 +262,13 @@ class Engine:
                     session.waiting[0].rows,
                     session.waiting[0].columns - session.waiting[0].done,
                     session.waiting[0].prompts is not None,
+                    session.waiting[0].start + session.waiting[0].done,
+                    columns_per_piece(session.waiting[0].rows) if self._deterministic else 1,
                 )
                 for session in ready
             ],
             budget=self._max_batch_tokens,
-            prefill_budget=self._pacer.prefill_budget(),
+            prefill_budget=max(self._pacer.prefill_budget(), PIECE_TOKENS if self._deterministic else 0),
             previous=self._previous,
         )
         if turn is None:
@@ -326,6 +340,7 @@ class Engine:
         rows: list[tuple[Sequence, int]] = []
         inputs: list[torch.Tensor] = []
         cuts: list[list[int]] = []  # tokens of each row of each work
+        pieces: list[tuple[int, int]] = []
         prefill = decode = 0
         for session, work, columns in chosen:
             begin = work.start + work.done
@@ -334,6 +349,7 @@ class Engine:
                 session.row_length(row, begin + columns) - sequence.length for row, sequence in enumerate(session.rows)
             ]
             rows.extend(zip(session.rows, new, strict=True))
+            pieces.extend((padding, columns_per_piece(len(new))) for padding in session.padding)
             cuts.append(new)
             total = sum(new)
             if total == columns * len(new):
@@ -347,7 +363,7 @@ class Engine:
         if not prefill + decode:
             return [self._empty(len(new), columns) for new, (_, _, columns) in zip(cuts, chosen, strict=True)], 0, 0
         flat = inputs[0] if len(inputs) == 1 else torch.cat([part.to(span.dtype) for part in inputs])
-        batch = pack(self._cache, rows, span.device)
+        batch = pack(self._cache, rows, span.device, pieces=pieces if self._deterministic else None)
         prompts = self._place(chosen[0][0], *chosen[0][1:], cuts[0])
         hidden = flat[None].to(span.device, span.dtype)
         output = executor.run_blocks(span, hidden, batch, first=first, last=last, prompts=prompts)[0].cpu()

@@ -11,12 +11,17 @@ _PREFILL_SHARE = 4  # while both wait, prefill gets at least one part in so many
 
 @dataclass(frozen=True)
 class Waiting:
-    """One session's next work: ``columns`` positions still to do, for ``rows`` rows, through ``blocks``."""
+    """One session's next work: ``columns`` positions still to do, for ``rows`` rows, through ``blocks``.
+
+    It may be cut where ``piece`` divides the position, of which the next is ``start``.
+    """
 
     blocks: tuple[int, int]
     rows: int
     columns: int
     alone: bool = False
+    start: int = 0
+    piece: int = 1
 
     @property
     def decodes(self) -> bool:
@@ -51,7 +56,7 @@ def plan_turn(
     if here[0][1].alone:
         index, work = here[0]
         limit = budget if work.decodes else min(budget, prefill_budget)
-        return Turn(blocks, ((index, _cut(work, limit) or 1),))
+        return Turn(blocks, ((index, _cut(work, limit) or _least(work)),))
     together = [(index, work) for index, work in here if not work.alone]
     decodes = [(index, work) for index, work in together if work.decodes]
     prefills = [(index, work) for index, work in together if not work.decodes]
@@ -70,10 +75,18 @@ def plan_turn(
             left -= work.rows * columns
     index, work = here[0]
     if index not in {taken for taken, _ in takes}:  # more rows than there is room for: it must run some time, so now
-        return Turn(blocks, ((index, _cut(work, budget) or 1),))
+        return Turn(blocks, ((index, _cut(work, budget) or _least(work)),))
     return Turn(blocks, tuple(takes))
 
 
 def _cut(work: Waiting, tokens: int) -> int:
     """How many columns of ``work`` fit into ``tokens``."""
-    return min(work.columns, max(0, tokens) // work.rows)
+    columns = max(0, tokens) // work.rows
+    if columns >= work.columns:
+        return work.columns
+    return max(0, columns - (work.start + columns) % work.piece)
+
+
+def _least(work: Waiting) -> int:
+    """How many columns of ``work`` have to run together."""
+    return min(work.columns, work.piece - work.start % work.piece)
