@@ -46,8 +46,8 @@ def environment() -> dict[str, str]:
 class Lines:
     """JSON by the line, to and from another process."""
 
-    def __init__(self, reader: IO[bytes], writer: IO[bytes], log: Path) -> None:
-        self._reader, self._writer, self._log = reader, writer, log
+    def __init__(self, reader: IO[bytes], writer: IO[bytes]) -> None:
+        self._reader, self._writer = reader, writer
 
     def send(self, order: dict[str, Any]) -> None:
         """Gives an order."""
@@ -63,8 +63,7 @@ class Lines:
         ready, _, _ = select.select([self._reader], [], [], timeout)
         line = self._reader.readline() if ready else b""
         if not line:
-            log = self._log.read_text() if self._log.exists() else ""
-            raise TimeoutError(f"no answer in {timeout:.0f} s:\n{log[-4000:]}")
+            raise TimeoutError(f"no answer in {timeout:.0f} s")
         return json.loads(line)
 
     def close(self) -> None:
@@ -77,8 +76,8 @@ class Lines:
 class Client:
     """An unmodified Petals client with one model; see :mod:`tests.petals.driver`."""
 
-    def __init__(self, pid: int, lines: Lines) -> None:
-        self._pid, self._lines = pid, lines
+    def __init__(self, pid: int, lines: Lines, log: Path) -> None:
+        self._pid, self._lines, self._log = pid, lines, log
 
     def ask(self, do: str, *, timeout: float = ANSWER_TIMEOUT, **order: Any) -> Any:
         """Gives an order; its result.
@@ -87,7 +86,13 @@ class Client:
             TimeoutError: there is none within ``timeout`` seconds.
         """
         self._lines.send({"do": do, **order})
-        answer = self._lines.receive(timeout)
+        try:
+            answer = self._lines.receive(timeout)
+        except TimeoutError as error:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGUSR1)
+            time.sleep(1)  # until it has said where it hangs
+            raise TimeoutError(f"{do}: {error}\n{self._log.read_text()[-8000:]}") from error
         assert "error" not in answer, answer["error"]
         return answer["result"]
 
@@ -155,8 +160,7 @@ class Petals:
 
     def __init__(self, workdir: Path) -> None:
         self._workdir = workdir
-        log = workdir / "zygote.log"
-        with log.open("w") as stderr:
+        with (workdir / "zygote.log").open("w") as stderr:
             self._process = subprocess.Popen(
                 [PYTHON, "-W", "ignore", Path(__file__).parent / "zygote.py"],
                 stdin=subprocess.PIPE,
@@ -167,14 +171,17 @@ class Petals:
             )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._zygote = Lines(self._process.stdout, self._process.stdin, log)
+        self._zygote = Lines(self._process.stdout, self._process.stdin)
         self._started = 0
         self._running: list[Server | Client] = []
 
     def server(self, model: Path, prefix: str, blocks: str, initial_peers: Sequence[str] = (), *options: str) -> Server:
-        """A server for these blocks that is up."""
+        """A server for these blocks that is up.
+
+        It has one handler: with more of them, one that has not heard of a session yet drops what is pushed to it.
+        """
         argv = [str(model), "--dht_prefix", prefix, "--block_indices", blocks, "--torch_dtype", "float32"]
-        argv += ["--host_maddrs", "/ip4/127.0.0.1/tcp/0", "--throughput", "10", "--num_handlers", "2"]
+        argv += ["--host_maddrs", "/ip4/127.0.0.1/tcp/0", "--throughput", "10", "--num_handlers", "1"]
         argv += ["--identity_path", str(self._workdir / f"{self._started}.id")]
         argv += ["--no_auto_relay", "--skip_reachability_check"]
         argv += ["--initial_peers", *initial_peers] if initial_peers else ["--new_swarm"]
@@ -204,7 +211,7 @@ class Petals:
                 pid, log = self._fork("client", address)
                 connection, _ = listener.accept()
             with connection:
-                client = Client(pid, Lines(connection.makefile("rb"), connection.makefile("wb"), log))
+                client = Client(pid, Lines(connection.makefile("rb"), connection.makefile("wb")), log)
             order = {"path": str(model), "initial_peers": list(initial_peers), "dht_prefix": prefix, **options}
             try:
                 client.ask("connect", timeout=START_TIMEOUT, **order)

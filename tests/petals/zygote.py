@@ -9,6 +9,7 @@ lock hangs at that lock for ever, so each client is a process of its own that ha
 This process must have none either.
 """
 
+import faulthandler
 import json
 import os
 import signal
@@ -25,6 +26,7 @@ def become(order):
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    faulthandler.register(signal.SIGUSR1)  # says in the log where it hangs
     # hivemind's locks are shared by all processes that are forked after its import: one that is killed while it holds
     # them would stop all others
     MPFuture.reset_backend()
