@@ -425,6 +425,7 @@ def main() -> None:
         parser.error(f"--only takes {','.join(KINDS)}, not {','.join(sorted(unknown))}")
     chosen = arguments.model or ("small" if arguments.quick else "both")
     subprocess.run([ROOT / "scripts" / "petals" / "setup.sh"], check=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers are ended
     table = Table()
     for label in ("small", "large") if chosen == "both" else (chosen,):
         with tempfile.TemporaryDirectory(prefix="swarm-bench-") as folder, contextlib.ExitStack() as stack:

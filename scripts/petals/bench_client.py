@@ -6,6 +6,7 @@ or not finished in time are killed. Answers ``{"results": […], "failed": […]
 """
 
 import contextlib
+import gc
 import json
 import os
 import selectors
@@ -137,6 +138,7 @@ def child(order, go, out):
         if "held" in answer:
             os.read(go, 1)
 
+    gc.disable()  # Petals' client waits for itself for ever when its event loop's thread collects a session as garbage
     try:
         if SIDE != "ours":
             MPFuture.reset_backend()  # its locks are shared by all that is forked after the import

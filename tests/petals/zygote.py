@@ -6,7 +6,7 @@ PID. A client takes its orders at the socket, see :mod:`driver`. Run by Petals' 
 
 Petals forks a process for its DHT whenever a client connects. A process that is forked while another thread holds a
 lock hangs at that lock for ever, so each client is a process of its own that has started no thread before it connects.
-This process must have none either.
+This process must have none either. (What hung most often was something else: see ``serve`` in :mod:`driver`.)
 """
 
 import faulthandler
