@@ -2,10 +2,13 @@
 """Measure this project beside Petals 2.2: the same model, spans and threads, in one run, turn by turn.
 
     python scripts/bench_petals.py --quick
-    python scripts/bench_petals.py --only stream,sessions --model large --sessions 1,4,16,64
+    python scripts/bench_petals.py --model small
+    python scripts/bench_petals.py --model large
+    python scripts/bench_petals.py --model large --only stream,sessions
 
 Needs the environment of scripts/petals/setup.sh, which it makes if it is missing. Every client is a process of its own.
-Ratios are ours to Petals'; above 1 is better for us.
+Ratios are ours to Petals'; above 1 is better for us. Lines come as they are
+measured, and a table in Markdown at the end.
 """
 
 from __future__ import annotations
@@ -32,12 +35,15 @@ ROOT = Path(__file__).parents[1]
 PREFIX = "bench-hf"
 MODELS: dict[str, dict[str, Any]] = {
     "small": {"hidden": 512, "layers": 8, "heads": 8, "kv_heads": 4, "intermediate": 1408, "vocab": 8192},
-    "large": {"hidden": 2048, "layers": 16, "heads": 32, "kv_heads": 8, "intermediate": 5632, "vocab": 32000},
+    # few words: 64 Petals clients hold 64 copies of embeddings and head
+    "large": {"hidden": 2048, "layers": 16, "heads": 32, "kv_heads": 8, "intermediate": 5632, "vocab": 8192},
 }
 DTYPES = {"small": "float32", "large": "bfloat16"}
-CACHE_TOKENS = 40960
-KINDS = ("startup", "memory", "stream", "first", "forward", "sessions", "stall")
+CACHE_TOKENS = 40960  # of both sides; the largest need is 64 sessions of 48 tokens, or one of 4,098
+HELD_TOKENS = 2048
+KINDS = ("startup", "idle", "stream", "first", "forward", "sessions", "held", "stall")
 START_TIMEOUT = 300.0
+Figure = tuple[float | None, str]  # what was measured, and what is to be said about it
 
 
 @dataclass
@@ -79,6 +85,7 @@ class Side:
     dtype: str
     threads: int
     workdir: Path
+    cache_tokens: int = CACHE_TOKENS
     servers: list[Server] = field(default_factory=list)
     client: subprocess.Popen[bytes] | None = None
 
@@ -101,12 +108,12 @@ class Side:
         if self.name == "ours":
             argv = [ROOT / ".venv" / "bin" / "swarm-node", "serve", self.model, "--blocks", blocks]
             argv += ["--host", "127.0.0.1", "--log-format", "json", "--dtype", self.dtype, "--dht-prefix", PREFIX]
-            argv += ["--cache-tokens", str(CACHE_TOKENS)]
+            argv += ["--cache-tokens", str(self.cache_tokens)]
             argv += ["--initial-peers", *peers] if peers else []
         else:
             argv = [self.python, "-m", "petals.cli.run_server", self.model, "--block_indices", blocks]
             argv += ["--host_maddrs", "/ip4/127.0.0.1/tcp/0", "--throughput", "10", "--torch_dtype", self.dtype]
-            argv += ["--dht_prefix", PREFIX, "--attn_cache_tokens", str(CACHE_TOKENS), "--skip_reachability_check"]
+            argv += ["--dht_prefix", PREFIX, "--attn_cache_tokens", str(self.cache_tokens), "--skip_reachability_check"]
             argv += ["--no_auto_relay", "--identity_path", self.workdir / f"{number}.id"]
             argv += ["--initial_peers", *peers] if peers else ["--new_swarm"]
         log = self.workdir / f"{self.name}-{number}.log"
@@ -142,14 +149,16 @@ class Side:
     def order(self, do: str, *, count: int = 1, timeout: float = 120.0, **options: Any) -> dict[str, Any]:
         """Has ``count`` clients do something."""
         self.send(do, count=count, timeout=timeout, **options)
-        return self.answer(2 * timeout + 60)
+        return self.answer(timeout + 60 * (count + 4) / 4 + 60)  # they connect four at a time
 
-    def send(self, do: str, **options: Any) -> None:
+    def send(self, do: str, *, count: int = 1, **options: Any) -> None:
         """Gives an order."""
         pipe = self._client().stdin
         assert pipe is not None
         common = {"model": str(self.model), "peers": [self.servers[0].address], "prefix": PREFIX, "dtype": self.dtype}
-        pipe.write(json.dumps({"do": do, "threads": self.threads, **common, **options}).encode() + b"\n")
+        pipe.write(
+            json.dumps({"do": do, "count": count, "threads": self.threads, **common, **options}).encode() + b"\n"
+        )
         pipe.flush()
 
     def go_on(self) -> None:
@@ -189,6 +198,9 @@ class Side:
         if self.client is not None:
             self.client.kill()
             self.client.wait()
+            for pipe in (self.client.stdin, self.client.stdout):
+                if pipe is not None:
+                    pipe.close()
         for server in self.servers:
             server.kill()
 
@@ -198,15 +210,29 @@ class Table:
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
-        print(f"{'':44} {'ours':>10} {'Petals':>10} {'ratio':>7}   load", flush=True)
+        self._begin = time.monotonic()
+        print(f"{'':44} {'ours':>10} {'Petals':>10} {'ratio':>7}   load  after", flush=True)
 
     def add(self, name: str, ours: float | None, petals: float | None, *, more_is_better: bool, note: str = "") -> None:
         """A line; ``None`` where there is no figure."""
         ratio = (ours / petals if more_is_better else petals / ours) if ours and petals else None
-        cells = [f"{value:10.2f}" if value is not None else f"{'—':>10}" for value in (ours, petals)]
-        shown = f"{ratio:6.2f}×" if ratio is not None else f"{'—':>7}"
-        print(f"{name:44} {cells[0]} {cells[1]} {shown}   {os.getloadavg()[0]:.1f}  {note}", flush=True)
-        self.rows.append({"name": name, "ours": ours, "petals": petals, "ratio": ratio, "note": note})
+        load, seconds = os.getloadavg()[0], time.monotonic() - self._begin
+        row = {"name": name, "ours": ours, "petals": petals, "ratio": ratio, "load": load, "note": note}
+        cells = self._cells(row)
+        shown = f"{cells[0]:44} {cells[1]:>10} {cells[2]:>10} {cells[3]:>7}"
+        print(f"{shown}   {cells[4]:>4} {seconds:4.0f} s  {note}", flush=True)
+        self.rows.append(row)
+
+    def markdown(self) -> str:
+        """All lines as a table."""
+        lines = ["| measured | ours | Petals | ratio | load | |", "| --- | --- | --- | --- | --- | --- |"]
+        lines += [f"| {' | '.join(self._cells(row))} | {row['note']} |" for row in self.rows]
+        return "\n".join(lines)
+
+    @staticmethod
+    def _cells(row: dict[str, Any]) -> list[str]:
+        figures = [f"{row[side]:.2f}" if row[side] is not None else "—" for side in ("ours", "petals")]
+        return [row["name"], *figures, f"{row['ratio']:.2f}×" if row["ratio"] else "—", f"{row['load']:.1f}"]
 
 
 class Bench:
@@ -214,17 +240,31 @@ class Bench:
 
     def __init__(self, label: str, sides: list[Side], layers: int, table: Table, arguments: argparse.Namespace) -> None:
         self.label, self.sides, self.layers, self.table, self.arguments = label, sides, layers, table, arguments
+        self._deadline = time.monotonic() + 60 * arguments.minutes
 
-    def compare(self, name: str, measure: Callable[[Side], float | None], *, more_is_better: bool) -> None:
+    def run(self, kind: str) -> None:
+        """One kind of measurement, unless time is up."""
+        if time.monotonic() > self._deadline:
+            note = f"not run: {self.arguments.minutes:.0f} minutes are over"
+            self.table.add(f"{self.label}: {kind}", None, None, more_is_better=True, note=note)
+            return
+        print(f"… {self.label}: {kind}", file=sys.stderr, flush=True)
+        getattr(self, kind)()
+
+    def compare(self, name: str, measure: Callable[[Side], Figure], *, more_is_better: bool, rounds: int = 0) -> None:
         """Measures both sides by turns; the medians."""
         values: dict[str, list[float]] = {side.name: [] for side in self.sides}
-        for _ in range(self.arguments.rounds):
+        notes: list[str] = []
+        rounds = rounds or self.arguments.rounds
+        for _ in range(rounds):
             for side in self.sides:
-                value = measure(side)
+                value, note = measure(side)
                 if value is not None:
                     values[side.name].append(value)
+                if note:
+                    notes.append(f"{side.name}: {note}")
         ours, petals = (statistics.median(found) if found else None for found in values.values())
-        self.table.add(f"{self.label}: {name}", ours, petals, more_is_better=more_is_better)
+        self.table.add(f"{self.label}: {name}", ours, petals, more_is_better=more_is_better, note="; ".join(notes))
 
     def startup(self) -> None:
         """Starts the servers: each side's first span, then its second."""
@@ -232,67 +272,84 @@ class Bench:
             ours, petals = (side.start(blocks).seconds for side in self.sides)
             self.table.add(f"{self.label}: start-up of {blocks}, s", ours, petals, more_is_better=False)
 
-    def memory(self) -> None:
-        """MiB of the first node, idle and with full sessions."""
+    def idle(self) -> None:
+        """MiB of the first node, which serves half of the blocks, when nobody uses it."""
+        ours, petals = (side.servers[0].memory() for side in self.sides)
+        self.table.add(f"{self.label}: MiB of an idle node", ours, petals, more_is_better=False)
 
-        def idle(side: Side) -> float:
-            return side.servers[0].memory()
-
-        def held(side: Side) -> float | None:
-            side.send("hold", count=1, timeout=self.arguments.timeout, sessions=16, tokens=2048)
-            if "held" not in side.answer(3 * self.arguments.timeout):
-                return None
-            result = side.servers[0].memory()
-            side.go_on()
-            side.answer(60)
-            return result
-
-        for name, measure in (("idle", idle), ("16 sessions of 2,048", held)):
-            ours, petals = (measure(side) for side in self.sides)
-            self.table.add(f"{self.label}: MiB of a node, {name}", ours, petals, more_is_better=False)
+    def held(self) -> None:
+        """MiB of a node with full sessions. It has just one block of the model's size: filling takes long enough."""
+        counts = self.arguments.held
+        values: dict[int, dict[str, float]] = {count: {} for count in (0, *counts)}
+        notes = []
+        for side in self.sides:
+            folder = side.workdir / f"held-{side.name}"
+            folder.mkdir()
+            cache_tokens = max(counts) * HELD_TOKENS + 4096
+            model = make_model(folder, self.label, layers=1)
+            thin = Side(side.name, model, side.dtype, side.threads, folder, cache_tokens)
+            with contextlib.closing(thin):
+                node = thin.start("0:1")
+                values[0][side.name] = node.memory()
+                timeout = self.arguments.held_timeout
+                thin.send("hold", timeout=timeout, sessions=counts, tokens=HELD_TOKENS)
+                while "held" in (answer := thin.answer(timeout + 180)):
+                    values[answer["held"]][side.name] = node.memory()
+                    thin.go_on()
+                if not answer["results"]:
+                    notes.append(f"{side.name}: {_what(answer)}")
+        for count, found in values.items():
+            name = f"{self.label}: MiB of a block, {count} × {HELD_TOKENS}"
+            figures = (found.get(side.name) for side in self.sides)
+            self.table.add(name, *figures, more_is_better=False, note="; ".join(notes))
 
     def stream(self) -> None:
         """Tokens a second of one text."""
         tokens = 32 if self.arguments.quick else 64
 
-        def rate(side: Side) -> float | None:
-            return _rate(side.order("generate", prompt=16, tokens=tokens, timeout=self.arguments.timeout))
+        def rate(side: Side) -> Figure:
+            answer = side.order("generate", prompt=16, tokens=tokens, timeout=self.arguments.timeout)
+            return _figure(
+                answer, lambda result: (len(result["times"]) - 1) / (result["times"][-1] - result["times"][0])
+            )
 
         self.compare("one stream, tokens/s", rate, more_is_better=True)
 
     def first(self) -> None:
         """Seconds to the first token."""
-        for prompt in (1024,) if self.arguments.quick else (1024, 4096):
+        for prompt, rounds in ((1024, 0), (4096, 1)):
+            if self.arguments.quick and prompt > 1024:
+                continue
 
-            def first(side: Side, prompt: int = prompt) -> float | None:
+            def first(side: Side, prompt: int = prompt) -> Figure:
                 answer = side.order("generate", prompt=prompt, tokens=2, timeout=self.arguments.timeout)
-                return float(answer["results"][0]["times"][0]) if answer["results"] else None
+                return _figure(answer, lambda result: result["times"][0])
 
-            self.compare(f"first token after {prompt}, s", first, more_is_better=False)
+            self.compare(f"first token after {prompt}, s", first, more_is_better=False, rounds=rounds)
 
     def forward(self) -> None:
         """Tokens a second through all blocks, without a cache."""
 
-        def rate(side: Side) -> float | None:
+        def rate(side: Side) -> Figure:
             answer = side.order("forward", rows=4, tokens=256, timeout=self.arguments.timeout)
-            return 1024 / float(answer["results"][0]["seconds"]) if answer["results"] else None
+            return _figure(answer, lambda result: 1024 / result["seconds"])
 
         self.compare("forward of 4 × 256, tokens/s", rate, more_is_better=True)
 
     def sessions(self) -> None:
-        """Tokens a second of many texts together, each of a process of its own."""
+        """Tokens a second of many texts together, each of a process of its own, until the last has finished."""
         tokens = 16 if self.arguments.quick else 32
         for count in self.arguments.sessions:
-            values, notes = [], []
-            for side in self.sides:
+
+            def rate(side: Side, count: int = count) -> Figure:
                 answer = side.order("generate", count=count, prompt=16, tokens=tokens, timeout=self.arguments.timeout)
                 times = [result["times"] for result in answer["results"]]
                 took = max((end[-1] for end in times), default=None)
-                values.append(sum(map(len, times)) / took if took else None)
-                if answer["failed"] or answer["hung"]:
-                    notes.append(f"{side.name}: {len(answer['failed'])} failed, {answer['hung']} hung")
-            name = f"{self.label}: {count} sessions together, tokens/s"
-            self.table.add(name, *values, more_is_better=True, note="; ".join(notes))
+                note = f"{len(times)} of {count} finished ({_what(answer)})" if len(times) < count else ""
+                return (sum(map(len, times)) / took if took else None), note
+
+            rounds = 1 if count > 4 else 0
+            self.compare(f"{count} sessions together, tokens/s", rate, more_is_better=True, rounds=rounds)
 
     def stall(self) -> None:
         """Seconds that a session of 1,000 tokens stands still when its last hop is killed. The last measurement."""
@@ -300,23 +357,23 @@ class Bench:
         for side in self.sides:
             side.start(f"{self.layers // 2}:{self.layers}")
             pids = {server.peer_id: server.process.pid for server in side.servers}
-            answer = side.order(
-                "stall", prompt=1000, tokens=16, kill_at=8, pids=pids, timeout=self.arguments.stall_timeout
-            )
-            values.append(max(answer["results"][0]["times"]) if answer["results"] else None)
-            if not answer["results"]:
-                what = answer["failed"][0].splitlines()[-1] if answer["failed"] else "had not gone on"
-                notes.append(f"{side.name} after {self.arguments.stall_timeout:.0f} s: {what[:80]}")
+            timeout = self.arguments.stall_timeout
+            answer = side.order("stall", prompt=1000, tokens=16, kill_at=8, pids=pids, timeout=timeout)
+            value, note = _figure(answer, lambda result: max(result["times"]))
+            values.append(value)
+            if note:
+                notes.append(f"{side.name}: {note} after {timeout:.0f} s")
         name = f"{self.label}: stall when a hop is killed, s"
         self.table.add(name, *values, more_is_better=False, note="; ".join(notes))
 
 
-def make_model(out: Path, label: str) -> Path:
-    """A Llama checkpoint that both sides read."""
+def make_model(out: Path, label: str, **options: Any) -> Path:
+    """A Llama checkpoint that both sides read; ``options`` are sizes that differ from the model's."""
     sys.path.insert(0, str(ROOT / "scripts"))
     from make_checkpoint import make_checkpoint, make_config
 
-    config = make_config("llama-gqa", positions=8192, dtype=DTYPES[label], std=0.02, eos_token_id=None, **MODELS[label])
+    sizes = {**MODELS[label], **options}
+    config = make_config("llama-gqa", positions=8192, dtype=DTYPES[label], std=0.02, eos_token_id=None, **sizes)
     path: Path = make_checkpoint(out / label, config)
     written = json.loads((path / "config.json").read_text())
     written |= {"torch_dtype": written["dtype"], "rope_theta": written["rope_parameters"]["rope_theta"]}
@@ -324,11 +381,15 @@ def make_model(out: Path, label: str) -> Path:
     return path
 
 
-def _rate(answer: dict[str, Any]) -> float | None:
-    if not answer["results"]:
-        return None
-    times = answer["results"][0]["times"]
-    return (len(times) - 1) / float(times[-1] - times[0])
+def _figure(answer: dict[str, Any], of: Callable[[dict[str, Any]], float]) -> Figure:
+    """Of the only client's result; what happened to it if it has none."""
+    return (float(of(answer["results"][0])), "") if answer["results"] else (None, _what(answer))
+
+
+def _what(answer: dict[str, Any]) -> str:
+    """What became of clients that did not finish."""
+    errors = sorted({str(error).strip().splitlines()[-1][:80] for error in answer["failed"]})
+    return "; ".join([*([f"{answer['hung']} hung"] if answer["hung"] else []), *errors])
 
 
 def _tree(pid: int) -> Iterator[int]:
@@ -345,21 +406,26 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the small model, few tokens, at most 4 sessions")
     parser.add_argument("--model", choices=("small", "large", "both"), help="default: both; small with --quick")
     parser.add_argument("--only", help=f"some of {','.join(KINDS)}; servers are started in any case")
-    parser.add_argument("--sessions", help="how many at once; default 1,4,16; 1,4 with --quick")
+    parser.add_argument("--sessions", help="how many at once; default 1,4,16,64; 1,4 with --quick")
+    parser.add_argument("--held", help="full sessions of which the memory is measured; default 16,64; 2,4 with --quick")
     parser.add_argument("--rounds", type=int, help="turns of each side; the median counts; default 3; 2 with --quick")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads in each server and client")
-    parser.add_argument("--timeout", type=float, default=120.0, help="seconds after which a client counts as hung")
+    parser.add_argument("--minutes", type=float, default=18.0, help="for each model: no measurement begins later")
+    parser.add_argument("--timeout", type=float, default=180.0, help="seconds after which a client counts as hung")
+    parser.add_argument("--held-timeout", type=float, default=240.0, help="the same, while sessions are filled")
     parser.add_argument("--stall-timeout", type=float, default=60.0, help="the same, for the killed hop")
     parser.add_argument("--json", type=Path, help="also write the figures there")
     arguments = parser.parse_args()
     arguments.rounds = arguments.rounds or (2 if arguments.quick else 3)
-    sessions = arguments.sessions or ("1,4" if arguments.quick else "1,4,16")
-    arguments.sessions = [int(count) for count in sessions.split(",")]
+    sessions = arguments.sessions or ("1,4" if arguments.quick else "1,4,16,64")
+    held = arguments.held or ("2,4" if arguments.quick else "16,64")
+    arguments.sessions, arguments.held = ([int(count) for count in text.split(",")] for text in (sessions, held))
     kinds = arguments.only.split(",") if arguments.only else KINDS
     if unknown := set(kinds) - set(KINDS):
         parser.error(f"--only takes {','.join(KINDS)}, not {','.join(sorted(unknown))}")
     chosen = arguments.model or ("small" if arguments.quick else "both")
     subprocess.run([ROOT / "scripts" / "petals" / "setup.sh"], check=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers are ended
     table = Table()
     for label in ("small", "large") if chosen == "both" else (chosen,):
         with tempfile.TemporaryDirectory(prefix="swarm-bench-") as folder, contextlib.ExitStack() as stack:
@@ -369,10 +435,10 @@ def main() -> None:
             for side in sides:
                 stack.callback(side.close)
             bench = Bench(label, sides, MODELS[label]["layers"], table, arguments)
-            bench.startup()
-            for kind in KINDS[1:]:
-                if kind in kinds:
-                    getattr(bench, kind)()
+            for kind in KINDS:
+                if kind in kinds or kind == "startup":
+                    bench.run(kind)
+    print(f"\n{table.markdown()}", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(table.rows, indent=1))
 

@@ -1,10 +1,12 @@
 """Clients for scripts/bench_petals.py, ours or Petals', measured by the same code. Run by the Python of either side.
 
 Reads a JSON object a line. Each order is carried out by fresh processes, forked from this one, which has imported
-everything: as many as ``count``, all at once. Answers ``{"results": […], "failed": […], "hung": n}``.
+everything: as many as ``count``. They connect a few at a time, and measure all at once. Those that have not connected
+or not finished in time are killed. Answers ``{"results": […], "failed": […], "hung": n}``.
 """
 
 import contextlib
+import gc
 import json
 import os
 import selectors
@@ -20,8 +22,12 @@ SIDE = sys.argv[1]
 if SIDE == "ours":
     from swarm.client import SwarmModelForCausalLM
 else:
+    from hivemind.utils.mpfuture import MPFuture
     from petals import AutoDistributedModelForCausalLM
     from petals.client.inference_session import InferenceSession
+
+CONNECTING = 4  # at once: more only make each other late
+CONNECT_SECONDS = 60.0
 
 
 def connect(order):
@@ -91,14 +97,17 @@ def forward(model, order, say):
 
 
 def hold(model, order, say):
-    """Opens sessions and fills them, then waits to be ended."""
-    sessions = [open_session(model, order["tokens"]) for _ in range(order["sessions"])]
+    """Opens sessions and fills them, up to each number of ``sessions``; says so and waits each time."""
+    sessions = []
     with torch.inference_mode():
-        for session in sessions:
-            for _ in range(order["tokens"] // 512):
-                session.step(torch.randn(1, 512, model.config.hidden_size, dtype=getattr(torch, order["dtype"])))
-    say({"held": True})
-    time.sleep(600)
+        for number in order["sessions"]:
+            while len(sessions) < number:
+                sessions.append(open_session(model, order["tokens"]))
+                for _ in range(order["tokens"] // 512):
+                    hidden = torch.randn(1, 512, model.config.hidden_size, dtype=getattr(torch, order["dtype"]))
+                    sessions[-1].step(hidden)
+            say({"held": number})
+    return {}
 
 
 def stall(model, order, say):
@@ -122,13 +131,19 @@ ORDERS = {order.__name__: order for order in (generate, forward, hold, stall)}
 
 
 def child(order, go, out):
-    """One client's life: connects, waits for the others, measures, says."""
+    """One client's life: connects when it may, waits for the others, measures, says."""
 
     def say(answer):
         os.write(out, json.dumps(answer).encode() + b"\n")
+        if "held" in answer:
+            os.read(go, 1)
 
+    gc.disable()  # Petals' client waits for itself for ever when its event loop's thread collects a session as garbage
     try:
+        if SIDE != "ours":
+            MPFuture.reset_backend()  # its locks are shared by all that is forked after the import
         torch.set_num_threads(order["threads"])
+        os.read(go, 1)
         model = connect(order)
         ORDERS["generate"](model, {"prompt": 4, "tokens": 2}, say)  # finds its route
         say({"ready": True})
@@ -139,60 +154,94 @@ def child(order, go, out):
     os._exit(0)
 
 
-def carry_out(order, answer):
-    """Runs clients until all have answered or time is up."""
-    clients = {}
-    selector = selectors.DefaultSelector()
-    for _ in range(order["count"]):
-        go_read, go_write = os.pipe()
-        out_read, out_write = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            os.setsid()
-            os.dup2(2, 1)
-            child(order, go_read, out_write)
-        os.close(out_write)
-        os.close(go_read)
-        clients[out_read] = [pid, go_write, b""]
-        selector.register(out_read, selectors.EVENT_READ)
-    waiting, ready, results, failed = set(clients), set(), [], []
-    deadline = time.monotonic() + order["timeout"]
-    while waiting and time.monotonic() < deadline:
-        for key, _ in selector.select(0.5):
-            data = os.read(key.fd, 2**20)
-            if not data:
-                if key.fd in waiting:
-                    failed.append("it died")
-                    waiting.discard(key.fd)
-                selector.unregister(key.fd)
-                continue
-            *lines, clients[key.fd][2] = (clients[key.fd][2] + data).split(b"\n")
-            for line in map(json.loads, lines):
+class Clients:
+    """The clients of one order."""
+
+    def __init__(self, order, answer):
+        self.order, self.answer = order, answer
+        self.selector = selectors.DefaultSelector()
+        self.pids, self.go, self.rest = {}, {}, {}
+        self.results, self.failed, self.hung = [], [], 0
+        for _ in range(order["count"]):
+            go_read, go_write = os.pipe()
+            out_read, out_write = os.pipe()
+            pid = os.fork()
+            if pid == 0:
+                os.setsid()
+                os.dup2(2, 1)
+                child(order, go_read, out_write)
+            os.close(out_write)
+            os.close(go_read)
+            self.pids[out_read], self.go[out_read], self.rest[out_read] = pid, go_write, b""
+            self.selector.register(out_read, selectors.EVENT_READ)
+
+    def run(self):
+        """All of it, from connecting to the last answer."""
+        unborn, connecting, ready = list(self.pids), {}, set()
+        while unborn or connecting:
+            while unborn and len(connecting) < CONNECTING:
+                connecting[unborn[-1]] = time.monotonic() + CONNECT_SECONDS
+                self.tell(unborn.pop())
+            for client, line in self.lines():
+                del connecting[client]
                 if "ready" in line:
-                    ready.add(key.fd)
-                elif "kill" in line:
-                    os.killpg(order["pids"][line["kill"]], signal.SIGKILL)
-                elif "held" in line:
-                    answer(line)
-                    sys.stdin.readline()
-                    waiting.discard(key.fd)
+                    ready.add(client)
                 else:
-                    waiting.discard(key.fd)
-                    results.append(line["result"]) if "result" in line else failed.append(line["error"])
-        if ready and ready >= waiting:  # those that failed to connect are not waited for
-            for fd in ready:
-                os.write(clients[fd][1], b"x")
-            ready = set()
-            deadline = time.monotonic() + order["timeout"]
-    for pid, go, _ in clients.values():
-        os.close(go)
+                    self.end(client, line)
+            for client in [client for client, deadline in connecting.items() if time.monotonic() > deadline]:
+                del connecting[client]
+                self.end(client)
+        for client in ready:
+            self.tell(client)
+        deadline = time.monotonic() + self.order["timeout"]
+        while ready and time.monotonic() < deadline:
+            for client, line in self.lines():
+                if "kill" in line:
+                    os.killpg(self.order["pids"][line["kill"]], signal.SIGKILL)
+                elif "held" in line:
+                    self.answer(line)
+                    sys.stdin.readline()
+                    self.tell(client)
+                    deadline = time.monotonic() + self.order["timeout"]
+                else:
+                    ready.discard(client)
+                    self.end(client, line)
+        for client in ready:
+            self.end(client)
+        return {"results": self.results, "failed": self.failed, "hung": self.hung}
+
+    def tell(self, client):
+        """Lets a client go on."""
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self.go[client], b"x")
+
+    def lines(self):
+        """What clients have said."""
+        found = []
+        for key, _ in self.selector.select(0.5):
+            client, data = key.fd, os.read(key.fd, 2**20)
+            *lines, self.rest[client] = (self.rest[client] + data).split(b"\n")
+            found += [(client, json.loads(line)) for line in lines]
+            if not data:
+                found.append((client, {"error": "it died"}))
+        return found
+
+    def end(self, client, line=None):
+        """Notes what became of a client, and ends it."""
+        if line is None:
+            self.hung += 1
+        elif "result" in line:
+            self.results.append(line["result"])
+        else:
+            self.failed.append(line["error"])
+        self.selector.unregister(client)
+        pid = self.pids[client]
         for kill in (os.killpg, os.kill):
             with contextlib.suppress(ProcessLookupError):
                 kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    for fd in clients:
-        os.close(fd)
-    return {"results": results, "failed": failed, "hung": len(waiting)}
+        os.close(self.go[client])
+        os.close(client)
 
 
 def main():
@@ -205,8 +254,7 @@ def main():
     answer({"up": True})
     for line in iter(sys.stdin.readline, ""):
         order = json.loads(line)
-        result = carry_out(order, answer)
-        answer(result)
+        answer(Clients(order, answer).run())
 
 
 if __name__ == "__main__":

@@ -7,10 +7,18 @@ stamp=$(cat scripts/petals/requirements.txt scripts/petals/sitecustomize.py scri
 if [ -x .venv-petals/bin/python ] && [ "$(cat .venv-petals/.installed 2>/dev/null)" = "$stamp" ]; then exit 0; fi
 
 python=python3.11  # some of its old packages have no builds for newer ones
-if ! command -v "$python" >/dev/null; then echo "Error: Python 3.11 is needed for Petals: install it first" >&2; exit 2; fi
+if ! "$python" -c '' 2>/dev/null; then
+  echo "Error: Petals, which tests/petals and scripts/bench_petals.py need, runs on Python 3.11 only: install python3.11 with" \
+    "its venv module beside the Python in use, or set SWARM_SKIP_PETALS=1 to leave these tests out" >&2
+  exit 2
+fi
 
 echo "Setting up .venv-petals with $("$python" --version), once; this takes a few minutes…" >&2
-[ -x .venv-petals/bin/python ] || "$python" -m venv .venv-petals
+if [ ! -x .venv-petals/bin/python ] && ! "$python" -m venv .venv-petals; then
+  rm -rf .venv-petals
+  echo "Error: $python can't make virtual environments: on Debian and Ubuntu, apt install python3.11-venv" >&2
+  exit 2
+fi
 install() { .venv-petals/bin/pip install --quiet --disable-pip-version-check "$@"; }
 # torch first and by its exact version, so that nothing else decides which build comes
 install $(grep -E '^(torch|numpy|setuptools|wheel)==' scripts/petals/requirements.txt)

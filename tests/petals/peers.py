@@ -1,4 +1,4 @@
-"""Petals' servers and a Petals client, as processes of their own environment."""
+"""Petals' servers and Petals clients, as processes of their own environment."""
 
 from __future__ import annotations
 
@@ -9,21 +9,32 @@ import os
 import re
 import select
 import signal
+import socket
 import subprocess
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-petals" / "bin" / "python"
-START_TIMEOUT = 120.0
+START_TIMEOUT = 60.0
 ANSWER_TIMEOUT = 120.0
+SKIP = "SWARM_SKIP_PETALS"
+
+T = TypeVar("T", bound="Server | Client")
 
 
 def install() -> None:
-    """Makes Petals' environment if it isn't there."""
-    subprocess.run([ROOT / "scripts" / "petals" / "setup.sh"], check=True)
+    """Makes Petals' environment if it isn't there. It never just goes without: that must be said by ``SKIP``."""
+    if os.environ.get(SKIP):
+        pytest.skip(f"{SKIP} is set")
+    setup = subprocess.run([ROOT / "scripts" / "petals" / "setup.sh"], stderr=subprocess.PIPE, text=True)
+    assert setup.returncode == 0, setup.stderr
 
 
 def environment() -> dict[str, str]:
@@ -32,59 +43,72 @@ def environment() -> dict[str, str]:
     return {**os.environ, **offline, "PETALS_IGNORE_DEPENDENCY_VERSION": "1", "OMP_NUM_THREADS": "1"}
 
 
-class Script:
-    """A script of this folder that runs in Petals' environment, and takes and gives JSON by the line."""
+class Lines:
+    """JSON by the line, to and from another process."""
 
-    def __init__(self, name: str, log: Path) -> None:
-        with log.open("w") as stderr:
-            self._process = subprocess.Popen(
-                [PYTHON, "-W", "ignore", Path(__file__).parent / name],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                env=environment(),
-                start_new_session=True,
-            )
-        self._log = log
+    def __init__(self, reader: IO[bytes], writer: IO[bytes]) -> None:
+        self._reader, self._writer = reader, writer
 
     def send(self, order: dict[str, Any]) -> None:
         """Gives an order."""
-        _pipe(self._process.stdin).write(json.dumps(order).encode() + b"\n")
-        _pipe(self._process.stdin).flush()
+        self._writer.write(json.dumps(order).encode() + b"\n")
+        self._writer.flush()
 
     def receive(self, timeout: float = ANSWER_TIMEOUT) -> Any:
-        """Its next answer."""
-        stdout = _pipe(self._process.stdout)
-        ready, _, _ = select.select([stdout], [], [], timeout)
-        line = stdout.readline() if ready else b""
+        """Its next answer.
+
+        Raises:
+            TimeoutError: there is none within ``timeout`` seconds, or the process has ended.
+        """
+        ready, _, _ = select.select([self._reader], [], [], timeout)
+        line = self._reader.readline() if ready else b""
         if not line:
-            raise AssertionError(f"no answer in {timeout:.0f} s:\n{self._log.read_text()[-4000:]}")
+            raise TimeoutError(f"no answer in {timeout:.0f} s")
         return json.loads(line)
 
     def close(self) -> None:
-        """Ends it, and the processes that it has started."""
-        os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            _pipe(pipe).close()
+        """Closes both directions."""
+        self._reader.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._writer.close()
 
 
-class Client(Script):
-    """An unmodified Petals client; see :mod:`tests.petals.driver`."""
+class Client:
+    """An unmodified Petals client with one model; see :mod:`tests.petals.driver`."""
 
-    def __init__(self, log: Path) -> None:
-        super().__init__("driver.py", log)
+    def __init__(self, pid: int, lines: Lines, log: Path) -> None:
+        self._pid, self._lines, self._log = pid, lines, log
 
-    def ask(self, do: str, **order: Any) -> Any:
-        """Gives an order; its result."""
-        self.send({"do": do, **order})
-        return self.result()
+    def ask(self, do: str, *, timeout: float = ANSWER_TIMEOUT, **order: Any) -> Any:
+        """Gives an order; its result.
 
-    def result(self) -> Any:
-        """The result of the last order."""
-        answer = self.receive()
+        Raises:
+            TimeoutError: there is none within ``timeout`` seconds.
+        """
+        self._lines.send({"do": do, **order})
+        try:
+            answer = self._lines.receive(timeout)
+        except TimeoutError as error:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGUSR1)
+            time.sleep(1)  # until it has said where it hangs
+            raise TimeoutError(f"{do}: {error}\n{self._log.read_text()[-8000:]}") from error
         assert "error" not in answer, answer["error"]
         return answer["result"]
+
+    def fail_when(self, meanwhile: Callable[[list[str]], None], **order: Any) -> str:
+        """Generates, with a pause for ``meanwhile``, which is given the PeerIDs of the hops; the error that follows."""
+        self._lines.send({"do": "generate", **order})
+        meanwhile(self._lines.receive()["paused"])
+        self._lines.send({})
+        answer = self._lines.receive()
+        assert "error" in answer, "it did not fail"
+        return str(answer["error"])
+
+    def close(self) -> None:
+        """Ends it, and the processes that it has started."""
+        kill_group(self._pid)
+        self._lines.close()
 
 
 class Server:
@@ -94,11 +118,16 @@ class Server:
         self.pid, self._log = pid, log
 
     def wait_ready(self) -> None:
-        """Waits until it serves."""
+        """Waits until it serves.
+
+        Raises:
+            TimeoutError: it doesn't in ``START_TIMEOUT``.
+        """
         deadline = time.monotonic() + START_TIMEOUT
         while "Started" not in self._text():
-            if time.monotonic() > deadline or not self.alive:
-                raise AssertionError(f"no Petals server:\n{self._text()[-4000:]}")
+            assert self.alive, f"the Petals server has ended:\n{self._text()[-4000:]}"
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no Petals server in {START_TIMEOUT:.0f} s:\n{self._text()[-4000:]}")
             time.sleep(0.05)
 
     @property
@@ -118,42 +147,110 @@ class Server:
         """Whether the process runs."""
         return Path(f"/proc/{self.pid}").exists()
 
-    def kill(self) -> None:
+    def close(self) -> None:
         """kill -9, its children too."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
+        kill_group(self.pid)
 
     def _text(self) -> str:
         return self._log.read_text() if self._log.exists() else ""
 
 
-class Servers:
-    """Starts Petals' servers; see :mod:`tests.petals.zygote`."""
+class Petals:
+    """Starts Petals' servers and clients; see :mod:`tests.petals.zygote`."""
 
     def __init__(self, workdir: Path) -> None:
         self._workdir = workdir
-        self._zygote = Script("zygote.py", workdir / "zygote.log")
-        self._servers: list[Server] = []
+        with (workdir / "zygote.log").open("w") as stderr:
+            self._process = subprocess.Popen(
+                [PYTHON, "-W", "ignore", Path(__file__).parent / "zygote.py"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                env=environment(),
+                start_new_session=True,
+            )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._zygote = Lines(self._process.stdout, self._process.stdin)
+        self._started = 0
+        self._running: list[Server | Client] = []
 
-    def start(self, model: Path, prefix: str, blocks: str, initial_peers: Sequence[str] = (), *options: str) -> Server:
-        """A server for these blocks that is up."""
-        number = len(self._servers)
+    def server(self, model: Path, prefix: str, blocks: str, initial_peers: Sequence[str] = (), *options: str) -> Server:
+        """A server for these blocks that is up.
+
+        It has one handler: with more of them, one that has not heard of a session yet drops what is pushed to it.
+        """
         argv = [str(model), "--dht_prefix", prefix, "--block_indices", blocks, "--torch_dtype", "float32"]
-        argv += ["--host_maddrs", "/ip4/127.0.0.1/tcp/0", "--throughput", "10", "--num_handlers", "2"]
-        argv += ["--identity_path", str(self._workdir / f"{number}.id"), "--no_auto_relay", "--skip_reachability_check"]
+        argv += ["--host_maddrs", "/ip4/127.0.0.1/tcp/0", "--throughput", "10", "--num_handlers", "1"]
+        argv += ["--identity_path", str(self._workdir / f"{self._started}.id")]
+        argv += ["--no_auto_relay", "--skip_reachability_check"]
         argv += ["--initial_peers", *initial_peers] if initial_peers else ["--new_swarm"]
-        log = self._workdir / f"petals-{number}.log"
-        self._zygote.send({"argv": [*argv, *options], "log": str(log)})
-        server = Server(int(self._zygote.receive()), log)
-        self._servers.append(server)
-        server.wait_ready()
-        return server
+
+        def start() -> Server:
+            pid, log = self._fork("server", [*argv, *options])
+            server = Server(pid, log)
+            try:
+                server.wait_ready()
+            except TimeoutError:
+                server.close()
+                raise
+            return server
+
+        return self._insist(start)
+
+    def client(self, model: Path, prefix: str, initial_peers: Sequence[str], **options: Any) -> Client:
+        """A client that has connected."""
+
+        def start() -> Client:
+            # not in the working directory: the path of a socket must be short
+            with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
+                address = str(Path(folder) / "orders")
+                listener.bind(address)
+                listener.listen()
+                listener.settimeout(START_TIMEOUT)
+                pid, log = self._fork("client", address)
+                connection, _ = listener.accept()
+            with connection:
+                client = Client(pid, Lines(connection.makefile("rb"), connection.makefile("wb")), log)
+            order = {"path": str(model), "initial_peers": list(initial_peers), "dht_prefix": prefix, **options}
+            try:
+                client.ask("connect", timeout=START_TIMEOUT, **order)
+            except TimeoutError:
+                client.close()
+                raise
+            return client
+
+        return self._insist(start)
+
+    def _fork(self, what: str, argument: Any) -> tuple[int, Path]:
+        log = self._workdir / f"{what}-{self._started}.log"
+        self._started += 1
+        self._zygote.send({what: argument, "log": str(log)})
+        return int(self._zygote.receive()), log
+
+    def _insist(self, start: Callable[[], T]) -> T:
+        """What is started, with one more try if it hangs: servers of Petals' fork with threads running, too."""
+        try:
+            started = start()
+        except TimeoutError as error:
+            warnings.warn(f"Petals hung while it started, and is started again: {error}", stacklevel=3)
+            started = start()
+        self._running.append(started)
+        return started
 
     def close(self) -> None:
         """Ends all of them."""
-        for server in self._servers:
-            server.kill()
+        for started in self._running:
+            started.close()
+        kill_group(self._process.pid)
+        self._process.wait()
         self._zygote.close()
+
+
+def kill_group(pid: int) -> None:
+    """kill -9 for a process and those that it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager
@@ -163,8 +260,3 @@ def closing(thing: Any) -> Iterator[Any]:
         yield thing
     finally:
         thing.close()
-
-
-def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
-    assert pipe is not None
-    return pipe
