@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Listing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 
 from swarm.node.engine.kv_cache import KVCache, Sequence
+from swarm.node.engine.paged_attention import PagedRows, describe_rows
 
 SHORT_ROWS, SHORT_LENGTH = 4, 256
 """From how many rows on, and up to which length, one call over copies is quicker than a call for each row in place."""
@@ -54,18 +56,40 @@ class Batch:
     """Tokens of many rows, packed flat, whose keys and values go to ``cache``.
 
     ``positions`` ``[1, N]`` int64 counts tokens within the row; ``slots`` ``[N]`` int64 says where each token's key and
-    value go, ``run`` is the first of them where they lie side by side. ``short`` stands for all segments if they are
-    short rows, and most blocks can use it instead. What is the same for all blocks is made once; ``masks`` holds the
-    masks that the first block made.
+    value go, ``run`` is the first of them where they lie side by side. ``rows`` are the rows with new tokens and how
+    many. ``paged`` describes them for the cache's kernel, if it has one. What is the same for all blocks is made once;
+    ``masks`` holds the masks that the first block made.
     """
 
     cache: KVCache
     positions: torch.Tensor
     slots: torch.Tensor
     run: int | None
-    segments: tuple[Segment, ...]
-    short: ShortRows | None = None
+    rows: tuple[tuple[Sequence, int], ...]
+    paged: PagedRows | None = None
     masks: Masks = field(default_factory=dict)
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """The rows one by one. Made when a block asks, since the kernel needs none; valid until the rows grow."""
+        return _segments(self.cache, self.rows, self.positions.device)
+
+    @cached_property
+    def short(self) -> ShortRows | None:
+        """Stands for all segments if they are short rows, and most blocks can use it instead."""
+        return _short_rows(self.segments, self.positions.device)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same for blocks on ``device``."""
+        if device == self.positions.device:
+            return self
+        return replace(
+            self,
+            positions=self.positions.to(device, non_blocking=True),
+            slots=self.slots.to(device, non_blocking=True),
+            paged=None if self.paged is None else self.paged.to(device),
+            masks={},
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,38 +101,49 @@ class DenseBatch:
     positions: torch.Tensor
     masks: Masks = field(default_factory=dict)
 
+    def to(self, device: torch.device) -> DenseBatch:
+        """The same for blocks on ``device``."""
+        if device == self.positions.device:
+            return self
+        return DenseBatch(self.rows, self.columns, self.positions.to(device, non_blocking=True))
+
 
 def pack(cache: KVCache, rows: Listing[tuple[Sequence, int]], device: torch.device) -> Batch:
     """A batch of ``(row, new tokens)``; the rows must have pages for them. Rows without new tokens are left out."""
-    size = cache.page_size
+    rows = tuple((row, new) for row, new in rows if new)
     positions: list[int] = []
     slots: list[int] = []
-    segments: list[Segment] = []
     for row, new in rows:
-        if not new:
-            continue
-        past, total = row.length, row.length + new
-        begin = len(positions)
-        positions.extend(range(past, total))
-        index = None
-        if row.contiguous:
-            base = row.pages[0] * size
-            slots.extend(range(base + past, base + total))
-        else:
-            base = 0
-            every = row.slots(0, total, size)
-            index = torch.tensor(every, device=device)
-            slots.extend(every[past:])
-        segments.append(Segment(begin, begin + new, past, base, index))
-    alone = len(segments) == 1 and segments[0].index is None
+        positions.extend(range(row.length, row.length + new))
+        slots.extend(row.slots(row.length, row.length + new, cache.page_size))
+    paged = None
+    if cache.kernel is not None and rows:
+        lengths = [row.length + new for row, new in rows]
+        paged = describe_rows([new for _, new in rows], lengths, [row.pages for row, _ in rows], device)
+    longs = torch.tensor([positions, slots], dtype=torch.int64).to(device, non_blocking=True)
     return Batch(
         cache=cache,
-        positions=torch.tensor(positions, dtype=torch.int64, device=device)[None],
-        slots=torch.tensor(slots, dtype=torch.int64, device=device),
-        run=slots[0] if alone else None,
-        segments=tuple(segments),
-        short=_short_rows(segments, device),
+        positions=longs[:1],
+        slots=longs[1],
+        run=slots[0] if len(rows) == 1 and rows[0][0].contiguous else None,
+        rows=rows,
+        paged=paged,
     )
+
+
+def _segments(
+    cache: KVCache, rows: Listing[tuple[Sequence, int]], device: torch.device
+) -> tuple[Segment, ...]:
+    segments: list[Segment] = []
+    begin = 0
+    for row, new in rows:
+        index = None
+        if not row.contiguous:
+            index = torch.tensor(row.slots(0, row.length + new, cache.page_size), device=device)
+        base = 0 if index is not None else row.pages[0] * cache.page_size
+        segments.append(Segment(begin, begin + new, row.length, base, index))
+        begin += new
+    return tuple(segments)
 
 
 def _short_rows(segments: Listing[Segment], device: torch.device) -> ShortRows | None:
