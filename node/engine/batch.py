@@ -131,9 +131,7 @@ def pack(cache: KVCache, rows: Listing[tuple[Sequence, int]], device: torch.devi
     )
 
 
-def _segments(
-    cache: KVCache, rows: Listing[tuple[Sequence, int]], device: torch.device
-) -> tuple[Segment, ...]:
+def _segments(cache: KVCache, rows: Listing[tuple[Sequence, int]], device: torch.device) -> tuple[Segment, ...]:
     segments: list[Segment] = []
     begin = 0
     for row, new in rows:

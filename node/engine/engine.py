@@ -55,7 +55,7 @@ class Engine:
             key_dim=span.key_dim,
             value_dim=span.value_dim,
             dtype=span.dtype,
-            device=span.device,
+            device=span.devices,
         )
         self._pacer = Pacer(max_batch_tokens)
         self._gatherer = Gatherer()

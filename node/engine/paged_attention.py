@@ -105,7 +105,7 @@ def paged_attention(
     if window is not None and window < rows.most_keys:
         window_size = (window - 1, 0)
     elif rows.most_queries == 1:
-        window_size = (-1, -1)  # one query at the end sees all keys; said like this, groups of heads share a read of them
+        window_size = (-1, -1)  # one query, the last, sees all keys; said like this, groups of heads share reading them
     # Splits of long rows are put together right only in the form that FlashAttention makes of single grouped queries
     # (its issue 1217); that is where they are needed: a few queries over many keys.
     splits = None if grouped and window_size == (-1, -1) else 1
