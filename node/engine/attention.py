@@ -58,6 +58,8 @@ def attention(
         flat = query[0].transpose(0, 1)
         options: dict[str, Any] = {"page_size": batch.cache.page_size, "scale": rule.scale, "window": rule.window}
         return paged_attention(batch.cache.kernel, flat, keys, values, batch.paged, **options)[None], None
+    if not batch.rows:
+        raise NotImplementedError("only attention by the kernel has static shapes")
     kv_heads, heads = key.shape[1], query.shape[1]
     folded = query.transpose(1, 2).reshape(tokens, kv_heads, 1, heads // kv_heads, query.shape[3])
     if batch.short is not None and rule.plain and rule.slopes is None and rule.window is None:

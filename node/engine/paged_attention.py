@@ -136,13 +136,14 @@ def torch_kernel() -> PagedKernel | None:
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
-        logger.info("paged attention: torch %s has no varlen_attn; attention runs row by row", torch.__version__)
+        logger.warning("paged attention: torch %s has no varlen_attn; attention runs row by row", torch.__version__)
         return None
     if not {"seqused_k", "block_table", "num_splits", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters):
-        logger.info(
+        logger.warning(
             "paged attention: varlen_attn of torch %s takes no block table; attention runs row by row",
             torch.__version__,
         )
         return None
+    logging.getLogger(varlen_attn.__module__).setLevel(logging.WARNING)  # it says on every call what it runs
     # What FlashAttention-2 checks before it runs: pages of a multiple of 256 tokens, heads of at most 256 in eights
     return PagedKernel(varlen_attn, 256, frozenset({torch.float16, torch.bfloat16}), 256, 8)  # type: ignore[arg-type]
