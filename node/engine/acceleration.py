@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from swarm.span import Span
 logger = logging.getLogger(__name__)
 
 _WARM_UPS = 2
+_ONE_RECORDING = threading.Lock()  # torch allows one at a time in a process, which may have several engines
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ class GraphRecorder:
         """
         if self._failed:
             raise RuntimeError("recording failed before")
-        with torch.cuda.device(device):
+        with _ONE_RECORDING, torch.cuda.device(device):
             before = torch.cuda.current_stream()
             if device not in self._streams:
                 self._streams[device] = torch.cuda.Stream()
