@@ -10,6 +10,7 @@ import torch
 
 from swarm.node.engine.kv_cache import KVCache, Sequence
 from swarm.node.engine.paged_attention import PagedRows, describe_rows
+from swarm.node.engine.transfer import to_device
 
 SHORT_ROWS, SHORT_LENGTH = 4, 256
 """From how many rows on, and up to which length, one call over copies is quicker than a call for each row in place."""
@@ -120,7 +121,7 @@ def pack(cache: KVCache, rows: Listing[tuple[Sequence, int]], device: torch.devi
     if cache.kernel is not None and rows:
         lengths = [row.length + new for row, new in rows]
         paged = describe_rows([new for _, new in rows], lengths, [row.pages for row, _ in rows], device)
-    longs = torch.tensor([positions, slots], dtype=torch.int64).to(device, non_blocking=True)
+    longs = to_device(torch.tensor([positions, slots]), device, torch.int64)
     return Batch(
         cache=cache,
         positions=longs[:1],

@@ -58,7 +58,7 @@ class KVCache:
         kernel: PagedKernel | None = None,
     ) -> None:
         self.page_size = page_size
-        self.pages = PageAllocator(tokens // page_size)
+        self.pages = PageAllocator(max(1, tokens // page_size))
         self.kernel = kernel
         self.spare_page = self.pages.count
         slots = (self.pages.count + (kernel is not None)) * page_size

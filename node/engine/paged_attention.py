@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from swarm.node.engine.transfer import to_device
+
 logger = logging.getLogger(__name__)
 
 
@@ -80,7 +82,7 @@ def describe_rows(
         ints += row
         ints += [0] * (width - len(row))
     # one small copy to the device, not four
-    parts = torch.tensor(ints, dtype=torch.int32).to(device, non_blocking=True).split(sizes)
+    parts = to_device(torch.tensor(ints), device, torch.int32).split(sizes)
     return PagedRows(parts[0], parts[1], parts[2], parts[3].view(-1, width), max(queries), max(lengths))
 
 

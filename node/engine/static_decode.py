@@ -19,7 +19,7 @@ from swarm.node.engine.batch import Batch
 from swarm.node.engine.executor import run_blocks
 from swarm.node.engine.kv_cache import KVCache, Sequence
 from swarm.node.engine.paged_attention import PagedRows
-from swarm.node.engine.transfer import to_device, to_host
+from swarm.node.engine.transfer import staged, to_host
 from swarm.span import Span
 
 logger = logging.getLogger(__name__)
@@ -58,10 +58,10 @@ class StaticDecode:
         if len(rows) > HEIGHTS[-1] or any(new != 1 for _, new in rows) or (first, last) in self._refused:
             return None
         height, width = fitting(len(rows), max(row.length + 1 for row, _ in rows), self._cache)
-        longs, ints = _inputs([row for row, _ in rows], height, width, self._cache)
         states = torch.zeros(1, height, hidden.shape[1], dtype=self._span.dtype)
         states[0, : len(rows)] = hidden
-        states = to_device(states, self._span.device, states.dtype)
+        inputs = states, *_inputs([row for row, _ in rows], height, width, self._cache)
+        states, longs, ints = (staged(tensor, self._span.device) for tensor in inputs)
         for device, begin, end in self._span.runs(first, last):
             buffers = self._buffers[device]
             buffers.fill(states, longs, ints)

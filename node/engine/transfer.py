@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 
 
+def staged(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``host`` where a copy to ``device`` need not be waited for: in pinned memory, for a GPU."""
+    return host.pin_memory() if device.type == "cuda" else host
+
+
 def to_device(host: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """``host`` in ``dtype`` on ``device``. To a GPU the copy goes through pinned memory and is not waited for."""
-    if device.type != "cuda":
-        return host.to(device, dtype)
-    return host.to(dtype).pin_memory().to(device, non_blocking=True)
+    """``host`` in ``dtype`` on ``device``."""
+    return staged(host.to(dtype), device).to(device, non_blocking=True)
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
