@@ -272,6 +272,16 @@ def test_torchs_kernel_is_called_as_it_wants_to_be() -> None:
         assert not kernel.suits(dtype, key_dim, value_dim)
 
 
+def test_an_older_torch_is_told_in_the_log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    monkeypatch.setattr(varlen, "varlen_attn", lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k: query)
+    assert torch_kernel() is None
+    assert "takes no block table" in caplog.text
+    monkeypatch.delattr(varlen, "varlen_attn")
+    assert torch_kernel() is None
+    assert "has no varlen_attn" in caplog.text
+
+
 def test_what_is_not_recorded(reference: Get) -> None:
     for like in ("llama-gqa", "mixtral", "bloom"):
         assert why_unrecorded(reference(like).span) is None
