@@ -27,7 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -42,6 +42,7 @@ from swarm.node.engine.acceleration import accelerate
 from swarm.node.engine.engine import Engine
 from swarm.node.engine.packing import pack_block
 from swarm.node.engine.session import EngineSession
+from swarm.node.engine.static_decode import Record, Step
 from swarm.node.hardware import free_memory
 from swarm.skeleton import Span, assemble_span, build_skeleton
 from swarm.source import ModelSource
@@ -184,17 +185,34 @@ class Stream:
             engine.close(handle)
 
 
+class Recordings:
+    """Counts the decode steps that could be recorded: where one can't be, the engine goes on without."""
+
+    def __init__(self) -> None:
+        self.made = 0
+
+    def counted(self, record: Record) -> Record:
+        def recorded(device: torch.device, step: Step) -> Step:
+            recording = record(device, step)
+            self.made += 1
+            return recording
+
+        return recorded
+
+
 @contextlib.contextmanager
-def running(spans: Sequence[Span], cache_tokens: int, graphs: bool) -> Iterator[tuple[list[Engine], bool]]:
-    """Engines of ``spans``, and whether they record decode steps."""
-    engines, recorded = [], False
+def running(spans: Sequence[Span], cache_tokens: int, graphs: bool) -> Iterator[tuple[list[Engine], Recordings]]:
+    """Engines of ``spans``, and what they record."""
+    engines: list[Engine] = []
+    recordings = Recordings()
     try:
         for span in spans:
             acceleration = accelerate(span, graphs=graphs)
-            recorded = acceleration.record is not None
+            if acceleration.record is not None:
+                acceleration = replace(acceleration, record=recordings.counted(acceleration.record))
             engines.append(Engine(span, cache_tokens=cache_tokens, acceleration=acceleration))
             engines[-1].start()
-        yield engines, recorded
+        yield engines, recordings
     finally:
         for engine in engines:
             engine.stop()
@@ -204,7 +222,7 @@ def running(spans: Sequence[Span], cache_tokens: int, graphs: bool) -> Iterator[
             torch.cuda.empty_cache()
 
 
-def measure(engines: Sequence[Engine], recorded: bool, sessions: int, context: int, steps: int) -> Run:
+def measure(engines: Sequence[Engine], recordings: Recordings, sessions: int, context: int, steps: int) -> Run:
     """Fills ``sessions`` with ``context`` tokens each, the first alone for the time, then decodes together."""
     hidden_size = engines[0].span.hidden_size
     generator = torch.Generator().manual_seed(0)
@@ -228,7 +246,7 @@ def measure(engines: Sequence[Engine], recorded: bool, sessions: int, context: i
     finally:
         for stream in streams:
             stream.close()
-    return Run(sessions, context, recorded, prefill, sessions * steps / seconds, batches / seconds)
+    return Run(sessions, context, recordings.made > 0, prefill, sessions * steps / seconds, batches / seconds)
 
 
 def say(name: str, scheme: str, runs: Sequence[Run], weights: int, bandwidth: float) -> None:
@@ -308,8 +326,8 @@ def main(
             for context in numbers(contexts):
                 each = -(-(context + WARM_UP + steps) // page) * page  # a session's last page is seldom full
                 try:
-                    with running(spans, count * each, graphs) as (engines, recorded):
-                        runs.append(measure(engines, recorded, count, context, steps))
+                    with running(spans, count * each, graphs) as (engines, recordings):
+                        runs.append(measure(engines, recordings, count, context, steps))
                 except torch.OutOfMemoryError as error:
                     print(f"{count} sessions of {context} tokens: {error}", file=sys.stderr)
     say(name, scheme, runs, weights, bandwidth)
