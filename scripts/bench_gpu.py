@@ -50,7 +50,8 @@ from swarm.source import ModelSource
 BITS = {"none": 16.0, "int8": 8.5, "nf4": 4.5, "int4": 4.5}
 """About how many bits a weight takes, to choose a model that fits."""
 
-WARM_UP = 4
+WARM_UP, WARM_UPS = 4, 8
+"""Tokens of each session before the measured ones, and how often at most: until nothing new is recorded."""
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,11 @@ def measure(engines: Sequence[Engine], recordings: Recordings, sessions: int, co
         prefill = context / (time.perf_counter() - began)
         with ThreadPoolExecutor(sessions) as threads:
             list(threads.map(lambda stream: stream.step(prompt), streams[1:]))
-            list(threads.map(lambda stream: stream.decode(token, WARM_UP), streams))
+            for _ in range(WARM_UPS):
+                made = recordings.made
+                list(threads.map(lambda stream: stream.decode(token, WARM_UP), streams))
+                if made == recordings.made:
+                    break
             before = engines[0].stats().batches
             began = time.perf_counter()
             list(threads.map(lambda stream: stream.decode(token, steps), streams))
@@ -324,7 +329,7 @@ def main(
     for graphs in (True, False) if where.type == "cuda" else (False,):
         for count in numbers(sessions):
             for context in numbers(contexts):
-                each = -(-(context + WARM_UP + steps) // page) * page  # a session's last page is seldom full
+                each = -(-(context + WARM_UP * WARM_UPS + steps) // page) * page  # a session's last page is seldom full
                 try:
                     with running(spans, count * each, graphs) as (engines, recordings):
                         runs.append(measure(engines, recordings, count, context, steps))
