@@ -2,7 +2,7 @@
 """How fast nodes generate on one GPU, beside the memory bandwidth that bounds them.
 
     python scripts/bench_gpu.py                                      # the largest model that fits, unquantized
-    python scripts/bench_gpu.py --model llama-2-70b --scheme nf4
+    python scripts/bench_gpu.py --model llama-2-70b --scheme nf4     # once nodes can quantize
     python scripts/bench_gpu.py --device cpu --tiny                  # the same code on a toy, to see that it runs
 
 What is measured: three nodes' engines on one card, each with a third of a model's blocks, in one process. Sessions are
