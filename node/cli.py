@@ -112,7 +112,12 @@ def serve(
         typer.Option(envvar="SWARM_NAME", help="Shown to others in the swarm's status.", rich_help_panel=NETWORK),
     ] = None,
     device: Annotated[
-        str, typer.Option(envvar="SWARM_DEVICE", help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=_COMPUTE)
+        str,
+        typer.Option(
+            envvar="SWARM_DEVICE",
+            help="auto, cpu, cuda (all GPUs), cuda:N, cuda:N,cuda:M,… or mps.",
+            rich_help_panel=_COMPUTE,
+        ),
     ] = "auto",
     dtype: Annotated[
         str,

@@ -10,24 +10,36 @@ from swarm.codec import DTYPES
 from swarm.errors import UsageError
 
 
-def choose_device(wanted: str) -> torch.device:
-    """``"auto"`` is the first of CUDA, MPS and CPU that is there.
+def choose_devices(wanted: str) -> tuple[torch.device, ...]:
+    """The devices that ``wanted`` names. ``"auto"`` is the first of CUDA, MPS and CPU that is there, ``"cuda"`` all
+    visible GPUs, ``"cuda:0,cuda:2"`` some of them.
 
     Raises:
-        UsageError: no such device on this machine.
+        UsageError: no such device on this machine, or several that can't work together.
     """
     if wanted == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        return torch.device(kind)
-    try:
-        device = torch.device(wanted)
-    except RuntimeError as error:
-        raise UsageError(f"--device {wanted!r} is not one of auto, cpu, cuda, cuda:N, mps") from error
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise UsageError(f"--device {wanted} is not there: this machine has {torch.cuda.device_count()} CUDA devices")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UsageError("--device mps is not there on this machine")
-    return device
+        wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "cuda" and count:
+        return tuple(torch.device("cuda", index) for index in range(count))
+    devices: list[torch.device] = []
+    for name in wanted.split(","):
+        try:
+            device = torch.device(name.strip())
+        except RuntimeError as error:
+            raise UsageError(
+                f"--device {wanted!r} is not one of auto, cpu, cuda, cuda:N, cuda:N,cuda:M,…, mps"
+            ) from error
+        if device.type == "cuda" and (device.index or 0) >= count:
+            raise UsageError(f"--device {name} is not there: this machine has {count} CUDA devices")
+        if device.type == "mps" and not torch.backends.mps.is_available():
+            raise UsageError("--device mps is not there on this machine")
+        devices.append(device)
+    if len(devices) > 1 and (
+        len(set(devices)) < len(devices) or any(one.type != "cuda" or one.index is None for one in devices)
+    ):
+        raise UsageError(f"--device {wanted}: several devices must be different GPUs, such as cuda:0,cuda:1")
+    return tuple(devices)
 
 
 def choose_dtype(wanted: str, checkpoint: torch.dtype, device: torch.device) -> torch.dtype:

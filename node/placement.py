@@ -28,17 +28,28 @@ def choose_start(covered: Sequence[float], num_blocks: int) -> int:
     return min(starts, key=lambda start: sorted(covered[start : start + num_blocks]))
 
 
-def blocks_that_fit(free_bytes: int, block_bytes: int, cache_bytes_per_block: int, num_blocks: int) -> int:
-    """How many blocks fit into memory with their share of the KV cache.
+def blocks_that_fit(free_bytes: Sequence[int], block_bytes: int, cache_bytes_per_block: int, num_blocks: int) -> int:
+    """How many blocks fit, with their share of the KV cache, into the memory that is free on each device.
 
     Raises:
         UsageError: not even one.
     """
-    budget = int(free_bytes * MEMORY_SHARE)
-    fitting = min(num_blocks, budget // (block_bytes + cache_bytes_per_block))
+    each = block_bytes + cache_bytes_per_block
+    fitting = min(num_blocks, sum(int(free * MEMORY_SHARE) // each for free in free_bytes))
     if fitting < 1:
         raise UsageError(
-            f"one block needs {(block_bytes + cache_bytes_per_block) / 2**30:.1f} GiB with its KV cache, and "
-            f"{free_bytes / 2**30:.1f} GiB are free: free some, or lower --cache-tokens"
+            f"one block needs {each / 2**30:.1f} GiB with its KV cache, and {max(free_bytes) / 2**30:.1f} GiB are "
+            "free: free some, or lower --cache-tokens"
         )
     return fitting
+
+
+def share_blocks(count: int, free_bytes: Sequence[int], bytes_each: int) -> list[int]:
+    """How many of ``count`` blocks, of ``bytes_each`` with their KV cache, each device gets, so that what stays free is
+    as even as it can be. If they fit at all, they fit like this."""
+    left, shares = list(free_bytes), [0] * len(free_bytes)
+    for _ in range(count):
+        most = max(range(len(left)), key=left.__getitem__)
+        shares[most] += 1
+        left[most] -= bytes_each
+    return shares

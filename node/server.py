@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,15 +18,16 @@ from swarm.codec import dtype_name
 from swarm.errors import UsageError, parse_blocks
 from swarm.fingerprint import fingerprint
 from swarm.node.announcer import Announcer
+from swarm.node.engine.acceleration import Acceleration, accelerate
 from swarm.node.engine.deterministic import check, make_deterministic
 from swarm.node.engine.engine import Engine
 from swarm.node.engine.packing import pack_block
 from swarm.node.handler import Handler
-from swarm.node.hardware import choose_device, choose_dtype, free_memory
+from swarm.node.hardware import choose_devices, choose_dtype, free_memory
 from swarm.node.limits import Limits
 from swarm.node.metrics import serve_metrics
 from swarm.node.output import Output
-from swarm.node.placement import blocks_that_fit, choose_start, coverage
+from swarm.node.placement import blocks_that_fit, choose_start, coverage, share_blocks
 from swarm.node.requests import Served
 from swarm.node.settings import NodeSettings
 from swarm.node.throughput import measure
@@ -75,7 +76,7 @@ async def serve(settings: NodeSettings, output: Output, stop: asyncio.Event) -> 
 
 
 async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) -> Serving:
-    device = choose_device(settings.device)
+    devices = choose_devices(settings.device)
     with output.stage("resolve", f"Looking up {settings.model}"):
         source = await in_thread(
             lambda: resolve(
@@ -86,7 +87,7 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
                 dht_prefix=settings.dht_prefix,
             )
         )
-    dtype = choose_dtype(settings.dtype, source.dtype, device)
+    dtype = choose_dtype(settings.dtype, source.dtype, devices[0])
     if settings.blocks is not None:
         parse_blocks(settings.blocks, source.num_blocks)  # before the network is touched
 
@@ -95,7 +96,7 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
     records = await dht.fetch(peer.dht, source.dht_prefix, source.num_blocks)
     shape = fingerprint(source.config)
     _check_same_shape(records, shape, source, peer)
-    start, end, reason = _choose_blocks(settings, source, dtype, device, records, peer)
+    start, end, reason = _choose_blocks(settings, source, dtype, devices, records, peer)
     output.event("blocks", f"Serving blocks {start}:{end} of {source.num_blocks} ({reason})", blocks=[start, end])
 
     offer = Offer(
@@ -122,7 +123,7 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
     announcer = Announcer(peer, source.dht_prefix, source.num_blocks, repository, info, period=settings.update_period)
     await announcer.announce(ServerState.JOINING)
 
-    span = await _load(source, start, end, dtype, device, output)
+    span = await _load(source, start, end, dtype, _place(devices, end - start, source, dtype, settings), output)
     if settings.deterministic:
         with output.stage("deterministic", "Making sure that results don't depend on the batch"):
             await in_thread(lambda: _make_deterministic(span))
@@ -130,6 +131,8 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
         span,
         cache_tokens=settings.kv_tokens,
         max_batch_tokens=settings.max_batch_tokens,
+        # recorded steps are padded to sizes that depend on who else is there
+        acceleration=Acceleration() if settings.deterministic else await in_thread(lambda: accelerate(span)),
         deterministic=settings.deterministic,
     )
     engine.start()
@@ -156,7 +159,7 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
 
 
 async def _load(
-    source: ModelSource, start: int, end: int, dtype: torch.dtype, device: torch.device, output: Output
+    source: ModelSource, start: int, end: int, dtype: torch.dtype, devices: Sequence[torch.device], output: Output
 ) -> Span:
     if source.hub is not None:
         with output.stage("download", f"Downloading what is missing of blocks {start}:{end}") as fetched:
@@ -164,7 +167,7 @@ async def _load(
     with output.stage("load", f"Loading blocks {start}:{end}") as report:
         return await in_thread(
             lambda: load_span(
-                source, start, end, dtype=dtype, device=device, progress=lambda *done: report(*done), finish=pack_block
+                source, start, end, dtype=dtype, device=devices, progress=lambda *done: report(*done), finish=pack_block
             )
         )
 
@@ -173,6 +176,17 @@ def _make_deterministic(span: Span) -> None:
     for block in span.blocks:
         make_deterministic(block)
     check(span)
+
+
+def _place(
+    devices: Sequence[torch.device], count: int, source: ModelSource, dtype: torch.dtype, settings: NodeSettings
+) -> list[torch.device]:
+    """The device of each of ``count`` blocks."""
+    if len(devices) == 1:
+        return [devices[0]] * count
+    each = estimate_block_bytes(source, dtype) + cache_bytes_per_token(source, dtype) * settings.kv_tokens
+    shares = share_blocks(count, [free_memory(device) for device in devices], each)
+    return [device for device, share in zip(devices, shares, strict=True) for _ in range(share)]
 
 
 def _check_same_shape(records: list[dict[Any, ServerInfo]], shape: str, source: ModelSource, peer: Peer) -> None:
@@ -190,7 +204,7 @@ def _choose_blocks(
     settings: NodeSettings,
     source: ModelSource,
     dtype: torch.dtype,
-    device: torch.device,
+    devices: Sequence[torch.device],
     records: list[dict[Any, ServerInfo]],
     peer: Peer,
 ) -> tuple[int, int, str]:
@@ -198,11 +212,11 @@ def _choose_blocks(
         return (*parse_blocks(settings.blocks, source.num_blocks), "as asked")
     count = settings.num_blocks
     if count is None:
-        free, block = free_memory(device), estimate_block_bytes(source, dtype)
+        free, block = [free_memory(device) for device in devices], estimate_block_bytes(source, dtype)
         cache = cache_bytes_per_token(source, dtype) * settings.kv_tokens
         count = blocks_that_fit(free, block, cache, source.num_blocks)
         size = f"{(block + cache) / 2**20:.0f} MiB each with {settings.kv_tokens} tokens of KV cache"
-        reason = f"{count} fit: {size}, {free / 2**30:.1f} GiB free"
+        reason = f"{count} fit: {size}, {sum(free) / 2**30:.1f} GiB free"
     elif 1 <= count <= source.num_blocks:
         reason = "as many as asked"
     else:

@@ -6,7 +6,7 @@ Nodes load a span of blocks (:func:`load_span`), clients all but the blocks (:fu
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ __all__ = [
     "Prepared",
     "Skeleton",
     "Span",
+    "assemble_span",
     "build_skeleton",
     "cache_bytes_per_token",
     "estimate_block_bytes",
@@ -89,13 +90,14 @@ def load_span(
     end: int,
     *,
     dtype: torch.dtype,
-    device: torch.device | str,
+    device: torch.device | str | Sequence[torch.device],
     progress: Callable[[int, int], None] | None = None,
     finish: Callable[[nn.Module], None] | None = None,
 ) -> Span:
     """Blocks ``start:end``, one at a time, so that little more memory is used than they need in the end.
 
     Args:
+        device: for all blocks, or one for each.
         progress: called with the number of blocks done and the number of blocks, from ``(0, n)`` to ``(n, n)``.
         finish: changes each block in place once it is loaded, before the next one is.
 
@@ -105,51 +107,82 @@ def load_span(
     """
     if not 0 <= start < end <= source.num_blocks:
         raise UsageError(f"blocks {start}:{end} are not in this model: it has blocks 0:{source.num_blocks}")
-    device = torch.device(device)
     skeleton = build_skeleton(source, dtype, attention="eager")
-    model, config, family = skeleton.model, skeleton.config, family_of(source.model_type)
     checkpoint = Checkpoint.open(source)
-    plan = plan_weights(model, checkpoint)  # before unwanted blocks go: renames look at the whole model's names
+    plan = plan_weights(skeleton.model, checkpoint)  # before unwanted blocks go: renames look at all names
+    names = {index: f"{skeleton.layers_name}.{index}." for index in range(start, end)}
+    plans = {
+        index: plan.only(lambda key, name=name: key.startswith(name))  # type: ignore[misc]
+        for index, name in names.items()
+    }
 
-    wanted = range(start, end)
+    def fill(index: int, device: torch.device) -> None:
+        if index == start:
+            checkpoint.fetch([key for part in plans.values() for key in part.keys()])  # noqa: SIM118
+        missing = load_weights(skeleton.model, plans[index], checkpoint, dtype=dtype, device=device)
+        _require_none(checkpoint, sorted(key for key in missing if key.startswith(names[index])))
+
+    devices = [torch.device(device)] * (end - start) if isinstance(device, str | torch.device) else device
+    span = assemble_span(
+        source, skeleton, start, dtype=dtype, devices=devices, fill=fill, progress=progress, finish=finish
+    )
+    checkpoint.close()
+    return span
+
+
+def assemble_span(
+    source: ModelSource,
+    skeleton: Skeleton,
+    start: int,
+    *,
+    dtype: torch.dtype,
+    devices: Sequence[torch.device],
+    fill: Callable[[int, torch.device], None],
+    progress: Callable[[int, int], None] | None = None,
+    finish: Callable[[nn.Module], None] | None = None,
+) -> Span:
+    """A span of the blocks from ``start`` on, as many as ``devices``, in a fresh ``skeleton`` (eager attention), which
+    is used up by this. ``fill(index, device)`` gives memory and values to the parameters of the block ``index``; no
+    block is filled before it is certain that they can be served. The rest is as for :func:`load_span`.
+
+    Raises:
+        ModelError: this architecture can't be served.
+    """
+    wanted = range(start, start + len(devices))
+    model, config, family = skeleton.model, skeleton.config, family_of(source.model_type)
     for index in range(source.num_blocks):
         if index not in wanted:
             skeleton.layers[index] = nn.Identity()
-    kinds = _layer_kinds(source)[start:end]
+    kinds = _layer_kinds(source)[wanted.start : wanted.stop]
     for module in skeleton.base.children():
         # Rotary embeddings have buffers and no parameters; what else is outside the blocks is the client's.
         if module is not skeleton.layers and not any(True for _ in module.parameters()):
-            _fill_buffers(model, module, device)
+            _fill_buffers(model, module, devices[0])
     for index in wanted:
         family.adapt(skeleton.layers[index], config)
-    geometry = _kv_geometry(skeleton, family, wanted, kinds, dtype, device)
+    geometry = _kv_geometry(skeleton, family, wanted, kinds, dtype, devices[0])
 
-    names = [f"{skeleton.layers_name}.{index}." for index in wanted]
-    plans = [plan.only(lambda key, name=name: key.startswith(name)) for name in names]  # type: ignore[misc]
-    checkpoint.fetch([key for part in plans for key in part.keys()])  # noqa: SIM118
     parameter_bytes = 0
-    for done, (index, name, part) in enumerate(zip(wanted, names, plans, strict=True)):
+    for done, (index, device) in enumerate(zip(wanted, devices, strict=True)):
         if progress is not None:
             progress(done, len(wanted))
         block = skeleton.layers[index]
         _fill_buffers(model, block, device)
-        missing = load_weights(model, part, checkpoint, dtype=dtype, device=device)
-        _require_none(checkpoint, sorted(key for key in missing if key.startswith(name)))
+        fill(index, device)
         parameter_bytes += sum(_bytes(parameter) for parameter in block.parameters())
         if finish is not None:
             finish(block)
     if progress is not None:
         progress(len(wanted), len(wanted))
-    checkpoint.close()
 
     # Set by hand, not as an option of the build, which insists that the function be registered already.
     config._attn_implementation = ATTENTION
     blocks = nn.ModuleList(skeleton.layers[index] for index in wanted).requires_grad_(False).eval()
     return Span(
-        start=start,
-        end=end,
+        start=wanted.start,
+        end=wanted.stop,
         dtype=dtype,
-        device=device,
+        devices=tuple(devices),
         hidden_size=source.hidden_size,
         kv_heads=geometry.kv_heads,
         key_dim=geometry.key_dim,
@@ -157,10 +190,23 @@ def load_span(
         parameter_bytes=parameter_bytes,
         config=config,
         blocks=blocks,
-        base=skeleton.base,
+        bases={device: _base_on(skeleton.base, device, devices[0]) for device in dict.fromkeys(devices)},
         family=family,
         kinds=kinds,
     )
+
+
+def _base_on(base: nn.Module, device: torch.device, first: torch.device) -> nn.Module:
+    """``base``, whose buffers are on the device ``first``, with buffers on ``device`` and without any weights."""
+    if device == first:
+        return base
+    twin = copy.copy(base)
+    twin._modules = {
+        name: copy.deepcopy(child).to(device)
+        for name, child in base.named_children()
+        if not any(True for _ in child.parameters()) and not isinstance(child, nn.ModuleList)
+    }
+    return twin
 
 
 def fetch_span(

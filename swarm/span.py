@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +19,7 @@ class Prepared:
     """What all blocks need to know about one batch.
 
     Attributes:
-        positions: ``[1, N]`` int64, on the span's device.
+        positions: ``[1, N]`` int64.
         embeddings: position embeddings as the family's blocks take them (rotary: a pair of ``[1, N, head_dim]``;
             ALiBi: slopes ``[heads]``), or a dict of them by layer type, or None.
     """
@@ -31,6 +33,8 @@ class Span:
     """Blocks ``start:end`` of a model, frozen and in evaluation mode.
 
     Attributes:
+        devices: where each block is; blocks on one device are side by side.
+        bases: for each device, the module with the buffers that position embeddings are made of.
         kv_heads, key_dim, value_dim: of each block's KV cache.
         parameter_bytes: memory of the weights.
     """
@@ -38,7 +42,7 @@ class Span:
     start: int
     end: int
     dtype: torch.dtype
-    device: torch.device
+    devices: tuple[torch.device, ...]
     hidden_size: int
     kv_heads: int
     key_dim: int
@@ -46,15 +50,39 @@ class Span:
     parameter_bytes: int
     config: PreTrainedConfig
     blocks: nn.ModuleList = field(repr=False)
-    base: nn.Module = field(repr=False)
+    bases: Mapping[torch.device, nn.Module] = field(repr=False)
     family: Family = field(repr=False)
     kinds: tuple[str, ...] = field(repr=False)
 
+    @property
+    def device(self) -> torch.device:
+        """Of the first block: where hidden states go in."""
+        return self.devices[0]
+
+    def device_of(self, block: int) -> torch.device:
+        """Where a block is, by its index in the model."""
+        return self.devices[block - self.start]
+
+    def runs(self, first: int, last: int) -> Iterator[tuple[torch.device, int, int]]:
+        """The blocks ``first:last`` as ``(device, begin, end)``, one for each stretch on one device."""
+        for device, blocks in itertools.groupby(range(first, last), self.device_of):
+            stretch = list(blocks)
+            yield device, stretch[0], stretch[-1] + 1
+
+    @property
+    def ropes_vary(self) -> bool:
+        """Whether rotary frequencies depend on the longest sequence in a batch, which some ways of scaling do."""
+        rotary = getattr(self.bases[self.device], "rotary_emb", None)
+        kinds = getattr(rotary, "rope_type", "default")
+        every = kinds.values() if isinstance(kinds, dict) else (kinds,)
+        return any("dynamic" in kind or kind == "longrope" for kind in every)
+
     def prepare(self, hidden: torch.Tensor, positions: torch.Tensor) -> Prepared:
-        """Position embeddings, once per batch. ``hidden`` ``[1, N, H]`` in the span's dtype and on its device (only
-        those are looked at), ``positions`` ``[1, N]`` int64."""
+        """Position embeddings, once per batch and device. ``hidden`` ``[1, N, H]`` in the span's dtype and on the
+        blocks' device (only those are looked at), ``positions`` ``[1, N]`` int64 there too."""
+        base = self.bases.get(hidden.device, self.bases[self.device])
         with torch.no_grad():
-            embeddings = self.family.position_embeddings(self.base, self.config, hidden, positions)
+            embeddings = self.family.position_embeddings(base, self.config, hidden, positions)
         return Prepared(positions, embeddings)
 
     def run(self, block: int, hidden: torch.Tensor, prepared: Prepared, batch: Any) -> torch.Tensor:

@@ -15,6 +15,7 @@ from transformers import AttentionInterface
 
 from swarm.node.engine.batch import Batch, DenseBatch, Segment, ShortRows
 from swarm.node.engine.masks import build_mask
+from swarm.node.engine.paged_attention import paged_attention
 
 NAME = "swarm_paged"
 _LARGEST_SCORES = 1 << 24  # elements of a mask, or of a score matrix, that are made at once
@@ -52,6 +53,13 @@ def attention(
     else:
         keys.index_copy_(2, batch.slots, key.transpose(0, 1))
         values.index_copy_(2, batch.slots, value.transpose(0, 1))
+    if batch.paged is not None and rule.plain and rule.slopes is None:
+        assert batch.cache.kernel is not None
+        flat = query[0].transpose(0, 1)
+        options: dict[str, Any] = {"page_size": batch.cache.page_size, "scale": rule.scale, "window": rule.window}
+        return paged_attention(batch.cache.kernel, flat, keys, values, batch.paged, **options)[None], None
+    if not batch.rows:
+        raise NotImplementedError("only attention by the kernel has static shapes")
     kv_heads, heads = key.shape[1], query.shape[1]
     folded = query.transpose(1, 2).reshape(tokens, kv_heads, 1, heads // kv_heads, query.shape[3])
     if batch.short is not None and rule.plain and rule.slopes is None and rule.window is None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Listing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 
 from swarm.node.engine.kv_cache import KVCache, Sequence
+from swarm.node.engine.paged_attention import PagedRows, describe_rows
+from swarm.node.engine.transfer import to_device
 
 SHORT_ROWS, SHORT_LENGTH = 4, 256
 """From how many rows on, and up to which length, one call over copies is quicker than a call for each row in place."""
@@ -54,18 +57,41 @@ class Batch:
     """Tokens of many rows, packed flat, whose keys and values go to ``cache``.
 
     ``positions`` ``[1, N]`` int64 counts tokens within the row; ``slots`` ``[N]`` int64 says where each token's key and
-    value go, ``run`` is the first of them where they lie side by side. ``short`` stands for all segments if they are
-    short rows, and most blocks can use it instead. What is the same for all blocks is made once; ``masks`` holds the
-    masks that the first block made.
+    value go, ``run`` is the first of them where they lie side by side. ``rows`` are the rows with new tokens and how
+    many, ``pieces`` how :func:`pack` was told to cut them. ``paged`` describes them for the cache's kernel, if it has
+    one. What is the same for all blocks is made once; ``masks`` holds the masks that the first block made.
     """
 
     cache: KVCache
     positions: torch.Tensor
     slots: torch.Tensor
     run: int | None
-    segments: tuple[Segment, ...]
-    short: ShortRows | None = None
+    rows: tuple[tuple[Sequence, int], ...]
+    pieces: tuple[tuple[int, int], ...] | None = None
+    paged: PagedRows | None = None
     masks: Masks = field(default_factory=dict)
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """The rows one by one. Made when a block asks, since the kernel needs none; valid until the rows grow."""
+        return _segments(self.cache, self.rows, self.pieces, self.positions.device)
+
+    @cached_property
+    def short(self) -> ShortRows | None:
+        """Stands for all segments if they are short rows, and most blocks can use it instead."""
+        return None if self.pieces is not None else _short_rows(self.segments, self.positions.device)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same for blocks on ``device``."""
+        if device == self.positions.device:
+            return self
+        return replace(
+            self,
+            positions=self.positions.to(device, non_blocking=True),
+            slots=self.slots.to(device, non_blocking=True),
+            paged=None if self.paged is None else self.paged.to(device),
+            masks={},
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +102,12 @@ class DenseBatch:
     columns: int
     positions: torch.Tensor
     masks: Masks = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> DenseBatch:
+        """The same for blocks on ``device``."""
+        if device == self.positions.device:
+            return self
+        return DenseBatch(self.rows, self.columns, self.positions.to(device, non_blocking=True))
 
 
 def pack(
@@ -90,42 +122,52 @@ def pack(
     ``pieces`` make attention over a row independent of the batch: for each row its left padding, and of how many
     columns a segment of it is at most; it ends at multiples of that.
     """
-    size = cache.page_size
+    if pieces is not None:
+        pieces = tuple(piece for piece, (_, new) in zip(pieces, rows, strict=True) if new)
+    rows = tuple((row, new) for row, new in rows if new)
     positions: list[int] = []
     slots: list[int] = []
+    for row, new in rows:
+        positions.extend(range(row.length, row.length + new))
+        slots.extend(row.slots(row.length, row.length + new, cache.page_size))
+    paged = None
+    if cache.kernel is not None and rows and pieces is None:
+        lengths = [row.length + new for row, new in rows]
+        paged = describe_rows([new for _, new in rows], lengths, [row.pages for row, _ in rows], device)
+    longs = to_device(torch.tensor([positions, slots]), device, torch.int64)
+    return Batch(
+        cache=cache,
+        positions=longs[:1],
+        slots=longs[1],
+        run=slots[0] if len(rows) == 1 and rows[0][0].contiguous else None,
+        rows=rows,
+        pieces=pieces,
+        paged=paged,
+    )
+
+
+def _segments(
+    cache: KVCache,
+    rows: Listing[tuple[Sequence, int]],
+    pieces: Listing[tuple[int, int]] | None,
+    device: torch.device,
+) -> tuple[Segment, ...]:
     segments: list[Segment] = []
-    count = 0
+    first = 0
     for number, (row, new) in enumerate(rows):
-        if not new:
-            continue
-        count += 1
         past, total = row.length, row.length + new
-        begin = len(positions)
-        positions.extend(range(past, total))
         index = None
-        if row.contiguous:
-            base = row.pages[0] * size
-            slots.extend(range(base + past, base + total))
-        else:
-            base = 0
-            every = row.slots(0, total, size)
-            index = torch.tensor(every, device=device)
-            slots.extend(every[past:])
+        if not row.contiguous:
+            index = torch.tensor(row.slots(0, total, cache.page_size), device=device)
+        base = 0 if index is not None else row.pages[0] * cache.page_size
         padding, columns = (0, total) if pieces is None else pieces[number]
         at = past
         while at < total:
             end = min(total, (at + padding) // columns * columns + columns - padding)
-            segments.append(Segment(begin + at - past, begin + end - past, at, base, index))
+            segments.append(Segment(first + at - past, first + end - past, at, base, index))
             at = end
-    alone = count == 1 and segments[0].index is None
-    return Batch(
-        cache=cache,
-        positions=torch.tensor(positions, dtype=torch.int64, device=device)[None],
-        slots=torch.tensor(slots, dtype=torch.int64, device=device),
-        run=slots[0] if alone else None,
-        segments=tuple(segments),
-        short=None if pieces is not None else _short_rows(segments, device),
-    )
+        first += new
+    return tuple(segments)
 
 
 def _short_rows(segments: Listing[Segment], device: torch.device) -> ShortRows | None:

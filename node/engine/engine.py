@@ -15,6 +15,7 @@ import torch
 
 from swarm.errors import BadRequestError, LeavingError, OutOfCacheError, RemoteError
 from swarm.node.engine import executor
+from swarm.node.engine.acceleration import Acceleration
 from swarm.node.engine.batch import pack
 from swarm.node.engine.deterministic import PIECE_TOKENS, columns_per_piece
 from swarm.node.engine.executor import PlacedPrompts
@@ -22,7 +23,9 @@ from swarm.node.engine.kv_cache import KVCache, Sequence
 from swarm.node.engine.pacing import Gatherer, Pacer
 from swarm.node.engine.scheduler import DECODE_COLUMNS, Waiting, plan_turn
 from swarm.node.engine.session import DenseWork, EngineSession, StepWork
+from swarm.node.engine.static_decode import StaticDecode
 from swarm.node.engine.stats import EngineStats
+from swarm.node.engine.transfer import to_device, to_host
 from swarm.span import Span
 
 logger = logging.getLogger(__name__)
@@ -40,10 +43,11 @@ class Engine:
 
     Args:
         cache_tokens: how many tokens the KV cache holds, over all sessions.
-        page_size: tokens per page of it.
+        page_size: tokens per page of it; by default what ``acceleration`` asks for.
         max_batch_tokens: tokens per turn, the most that are packed together.
         deterministic: cut steps and attention so that a session's bits don't depend on the others, which takes blocks
             that are made for it (``deterministic.make_deterministic``).
+        acceleration: what to use of a GPU; by default nothing.
     """
 
     def __init__(
@@ -51,24 +55,28 @@ class Engine:
         span: Span,
         *,
         cache_tokens: int,
-        page_size: int = 16,
+        page_size: int | None = None,
         max_batch_tokens: int = 512,
+        acceleration: Acceleration | None = None,
         deterministic: bool = False,
     ) -> None:
         self.span = span
+        acceleration = acceleration or Acceleration()
         self._max_batch_tokens = max_batch_tokens
         self._deterministic = deterministic
         self._cache = KVCache(
             start=span.start,
             end=span.end,
             tokens=cache_tokens,
-            page_size=page_size,
+            page_size=page_size or acceleration.page_size,
             kv_heads=span.kv_heads,
             key_dim=span.key_dim,
             value_dim=span.value_dim,
             dtype=span.dtype,
-            device=span.device,
+            device=span.devices,
+            kernel=acceleration.kernel,
         )
+        self._decode = None if acceleration.record is None else StaticDecode(span, self._cache, acceleration.record)
         self._pacer = Pacer(max_batch_tokens)
         self._gatherer = Gatherer()
         self._away: set[EngineSession] = set()  # sessions that decode, are answered and not back yet
@@ -195,6 +203,8 @@ class Engine:
     # What follows from here on runs in the engine's thread.
 
     def _loop(self) -> None:
+        if self.span.device.type == "cuda":
+            torch.cuda.set_device(self.span.device)
         with torch.inference_mode():
             while self._receive():
                 try:
@@ -363,10 +373,14 @@ class Engine:
         if not prefill + decode:
             return [self._empty(len(new), columns) for new, (_, _, columns) in zip(cuts, chosen, strict=True)], 0, 0
         flat = inputs[0] if len(inputs) == 1 else torch.cat([part.to(span.dtype) for part in inputs])
-        batch = pack(self._cache, rows, span.device, pieces=pieces if self._deterministic else None)
         prompts = self._place(chosen[0][0], *chosen[0][1:], cuts[0])
-        hidden = flat[None].to(span.device, span.dtype)
-        output = executor.run_blocks(span, hidden, batch, first=first, last=last, prompts=prompts)[0].cpu()
+        output = None
+        if self._decode is not None and prompts is None:
+            output = self._decode.run(rows, flat, first, last)
+        if output is None:
+            batch = pack(self._cache, rows, span.device, pieces=pieces if self._deterministic else None)
+            hidden = to_device(flat[None], span.device, span.dtype)
+            output = to_host(executor.run_blocks(span, hidden, batch, first=first, last=last, prompts=prompts)[0])
         outputs: list[torch.Tensor] = []
         offset = 0
         for (_, _, columns), new in zip(chosen, cuts, strict=True):

@@ -23,7 +23,7 @@ class PlacedPrompts:
 
     def add(self, block: int, hidden: torch.Tensor) -> torch.Tensor:
         """``hidden`` ``[1, N, H]`` with the prompts of the batch's ``block``-th block (from 0) added."""
-        return hidden.index_add(1, self._where, self._values[block][None])
+        return hidden.index_add(1, self._where.to(hidden.device), self._values[block][None].to(hidden.device))
 
 
 def run_blocks(
@@ -36,15 +36,17 @@ def run_blocks(
     prompts: PlacedPrompts | None = None,
     prompts_from: int | None = None,
 ) -> torch.Tensor:
-    """``hidden`` ``[1, N, H]`` (dtype and device of the span) through the blocks ``first:last``.
+    """``hidden`` ``[1, N, H]`` (dtype of the span) through the blocks ``first:last``, on whatever devices they are.
 
     ``prompts`` belong to the blocks from ``prompts_from`` (or ``first``) on.
     """
-    prepared = span.prepare(hidden, batch.positions)
-    for block in range(first, last):
-        if prompts is not None:
-            hidden = prompts.add(block - (first if prompts_from is None else prompts_from), hidden)
-        hidden = span.run(block, hidden, prepared, batch)
+    for device, begin, end in span.runs(first, last):
+        hidden, here = hidden.to(device, non_blocking=True), batch.to(device)
+        prepared = span.prepare(hidden, here.positions)
+        for block in range(begin, end):
+            if prompts is not None:
+                hidden = prompts.add(block - (first if prompts_from is None else prompts_from), hidden)
+            hidden = span.run(block, hidden, prepared, here)
     return hidden
 
 
@@ -102,7 +104,7 @@ def backward(
             placed = None if leaf_prompts is None else place_dense(leaf_prompts, rows, columns)
             end = min(begin + group, last)
             output = run_blocks(span, leaf, batch, first=begin, last=end, prompts=placed, prompts_from=first)
-        output.backward(flowing)
+        output.backward(flowing.to(output.device))
         assert leaf.grad is not None
         flowing = leaf.grad
     return flowing.view(rows, columns, size), None if leaf_prompts is None else leaf_prompts.grad

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from swarm.errors import OutOfCacheError
+from swarm.node.engine.paged_attention import PagedKernel
 from swarm.node.engine.pages import OutOfPages, PageAllocator
 
 
@@ -33,9 +34,13 @@ class Sequence:
 class KVCache:
     """Keys and values of the blocks ``start:end`` for about ``tokens`` tokens, shared by all sessions.
 
-    ``keys[block]`` is ``[kv_heads, 1, slots, key_dim]`` and ``values[block]`` ``[kv_heads, 1, slots, value_dim]``: each
-    head's tokens lie together, which is how attention reads them. Memory is claimed but, on a CPU, not touched until
+    ``keys[block]`` is ``[kv_heads, 1, slots, key_dim]`` and ``values[block]`` ``[kv_heads, 1, slots, value_dim]``, on
+    the block's device. In memory each head's tokens lie together, which is how attention on a CPU reads them; with a
+    ``kernel`` that attends over pages it is each token's heads. Memory is claimed but, on a CPU, not touched until
     tokens come. One page covers the same slots in all blocks.
+
+    With a ``kernel`` there is one page more, ``spare_page``, that belongs to nobody: rows that only fill up a batch
+    write there.
     """
 
     def __init__(
@@ -49,15 +54,25 @@ class KVCache:
         key_dim: int,
         value_dim: int,
         dtype: torch.dtype,
-        device: torch.device,
+        device: torch.device | Listing[torch.device],
+        kernel: PagedKernel | None = None,
     ) -> None:
         self.page_size = page_size
-        self.pages = PageAllocator(tokens // page_size)
-        slots = self.pages.count * page_size
+        self.pages = PageAllocator(max(1, tokens // page_size))
+        self.kernel = kernel
+        self.spare_page = self.pages.count
+        slots = (self.pages.count + (kernel is not None)) * page_size
+        devices = [device] * (end - start) if isinstance(device, torch.device) else device
+
+        def pool(dim: int, device: torch.device) -> torch.Tensor:
+            if kernel is None:
+                return torch.empty(kv_heads, 1, slots, dim, dtype=dtype, device=device)
+            tokens = torch.empty(slots, kv_heads, dim, dtype=dtype, device=device)
+            tokens[self.spare_page * page_size :] = 0  # is read before it is written, and must be finite
+            return tokens.transpose(0, 1)[:, None]
 
         def pools(dim: int) -> dict[int, torch.Tensor]:
-            shape = (kv_heads, 1, slots, dim)
-            return {block: torch.empty(shape, dtype=dtype, device=device) for block in range(start, end)}
+            return {block: pool(dim, device) for block, device in zip(range(start, end), devices, strict=True)}
 
         self.keys = pools(key_dim)
         self.values = pools(value_dim)

@@ -16,6 +16,8 @@ from swarm.node.engine import attention as attention_module
 from swarm.node.engine.attention import attention
 from swarm.node.engine.batch import pack, pack_dense
 from swarm.node.engine.kv_cache import KVCache, Sequence
+from swarm.node.engine.paged_attention import PagedKernel
+from tests.node.engine.paged_reference import KERNEL
 
 DIM = 8
 RULES: dict[str, dict[str, Any]] = {
@@ -66,6 +68,7 @@ def with_tensors(rule: dict[str, Any], heads: int) -> dict[str, Any]:
     return {name: tensors[name] if value is True else value for name, value in rule.items()}
 
 
+@pytest.mark.parametrize("kernel", [None, KERNEL], ids=["by-row", "paged"])
 @pytest.mark.parametrize("rule", RULES)
 @settings(max_examples=10, deadline=None)
 @given(
@@ -76,7 +79,13 @@ def with_tensors(rule: dict[str, Any], heads: int) -> dict[str, Any]:
     seed=st.integers(0, 1000),
 )
 def test_rows_of_a_batch_see_their_own_past_only(
-    rule: str, lengths: list[tuple[int, int]], heads: tuple[int, int], in_pieces: bool, fragmented: bool, seed: int
+    rule: str,
+    kernel: PagedKernel | None,
+    lengths: list[tuple[int, int]],
+    heads: tuple[int, int],
+    in_pieces: bool,
+    fragmented: bool,
+    seed: int,
 ) -> None:
     torch.manual_seed(seed)
     query_heads, kv_heads = heads
@@ -91,6 +100,7 @@ def test_rows_of_a_batch_see_their_own_past_only(
         value_dim=DIM,
         dtype=torch.float32,
         device=cpu,
+        kernel=kernel,
     )
     for pool in (cache.keys[3], cache.values[3]):
         pool.fill_(torch.nan)  # what isn't written must not be read

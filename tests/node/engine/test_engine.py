@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarm.errors import BadRequestError, LeavingError, OutOfCacheError, RemoteError
+from swarm.node.engine.acceleration import Acceleration
 from swarm.node.engine.engine import Engine
+from tests.node.engine.paged_reference import KERNEL
 
 Get = Callable[[str], Any]
 Start = Callable[..., Engine]
@@ -228,7 +230,9 @@ def test_stopping_fails_what_waits(span: FragileSpan, start_engine: Start) -> No
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_random_sessions_get_what_they_would_get_alone(reference: Get, data: st.DataObject) -> None:
-    engine = Engine(reference("llama-gqa").span, cache_tokens=160, page_size=2, max_batch_tokens=8)
+    acceleration = Acceleration(KERNEL, lambda _, step: step) if data.draw(st.booleans()) else None
+    options: dict[str, Any] = {"cache_tokens": 160, "page_size": 2, "max_batch_tokens": 8}
+    engine = Engine(reference("llama-gqa").span, acceleration=acceleration, **options)
     engine.start()
     try:
         runs = []
