@@ -61,10 +61,9 @@ def decode(message: runtime_pb2.Tensor, *, max_elements: int) -> torch.Tensor:
     if dtype is None:
         raise BadRequestError(f"tensors of dtype {message.dtype[:40]!r} are not taken")
     shape = tuple(message.size)
-    elements = 1
-    for size in shape:
-        elements *= size
-    if len(shape) > 4 or elements > max_elements:
+    elements = math.prod(shape)
+    # without its zeros, which would hide sizes of which torch can't make even an empty tensor
+    if len(shape) > 4 or math.prod(size for size in shape if size) > max_elements:
         raise BadRequestError(f"a tensor of shape {shape[:8]} is too large: the limit is {max_elements} elements")
     if message.compression == FLOAT16:
         if len(message.buffer) != elements * 2 or dtype == torch.int64:
