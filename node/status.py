@@ -14,7 +14,7 @@ from rich.text import Text
 from swarm import dht
 from swarm.dht import RemoteSpan
 from swarm.peer import Peer, PeerOptions
-from swarm.records import ServerState
+from swarm.records import ServerInfo, ServerState
 from swarm.source import resolve
 
 
@@ -86,6 +86,7 @@ def _as_dict(model: str, num_blocks: int, spans: list[RemoteSpan]) -> dict[str, 
             "cache_tokens_left": span.info.cache_tokens_left,
             "sessions": span.info.offer.sessions if span.info.offer is not None else None,
             "dtype": span.info.torch_dtype,
+            "quantization": span.info.quant_type,
             "version": span.info.version,
         }
         for span in spans
@@ -94,9 +95,14 @@ def _as_dict(model: str, num_blocks: int, spans: list[RemoteSpan]) -> dict[str, 
     return {"model": model, "num_blocks": num_blocks, "nodes": nodes, "holes": missing}
 
 
+def _weights(info: ServerInfo) -> str:
+    """How a node holds its weights: quantized, or in which dtype."""
+    return info.quant_type if info.quant_type not in (None, "none") else info.torch_dtype or "?"
+
+
 def _table(model: str, num_blocks: int, spans: list[RemoteSpan]) -> Group:
     table = Table(title=f"{model}: {num_blocks} blocks")
-    for column in ("blocks", "node", "name", "state", "blocks/s", "free KV", "sessions", "dtype", "version"):
+    for column in ("blocks", "node", "name", "state", "blocks/s", "free KV", "sessions", "weights", "version"):
         table.add_column(column)
     for span in spans:
         info = span.info
@@ -109,7 +115,7 @@ def _table(model: str, num_blocks: int, spans: list[RemoteSpan]) -> Group:
             f"{info.throughput:.0f}",
             str(info.cache_tokens_left) if info.cache_tokens_left is not None else "?",
             sessions,
-            info.torch_dtype or "?",
+            _weights(info),
             info.version or "?",
         )
     missing = holes(_online(spans), num_blocks)

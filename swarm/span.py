@@ -32,7 +32,7 @@ class Span:
 
     Attributes:
         kv_heads, key_dim, value_dim: of each block's KV cache.
-        parameter_bytes: memory of the weights.
+        parameter_bytes: memory of the weights as they were loaded, before they were packed or quantized.
     """
 
     start: int
