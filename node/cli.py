@@ -138,8 +138,8 @@ def serve(
         typer.Option(
             envvar="SWARM_CACHE_TOKENS",
             min=16,
-            help="KV cache in tokens, shared by all sessions. Default: four times 4096, or the positions of a model that "
-            "has fewer, and half of the memory left then, up to 32 times.",
+            help="KV cache in tokens, shared by all sessions. Default: four times 4096, or the positions of a model "
+            "that has fewer, and half of the memory left then, up to 32 times.",
             rich_help_panel=_COMPUTE,
         ),
     ] = None,

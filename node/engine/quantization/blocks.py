@@ -21,6 +21,8 @@ _ROUTERS = {"gate", "router"}
 class QuantizedLinear(nn.Module):
     """A linear layer over a quantized matrix: ``[…, in]`` to ``[…, out]``."""
 
+    bias: torch.Tensor | None
+
     def __init__(self, matrix: QuantizedMatrix, bias: torch.Tensor | None) -> None:
         super().__init__()
         self.matrix = matrix
@@ -73,7 +75,7 @@ def _places(block: nn.Module, scheme: Scheme) -> Iterator[_Place]:
             if isinstance(child, nn.Linear) and name not in _ROUTERS:
                 shapes: tuple[tuple[int, int, int], ...] = ((1, child.out_features, child.in_features),)
             elif weights := expert_weights(child):
-                shapes = tuple(weight.shape for weight in weights.values())
+                shapes = tuple(tuple(weight.shape) for weight in weights.values())  # type: ignore[misc]
             else:
                 continue
             if all(scheme.fits(out, size) for _, out, size in shapes):

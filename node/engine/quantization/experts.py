@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,7 +39,7 @@ class QuantizedExperts(nn.Module):
 
     def __init__(self, experts: nn.Module, make: Callable[[torch.Tensor], QuantizedMatrix]) -> None:
         super().__init__()
-        self.family = experts
+        self.family: Any = experts
         for name in list(expert_weights(experts)):
             weights = _weights_of(experts, name)
             assert weights is not None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-_CHUNK = 1 << 20  # weights that are quantized in one go
+_CHUNK = 1 << 18  # weights that are quantized in one go
 
 
 class QuantizedMatrix(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -176,37 +178,49 @@ def test_what_can_not_be_done_is_said() -> None:
 
 
 PROGRAM = """
-import sys, torch
+import json, sys, torch
+from swarm.memory import trim
 from swarm.node.engine.quantization import find_scheme, finish_block, quantized_bytes
 from swarm.skeleton import build_skeleton, load_span
 from swarm.source import resolve
-path, name = sys.argv[1:]
-dtype = torch.bfloat16
-source, scheme = resolve(path), find_scheme(name, torch.device("cpu"), dtype)
 
-def load(start, end):
-    return load_span(source, start, end, dtype=dtype, device="cpu", finish=lambda block: finish_block(block, scheme))
+def memory(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) * 1024
 
-def peak():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+def measure(path, name):
+    dtype = torch.bfloat16
+    source, scheme = resolve(path), find_scheme(name, torch.device("cpu"), dtype)
+    block = build_skeleton(source, dtype).layers[0]
 
-load(0, 1)  # what is needed once, whatever is loaded
-open("/proc/self/clear_refs", "w").write("5")  # starts the peak anew
-before = peak()
-span = load(1, 7)
-block = build_skeleton(source, dtype).layers[0]
-print(6 * quantized_bytes(block, scheme), quantized_bytes(block, None), peak() - before)
+    def load(start, end):
+        finish = lambda block: finish_block(block, scheme)
+        return load_span(source, start, end, dtype=dtype, device="cpu", finish=finish)
+
+    load(0, 1)  # what is needed once, whatever is loaded
+    trim()
+    before = memory("VmRSS")
+    open("/proc/self/clear_refs", "w").write("5")  # starts the peak anew
+    span = load(1, 5)
+    return [4 * quantized_bytes(block, scheme), quantized_bytes(block, None), memory("VmHWM") - before]
+
+print(json.dumps([measure(path, name) for path, name in zip(sys.argv[1::2], sys.argv[2::2])]))
 """
 
 
-@pytest.mark.parametrize(
-    ("name", "like", "options"),
-    [("int8", "llama-gqa", {}), ("nf4", "mixtral", {"intermediate": 1024}), ("int4", "llama-gqa", {})],
-)
-def test_the_peak_of_loading_is_one_block_above(tmp_path: Path, name: str, like: str, options: dict[str, int]) -> None:
-    sizes = {"hidden": 1024, "heads": 16, "kv_heads": 4, "intermediate": 4096, "layers": 7, **options}
-    path = make_checkpoint(tmp_path / "m", make_config(like, dtype="bfloat16", **sizes), max_shard_bytes=100 << 20)
-    done = subprocess.run([sys.executable, "-c", PROGRAM, str(path), name], capture_output=True, text=True, check=True)
-    quantized, block, peak = map(int, done.stdout.split())
-    assert quantized > 40 << 20
-    assert peak <= quantized + block + (16 << 20)
+def test_the_peak_of_loading_is_one_block_above_what_is_loaded(tmp_path: Path) -> None:
+    sizes = {"hidden": 1024, "heads": 16, "kv_heads": 4, "layers": 5}
+    llama = make_checkpoint(tmp_path / "l", make_config("llama-gqa", dtype="bfloat16", intermediate=4096, **sizes))
+    mixtral = make_checkpoint(tmp_path / "m", make_config("mixtral", dtype="bfloat16", intermediate=1024, **sizes))
+    runs = [(llama, "int8"), (mixtral, "nf4"), (llama, "int4")]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *(str(part) for run in runs for part in run)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    for run, (quantized, block, peak) in zip(runs, json.loads(done.stdout), strict=True):
+        assert quantized < 2.1 * block, run  # so that one block more would show
+        # experts that are stacked while they are read: one projection of all of them more
+        slack = (32 if run[0] == mixtral else 16) << 20
+        assert peak <= quantized + block + slack, run
