@@ -26,7 +26,7 @@ class Int4Matrix(QuantizedMatrix):
     """uint8 ``[out, in / 2]`` in the CPU's own layout, and ``[in / group, out, 2]`` scales and offsets in the dtype of
     the weights."""
 
-    many_rows = 32
+    many_rows = 128
     packed: torch.Tensor
     scales: torch.Tensor
 

@@ -17,7 +17,7 @@ _OUTLIER = 6.0
 class Int8Matrix(QuantizedMatrix):
     """int8 ``[out, in]`` and scales ``[out]`` in the dtype of the weights, on a CPU."""
 
-    many_rows = 32
+    many_rows = 24
     weight: torch.Tensor
     scale: torch.Tensor
 

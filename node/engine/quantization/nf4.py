@@ -16,7 +16,6 @@ from swarm.node.engine.quantization.matrix import QuantizedMatrix, chunks
 
 GROUP = 64
 _ROWS = 32  # that lie interleaved in the layout of the CPU's kernel
-_FEWEST = 4  # rows: the kernel computes one to three several times slower than four
 
 
 class NF4Matrix(QuantizedMatrix):
@@ -26,7 +25,7 @@ class NF4Matrix(QuantizedMatrix):
     is dequantized each time, which is correct and slow.
     """
 
-    many_rows = 32
+    many_rows = 192
     packed: torch.Tensor
     scale: torch.Tensor
     code: torch.Tensor
@@ -46,13 +45,10 @@ class NF4Matrix(QuantizedMatrix):
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         if x.dtype != torch.bfloat16 or not has_cpu_kernel():
             return nn.functional.linear(x, self.dequantize(x.dtype))
-        rows = len(x)
-        if rows < _FEWEST:
-            x = nn.functional.pad(x, (0, 0, 0, _FEWEST - rows))
         output: torch.Tensor = torch.ops.bitsandbytes.gemv_4bit(
             x.contiguous(), self.packed, (self.out_features, self.in_features), self.scale, self.code, GROUP
         )
-        return output[:rows]
+        return output
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         output: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit(

@@ -45,14 +45,14 @@ def test_products_are_those_of_the_dequantized_matrix(name: str, dtype: torch.dt
     assert _error(restored, weight) < scheme.error
     assert not restored[3].any()
     assert matrix.stored_bytes == scheme.size(*shape, dtype)
-    x = torch.randn(100, shape[1]).to(dtype)
+    x = torch.randn(200, shape[1]).to(dtype)  # so many that the matrix is dequantized
     bound = 4e-3 if dtype == torch.bfloat16 else 1e-5
     whole = matrix(x)
     assert _error(whole, x.double() @ restored.double().T) < bound
-    for rows in (1, 2, 5, 31, 32):
+    for rows in (1, 2, 5, 23, 24, 100):
         assert _error(matrix(x[:rows]), whole[:rows]) < 2 * bound
     assert matrix(x[:0]).shape == (0, shape[0])
-    assert matrix(x.view(4, 25, -1)).shape == (4, 25, shape[0])
+    assert matrix(x.view(4, 50, -1)).shape == (4, 50, shape[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
