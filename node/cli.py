@@ -127,12 +127,24 @@ def serve(
             rich_help_panel=_COMPUTE,
         ),
     ] = "auto",
+    quantization: Annotated[
+        str,
+        typer.Option(
+            envvar="SWARM_QUANTIZATION",
+            metavar="none|int8|nf4|int4|auto",
+            help="Bits of the weights. none: as they are, for exactly the tokens of the whole model. int8 (half the "
+            "memory), nf4, int4 (a quarter): more blocks fit, with a small error. auto: none if all that is asked for "
+            "fits, else nf4. int8 on a GPU and nf4 need bitsandbytes.",
+            rich_help_panel=_COMPUTE,
+        ),
+    ] = "none",
     cache_tokens: Annotated[
         int | None,
         typer.Option(
             envvar="SWARM_CACHE_TOKENS",
             min=16,
-            help="KV cache in tokens, shared by all sessions; default 16384.",
+            help="KV cache in tokens, shared by all sessions. Default: four times 4096, or the positions of a model "
+            "that has fewer, and half of the memory left then, up to 32 times.",
             rich_help_panel=_COMPUTE,
         ),
     ] = None,
@@ -212,6 +224,7 @@ def serve(
             num_blocks=num_blocks,
             device=device,
             dtype=dtype,
+            quantization=quantization,
             cache_tokens=cache_tokens,
             max_batch_tokens=max_batch_tokens,
             deterministic=deterministic,

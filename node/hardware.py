@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from pathlib import Path
 
 import torch
 
@@ -66,7 +68,29 @@ def free_memory(device: torch.device) -> int:
         with open("/proc/meminfo") as lines:
             for line in lines:
                 if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
+                    return int(min(int(line.split()[1]) * 1024, _left_in_container()))
     except OSError:
         pass
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # macOS: half of what is built in
+
+
+def _left_in_container(root: Path = Path("/sys/fs/cgroup")) -> float:
+    """Bytes until the limit that a container sets; infinite without one. ``/proc/meminfo`` is about the whole machine.
+
+    Files that are cached count as used, but go when memory is needed.
+    """
+    version_2 = (root / "memory.max", root / "memory.current", root / "memory.stat", "inactive_file")
+    old = root / "memory"
+    version_1 = (
+        old / "memory.limit_in_bytes",
+        old / "memory.usage_in_bytes",
+        old / "memory.stat",
+        "total_inactive_file",
+    )
+    for limit, usage, statistics, cached in (version_2, version_1):
+        try:
+            pairs = dict(line.split() for line in statistics.read_text().splitlines())
+            return max(0, int(limit.read_text()) - int(usage.read_text()) + int(pairs.get(cached, 0)))
+        except (OSError, ValueError):  # no such version; or no limit, which is spelled "max"
+            continue
+    return math.inf

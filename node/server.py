@@ -21,19 +21,19 @@ from swarm.node.announcer import Announcer
 from swarm.node.engine.acceleration import Acceleration, accelerate
 from swarm.node.engine.deterministic import check, make_deterministic
 from swarm.node.engine.engine import Engine
-from swarm.node.engine.packing import pack_block
+from swarm.node.engine.quantization import Scheme, find_scheme, finish_block, quantized_bytes, schemes_on
 from swarm.node.handler import Handler
 from swarm.node.hardware import choose_devices, choose_dtype, free_memory
 from swarm.node.limits import Limits
 from swarm.node.metrics import serve_metrics
 from swarm.node.output import Output
-from swarm.node.placement import blocks_that_fit, choose_start, coverage, share_blocks
+from swarm.node.placement import Plan, Sizes, Wish, choose_start, coverage, plan_memory, share_blocks, usable_together
 from swarm.node.requests import Served
 from swarm.node.settings import NodeSettings
 from swarm.node.throughput import measure
 from swarm.peer import Peer
 from swarm.records import Offer, ServerInfo, ServerState
-from swarm.skeleton import Span, cache_bytes_per_token, estimate_block_bytes, fetch_span, load_span
+from swarm.skeleton import Span, build_skeleton, cache_bytes_per_token, fetch_span, load_span
 from swarm.source import ModelSource, resolve
 
 T = TypeVar("T")
@@ -88,23 +88,29 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
             )
         )
     dtype = choose_dtype(settings.dtype, source.dtype, devices[0])
-    if settings.blocks is not None:
-        parse_blocks(settings.blocks, source.num_blocks)  # before the network is touched
+    plan = await in_thread(lambda: _plan(settings, source, dtype, devices))  # before the network is touched
+    scheme = None if plan.quantization == "none" else find_scheme(plan.quantization, devices[0], dtype)
 
     peer = await Peer.start(settings.peer)
     stack.push_async_callback(peer.stop)
     records = await dht.fetch(peer.dht, source.dht_prefix, source.num_blocks)
     shape = fingerprint(source.config)
     _check_same_shape(records, shape, source, peer)
-    start, end, reason = _choose_blocks(settings, source, dtype, devices, records, peer)
-    output.event("blocks", f"Serving blocks {start}:{end} of {source.num_blocks} ({reason})", blocks=[start, end])
+    start, end, reason = _choose_blocks(settings, source, plan, records, peer)
+    output.event(
+        "blocks",
+        f"Serving blocks {start}:{end} of {source.num_blocks} in {dtype_name(dtype)}, {reason}: {plan.reason}",
+        blocks=[start, end],
+        quantization=plan.quantization,
+        cache_tokens=plan.cache_tokens,
+    )
 
     offer = Offer(
         fingerprint=shape,
         push_stream=True,
         left_padding=True,
         started=time.time(),
-        cache_tokens_total=settings.kv_tokens,
+        cache_tokens_total=plan.cache_tokens,
         deterministic=settings.deterministic,
     )
     info = ServerInfo(
@@ -115,7 +121,7 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
         public_name=settings.name,
         version=__version__,
         torch_dtype=dtype_name(dtype),
-        quant_type="none",
+        quant_type=plan.quantization,
         using_relay=settings.peer.relay,
         offer=offer,
     )
@@ -123,13 +129,13 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
     announcer = Announcer(peer, source.dht_prefix, source.num_blocks, repository, info, period=settings.update_period)
     await announcer.announce(ServerState.JOINING)
 
-    span = await _load(source, start, end, dtype, _place(devices, end - start, source, dtype, settings), output)
+    span = await _load(source, start, end, dtype, _place(devices, plan), scheme, output)
     if settings.deterministic:
         with output.stage("deterministic", "Making sure that results don't depend on the batch"):
             await in_thread(lambda: _make_deterministic(span))
     engine = Engine(
         span,
-        cache_tokens=settings.kv_tokens,
+        cache_tokens=plan.cache_tokens,
         max_batch_tokens=settings.max_batch_tokens,
         # recorded steps are padded to sizes that depend on who else is there
         acceleration=Acceleration() if settings.deterministic else await in_thread(lambda: accelerate(span)),
@@ -141,7 +147,7 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
         speed = await in_thread(lambda: measure(engine, start, end, source.hidden_size))
 
     served = Served(source.dht_prefix, start, end, source.hidden_size, dtype)
-    limits = Limits(max_length=min(source.max_positions or settings.kv_tokens, settings.kv_tokens))
+    limits = Limits(max_length=min(source.max_positions or plan.cache_tokens, plan.cache_tokens))
     handler = Handler(peer.p2p, engine, served, limits)
     await handler.register()
     if settings.metrics_port is not None:
@@ -159,7 +165,13 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
 
 
 async def _load(
-    source: ModelSource, start: int, end: int, dtype: torch.dtype, devices: Sequence[torch.device], output: Output
+    source: ModelSource,
+    start: int,
+    end: int,
+    dtype: torch.dtype,
+    devices: Sequence[torch.device],
+    scheme: Scheme | None,
+    output: Output,
 ) -> Span:
     if source.hub is not None:
         with output.stage("download", f"Downloading what is missing of blocks {start}:{end}") as fetched:
@@ -167,7 +179,13 @@ async def _load(
     with output.stage("load", f"Loading blocks {start}:{end}") as report:
         return await in_thread(
             lambda: load_span(
-                source, start, end, dtype=dtype, device=devices, progress=lambda *done: report(*done), finish=pack_block
+                source,
+                start,
+                end,
+                dtype=dtype,
+                device=devices,
+                progress=lambda *done: report(*done),
+                finish=lambda block: finish_block(block, scheme),
             )
         )
 
@@ -178,14 +196,9 @@ def _make_deterministic(span: Span) -> None:
     check(span)
 
 
-def _place(
-    devices: Sequence[torch.device], count: int, source: ModelSource, dtype: torch.dtype, settings: NodeSettings
-) -> list[torch.device]:
-    """The device of each of ``count`` blocks."""
-    if len(devices) == 1:
-        return [devices[0]] * count
-    each = estimate_block_bytes(source, dtype) + cache_bytes_per_token(source, dtype) * settings.kv_tokens
-    shares = share_blocks(count, [free_memory(device) for device in devices], each)
+def _place(devices: Sequence[torch.device], plan: Plan) -> list[torch.device]:
+    """The device of each block of the plan."""
+    shares = share_blocks(plan.num_blocks, [free_memory(device) for device in devices], plan.bytes_each)
     return [device for device, share in zip(devices, shares, strict=True) for _ in range(share)]
 
 
@@ -200,35 +213,40 @@ def _check_same_shape(records: list[dict[Any, ServerInfo]], shape: str, source: 
                 )
 
 
+def _plan(settings: NodeSettings, source: ModelSource, dtype: torch.dtype, devices: Sequence[torch.device]) -> Plan:
+    """What fits into the memory of ``devices``, which are of one kind."""
+    device = devices[0]
+    if settings.quantization not in ("none", "auto"):
+        find_scheme(settings.quantization, device, dtype)
+    blocks = settings.num_blocks
+    if settings.blocks is not None:
+        start, end = parse_blocks(settings.blocks, source.num_blocks)
+        blocks = end - start
+    layers = build_skeleton(source, dtype, attention="eager").layers
+    kinds = {"none": None} | {scheme.name: scheme for scheme in schemes_on(device)}
+    sizes = Sizes(
+        num_blocks=source.num_blocks,
+        block_bytes={name: max(quantized_bytes(block, kind) for block in layers) for name, kind in kinds.items()},
+        token_bytes=cache_bytes_per_token(source, dtype),
+        positions=source.max_positions,
+    )
+    free = usable_together([free_memory(each) for each in devices], max(sizes.block_bytes.values()))
+    return plan_memory(free, sizes, Wish(blocks, settings.quantization, settings.cache_tokens))
+
+
 def _choose_blocks(
-    settings: NodeSettings,
-    source: ModelSource,
-    dtype: torch.dtype,
-    devices: Sequence[torch.device],
-    records: list[dict[Any, ServerInfo]],
-    peer: Peer,
+    settings: NodeSettings, source: ModelSource, plan: Plan, records: list[dict[Any, ServerInfo]], peer: Peer
 ) -> tuple[int, int, str]:
     if settings.blocks is not None:
         return (*parse_blocks(settings.blocks, source.num_blocks), "as asked")
-    count = settings.num_blocks
-    if count is None:
-        free, block = [free_memory(device) for device in devices], estimate_block_bytes(source, dtype)
-        cache = cache_bytes_per_token(source, dtype) * settings.kv_tokens
-        count = blocks_that_fit(free, block, cache, source.num_blocks)
-        size = f"{(block + cache) / 2**20:.0f} MiB each with {settings.kv_tokens} tokens of KV cache"
-        reason = f"{count} fit: {size}, {sum(free) / 2**30:.1f} GiB free"
-    elif 1 <= count <= source.num_blocks:
-        reason = "as many as asked"
-    else:
-        raise UsageError(f"--num-blocks {count}: the model has {source.num_blocks} blocks")
     spans = dht.spans_of(records, min_state=ServerState.JOINING)
     others = [
         (span.start, span.end, max(span.info.throughput, 1.0))
         for span in spans.values()
         if span.peer_id != peer.peer_id
     ]
-    start = choose_start(coverage(others, source.num_blocks), count)
-    return start, start + count, f"{reason}; where the swarm is thinnest"
+    start = choose_start(coverage(others, source.num_blocks), plan.num_blocks)
+    return start, start + plan.num_blocks, "where the swarm is thinnest"
 
 
 def _say_ready(settings: NodeSettings, source: ModelSource, peer: Peer, start: int, end: int, output: Output) -> None:

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from swarm.peer import PeerOptions
 
-DEFAULT_CACHE_TOKENS = 16384
-
 
 @dataclass(frozen=True)
 class NodeSettings:
@@ -17,6 +15,7 @@ class NodeSettings:
     Attributes:
         blocks: ``"START:END"``.
         num_blocks: how many blocks, where the swarm is thinnest.
+        quantization: of the weights: ``"none"``, ``"int8"``, ``"nf4"``, ``"int4"``, or ``"auto"``.
         cache_tokens: size of the KV cache in tokens, over all sessions.
         max_batch_tokens: tokens computed in one turn; a longer prompt is cut into chunks.
         deterministic: a session's results don't depend on who else uses the node, to the last bit.
@@ -29,6 +28,7 @@ class NodeSettings:
     num_blocks: int | None = None
     device: str = "auto"
     dtype: str = "auto"
+    quantization: str = "none"
     cache_tokens: int | None = None
     max_batch_tokens: int = 512
     deterministic: bool = False
@@ -39,8 +39,3 @@ class NodeSettings:
     cache_dir: Path | None = None
     metrics_port: int | None = None
     update_period: float = 20.0
-
-    @property
-    def kv_tokens(self) -> int:
-        """Size of the KV cache in tokens, as asked for or by default."""
-        return self.cache_tokens or DEFAULT_CACHE_TOKENS

@@ -1,10 +1,11 @@
 """Speed of a swarm on this machine, as ratios to transformers' own ``generate`` in one process, taken in one run.
 
     python scripts/bench.py                 # everything; about ten minutes on two cores
-    python scripts/bench.py --only small    # one of: small, large, sessions, prefill
+    python scripts/bench.py --only small    # one of: small, large, sessions, prefill, quantization
 
 Models are made on the spot with random weights. Two nodes on loopback, each with half of the blocks, and the same
 number of threads for everyone. Ours and theirs are measured in turns, and the medians of the turns are compared.
+Quantized nodes are compared with one in bfloat16 instead: one node each, with all blocks of the large model.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ TARGETS = {
     "large: one stream, ours / transformers": 1.0,
     "small: one stream, ours / transformers": 0.7,
     "large: 16 sessions together / one stream": 7.0,
+    "large: one stream, int8 / bfloat16": 1.0,
+    "large: one stream, nf4 / bfloat16": 1.8,
+    "large: one stream, int4 / bfloat16": 1.8,
 }
 
 
@@ -58,7 +62,7 @@ def make_model(size: str, into: Path) -> Path:
 
 
 @contextlib.contextmanager
-def run_nodes(path: Path, spans: Sequence[str], threads: int) -> Iterator[list[str]]:
+def run_nodes(path: Path, spans: Sequence[str], threads: int, *options: str) -> Iterator[list[str]]:
     """Nodes for these spans; gives the addresses to join by."""
     processes: list[subprocess.Popen[str]] = []
     peers: list[str] = []
@@ -66,7 +70,7 @@ def run_nodes(path: Path, spans: Sequence[str], threads: int) -> Iterator[list[s
     try:
         for span in spans:
             command = [str(Path(sys.executable).with_name("swarm-node")), "serve", str(path), "--blocks", span]
-            command += ["--host", "127.0.0.1", "--log-format", "json"]
+            command += ["--host", "127.0.0.1", "--log-format", "json", *options]
             command += [option for peer in peers for option in ("--initial-peers", peer)]
             process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
             processes.append(process)
@@ -140,7 +144,9 @@ def together_tokens_per_second(model: Any, ids: torch.Tensor, sessions: int, tok
 
 
 def main(
-    only: Annotated[str | None, typer.Option(help="small, large, sessions or prefill; default: all.")] = None,
+    only: Annotated[
+        str | None, typer.Option(help="small, large, sessions, prefill or quantization; default: all.")
+    ] = None,
     threads: Annotated[int, typer.Option(help="Threads of each process.")] = os.cpu_count() or 1,
     tokens: Annotated[int, typer.Option(help="Tokens of each measurement.")] = 32,
     rounds: Annotated[int, typer.Option(help="Turns of each measurement.")] = 5,
@@ -158,10 +164,14 @@ def main(
     print(f"{'measured':44} {'ours':>12} {'transformers':>14} {'ratio':>7} {'target':>7}")
     with tempfile.TemporaryDirectory(prefix="swarm-bench-") as workdir:
         for size in ("small", "large"):
-            wanted = {size} if size == "small" else {"large", "sessions", "prefill"}
+            wanted = {size} if size == "small" else {"large", "sessions", "prefill", "quantization"}
             if only is not None and only not in wanted:
                 continue
             path, half, count = make_model(size, Path(workdir)), BLOCKS[size] // 2, BLOCKS[size]
+            if size == "large" and only in (None, "quantization"):
+                bench_quantization(path, threads, tokens, rounds)
+            if only == "quantization":
+                continue
             with (
                 run_nodes(path, (f"0:{half}", f"{half}:{count}"), threads) as peers,
                 SwarmModelForCausalLM.from_pretrained(str(path), initial_peers=peers) as model,
@@ -182,6 +192,22 @@ def main(
                         rounds, partial(first_token_seconds, model, long), partial(first_token_seconds, whole, long)
                     )
                     report("large: first token of 1,024, seconds", ours, theirs, "s", at_most=1.15)
+
+
+def bench_quantization(path: Path, threads: int, tokens: int, rounds: int) -> None:
+    """One stream through a node of each kind, in turns."""
+    from swarm.client import SwarmModelForCausalLM
+
+    kinds = ("none", "int8", "nf4", "int4")
+    ids = torch.randint(100, 30000, (1, 32), generator=torch.Generator().manual_seed(0))
+    with contextlib.ExitStack() as stack:
+        models = []
+        for kind in kinds:
+            peers = stack.enter_context(run_nodes(path, ("0:16",), threads, "--quantization", kind))
+            models.append(stack.enter_context(SwarmModelForCausalLM.from_pretrained(str(path), initial_peers=peers)))
+        plain, *others = in_turns(rounds, *(partial(decode_seconds, model, ids, tokens) for model in models))
+    for kind, seconds in zip(kinds[1:], others, strict=True):
+        report(f"large: one stream, {kind} / bfloat16", 1 / seconds, 1 / plain, "tok/s")
 
 
 def report(name: str, ours: float, theirs: float, unit: str, *, at_most: float | None = None) -> None:

@@ -2,7 +2,7 @@
 """How fast nodes generate on one GPU, beside the memory bandwidth that bounds them.
 
     python scripts/bench_gpu.py                                      # the largest model that fits, unquantized
-    python scripts/bench_gpu.py --model llama-2-70b --scheme nf4     # once nodes can quantize
+    python scripts/bench_gpu.py --model llama-2-70b --scheme nf4
     python scripts/bench_gpu.py --device cpu --tiny                  # the same code on a toy, to see that it runs
 
 What is measured: three nodes' engines on one card, each with a third of a model's blocks, in one process. Sessions are
@@ -25,9 +25,10 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -40,7 +41,7 @@ from torch import nn
 
 from swarm.node.engine.acceleration import accelerate
 from swarm.node.engine.engine import Engine
-from swarm.node.engine.packing import pack_block
+from swarm.node.engine.quantization import find_scheme, finish_block
 from swarm.node.engine.session import EngineSession
 from swarm.node.engine.static_decode import Record, Step
 from swarm.node.hardware import free_memory
@@ -90,13 +91,6 @@ class Run:
     passes: float
 
 
-def finisher(scheme: str) -> Callable[[nn.Module], None]:
-    """What serving does to each block once it is loaded. The one place where quantization is chosen."""
-    if scheme == "none":
-        return pack_block
-    raise SystemExit(f"--scheme {scheme}: this version of the node can't quantize; take none")
-
-
 def source_of(name: str, dtype: torch.dtype) -> ModelSource:
     """The model of this name, as far as its config goes: there is no checkpoint."""
     shape = MODELS[name]
@@ -128,8 +122,10 @@ def build_node(name: str, scheme: str, start: int, end: int, device: torch.devic
                     values.fill_(float(key == "weight"))
                 setattr(module, key, nn.Parameter(values, requires_grad=False))
 
+    found = None if scheme == "none" else find_scheme(scheme, device, dtype)
+    finish = partial(finish_block, scheme=found)
     devices = [device] * (end - start)
-    return assemble_span(source, skeleton, start, dtype=dtype, devices=devices, fill=fill, finish=finisher(scheme))
+    return assemble_span(source, skeleton, start, dtype=dtype, devices=devices, fill=fill, finish=finish)
 
 
 def held_bytes(spans: Sequence[Span]) -> int:

@@ -30,7 +30,6 @@ __all__ = [
     "assemble_span",
     "build_skeleton",
     "cache_bytes_per_token",
-    "estimate_block_bytes",
     "fetch_span",
     "load_ends",
     "load_span",
@@ -169,7 +168,7 @@ def assemble_span(
         block = skeleton.layers[index]
         _fill_buffers(model, block, device)
         fill(index, device)
-        parameter_bytes += sum(_bytes(parameter) for parameter in block.parameters())
+        parameter_bytes += _parameter_bytes(block)
         if finish is not None:
             finish(block)
     if progress is not None:
@@ -255,12 +254,6 @@ def load_ends(source: ModelSource, *, dtype: torch.dtype | str = "checkpoint") -
     if model.can_generate():
         _read_generation_config(model, source)
     return model.requires_grad_(False).eval()
-
-
-def estimate_block_bytes(source: ModelSource, dtype: torch.dtype) -> int:
-    """Memory that the weights of one block take in ``dtype``; of the largest one where they differ."""
-    skeleton = build_skeleton(source, dtype, attention="eager")
-    return max(sum(_bytes(parameter) for parameter in block.parameters()) for block in skeleton.layers)
 
 
 def _layers_name(model: PreTrainedModel, count: int) -> str:
@@ -349,6 +342,10 @@ def _read_generation_config(model: PreTrainedModel, source: ModelSource) -> None
         source.hub.fetch("generation_config.json")
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+
+
+def _parameter_bytes(module: nn.Module) -> int:
+    return sum(_bytes(parameter) for parameter in module.parameters())
 
 
 def _bytes(tensor: torch.Tensor) -> int:

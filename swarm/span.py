@@ -36,7 +36,7 @@ class Span:
         devices: where each block is; blocks on one device are side by side.
         bases: for each device, the module with the buffers that position embeddings are made of.
         kv_heads, key_dim, value_dim: of each block's KV cache.
-        parameter_bytes: memory of the weights.
+        parameter_bytes: memory of the weights as they were loaded, before they were packed or quantized.
     """
 
     start: int

@@ -65,7 +65,7 @@ async def show(
 def status_view(overview: Overview) -> Group:
     """A table of the nodes, and whether every block is served."""
     table = Table(title=f"{overview.model}: {overview.num_blocks} blocks")
-    for column in ("blocks", "node", "name", "state", "blocks/s", "free KV", "sessions", "dtype", "version"):
+    for column in ("blocks", "node", "name", "state", "blocks/s", "free KV", "sessions", "weights", "version"):
         table.add_column(column)
     for node in overview.nodes:
         table.add_row(

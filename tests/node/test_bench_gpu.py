@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from swarm.skeleton import estimate_block_bytes
+from swarm.node.engine.quantization import quantized_bytes
+from swarm.skeleton import build_skeleton
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -16,7 +17,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 def test_it_runs_on_a_cpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.syspath_prepend(str(SCRIPTS))
     bench = importlib.import_module("bench_gpu")
-    bench.main(device="cpu", tiny=True)
+    bench.main(device="cpu", tiny=True, scheme="int4")
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split("|")[1:3] for line in lines if "tok/s" in line]
     assert [[cell.strip() for cell in row] for row in rows] == [["1", "16"], ["1", "40"], ["4", "16"], ["4", "40"]]
@@ -37,5 +38,6 @@ def test_the_geometries_are_those_of_the_models(monkeypatch: pytest.MonkeyPatch)
         if name == "tiny":
             continue
         source = bench.source_of(name, torch.bfloat16)
-        weights = estimate_block_bytes(source, torch.bfloat16) / 2 * shape.layers / 1e9
+        layers = build_skeleton(source, torch.bfloat16, attention="eager").layers
+        weights = quantized_bytes(layers[0], None) / 2 * shape.layers / 1e9
         assert weights == pytest.approx(shape.billions, rel=0.01)

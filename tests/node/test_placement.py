@@ -1,13 +1,30 @@
-"""Which blocks a node chooses."""
+"""Which blocks a node chooses, and what it does with its memory."""
 
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from swarm.errors import UsageError
-from swarm.node.placement import blocks_that_fit, choose_start, coverage, share_blocks
+from swarm.node.placement import (
+    Plan,
+    Sizes,
+    Wish,
+    choose_start,
+    coverage,
+    plan_memory,
+    share_blocks,
+    usable_together,
+)
+
+GIB = 2**30
+LLAMA_70B = Sizes(
+    num_blocks=80,
+    block_bytes={"none": int(1.59 * GIB), "int8": int(0.8 * GIB), "nf4": int(0.41 * GIB)},
+    token_bytes=4096,
+    positions=4096,
+)
 
 
 def test_the_hole_is_filled_first() -> None:
@@ -24,14 +41,6 @@ def test_the_worst_block_gets_help_wherever_it_is(shapes: list[tuple[int, int, f
     assert min(covered) in covered[start : start + count]
 
 
-def test_what_fits() -> None:
-    assert blocks_that_fit([100], 10, 0, 80) == 8
-    assert blocks_that_fit([10**6], 10, 5, 80) == 80
-    assert blocks_that_fit([100, 50, 11], 10, 0, 80) == 8 + 4
-    with pytest.raises(UsageError, match="one block needs"):
-        blocks_that_fit([100, 50], 90, 10, 80)
-
-
 def test_larger_devices_get_more_blocks() -> None:
     assert share_blocks(5, [100], 10) == [5]
     assert share_blocks(6, [100, 100], 10) == [3, 3]
@@ -40,9 +49,79 @@ def test_larger_devices_get_more_blocks() -> None:
 
 
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=6), st.integers(1, 50), st.data())
-def test_blocks_that_fit_fit_where_they_are_put(free: list[int], each: int, data: st.DataObject) -> None:
-    room = sum(one // each for one in free)
-    count = data.draw(st.integers(0, room))
+def test_blocks_that_are_planned_fit_where_they_are_put(free: list[int], each: int, data: st.DataObject) -> None:
+    count = data.draw(st.integers(0, usable_together(free, each) // each))
     shares = share_blocks(count, free, each)
     assert sum(shares) == count
     assert all(share * each <= one for share, one in zip(shares, free, strict=True))
+
+
+def test_a_gpu_and_a_large_model() -> None:
+    plan = plan_memory(24 * GIB, LLAMA_70B, Wish())
+    assert (plan.num_blocks, plan.quantization) == (12, "none")
+    assert plan.cache_tokens >= 16384
+    assert "--quantization nf4 would fit 43" in plan.reason
+    assert plan_memory(24 * GIB, LLAMA_70B, Wish(quantization="auto")).num_blocks == 43
+    everything = plan_memory(200 * GIB, LLAMA_70B, Wish(quantization="auto"))
+    assert (everything.num_blocks, everything.quantization) == (80, "none")
+
+
+def test_what_does_not_fit_is_refused_with_what_would() -> None:
+    with pytest.raises(UsageError, match=r"40 blocks need .*: serve 13 \(.*; or --quantization nf4$"):
+        plan_memory(24 * GIB, LLAMA_70B, Wish(blocks=40))
+    with pytest.raises(UsageError, match=r"one block needs .*--cache-tokens \d+$"):
+        plan_memory(3 * GIB, LLAMA_70B, Wish(cache_tokens=10**6))
+    with pytest.raises(UsageError, match=r"one block needs .*free some memory"):
+        plan_memory(GIB, LLAMA_70B, Wish())
+    with pytest.raises(UsageError, match="the model has 80 blocks"):
+        plan_memory(24 * GIB, LLAMA_70B, Wish(blocks=81))
+
+
+sizes = st.builds(
+    lambda blocks, block, token, positions: Sizes(
+        blocks, {"none": 8 * block, "int8": 4 * block, "nf4": 2 * block}, token, positions
+    ),
+    st.integers(1, 80),
+    st.integers(1, 1000),
+    st.integers(1, 4),
+    st.none() | st.integers(1, 10_000),
+)
+wishes = st.builds(
+    Wish,
+    st.none() | st.integers(1, 80),
+    st.sampled_from(["none", "int8", "nf4", "auto"]),
+    st.none() | st.integers(16, 20_000),
+)
+
+
+def _plan(free: int, sizes: Sizes, wish: Wish) -> Plan | None:
+    try:
+        return plan_memory(free, sizes, wish)
+    except UsageError:
+        return None
+
+
+@given(st.integers(0, 10**7), sizes, wishes)
+def test_no_plan_is_larger_than_memory(free: int, sizes: Sizes, wish: Wish) -> None:
+    plan = _plan(free, sizes, wish)
+    assume(plan is not None)
+    assert plan is not None
+    weights = plan.num_blocks * sizes.block_bytes[plan.quantization]
+    assert weights + plan.num_blocks * plan.cache_tokens * sizes.token_bytes <= free
+    assert plan.quantization == "none" or weights + sizes.block_bytes["none"] <= free
+    assert 1 <= plan.num_blocks <= sizes.num_blocks
+    assert plan.cache_tokens > 0
+    assert wish.blocks in (None, plan.num_blocks)
+    assert wish.cache_tokens in (None, plan.cache_tokens)
+    assert wish.quantization in ("auto", plan.quantization)
+
+
+@given(st.integers(0, 10**7), st.integers(0, 10**6), sizes, wishes)
+def test_more_memory_never_serves_less(free: int, more: int, sizes: Sizes, wish: Wish) -> None:
+    small, large = _plan(free, sizes, wish), _plan(free + more, sizes, wish)
+    if small is None:
+        return
+    assert large is not None
+    assert large.num_blocks >= small.num_blocks
+    if (large.num_blocks, large.quantization) == (small.num_blocks, small.quantization):
+        assert large.cache_tokens >= small.cache_tokens

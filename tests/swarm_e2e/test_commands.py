@@ -72,6 +72,8 @@ BAD = {
     "blocks twice": (["serve", "{path}", "--blocks", "0:2", "--num-blocks", "2"], "can't be given together"),
     "too many blocks": (["serve", "{path}", "--num-blocks", "7"], "the model has 6 blocks"),
     "an unknown dtype": (["serve", "{path}", "--dtype", "int4"], "float32, bfloat16, float16"),
+    "an unknown quantization": (["serve", "{path}", "--quantization", "int3"], "none, auto, int8, nf4, int4"),
+    "more KV cache than memory": (["serve", "{path}", "--cache-tokens", "999999999999"], "free memory"),
     "an unknown device": (["serve", "{path}", "--device", "tpu9"], "--device"),
     "no cuda": (["serve", "{path}", "--device", "cuda:63"], "CUDA devices"),
     "peers that are none": (["serve", "{path}", "--initial-peers", "192.168.1.5"], "/ip4/192.168.1.5/tcp"),

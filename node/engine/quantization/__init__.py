@@ -1,0 +1,10 @@
+"""Blocks with quantized weights: 8 or 4 bits each, computed with as they are, on a CPU or a CUDA device.
+
+Activations, the KV cache, norms and routers stay in the span's dtype. :mod:`~swarm.node.engine.quantization.schemes`
+says what there is, :mod:`~swarm.node.engine.quantization.blocks` puts it into a block.
+"""
+
+from swarm.node.engine.quantization.blocks import finish_block, quantized_bytes
+from swarm.node.engine.quantization.schemes import SCHEMES, Scheme, find_scheme, schemes_on
+
+__all__ = ["SCHEMES", "Scheme", "find_scheme", "finish_block", "quantized_bytes", "schemes_on"]

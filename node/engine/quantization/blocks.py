@@ -1,0 +1,88 @@
+"""Quantizing what is in a transformer block: linear layers, and experts that live in one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from swarm.memory import trim
+from swarm.node.engine.packing import pack_block
+from swarm.node.engine.quantization.experts import QuantizedExperts, expert_weights
+from swarm.node.engine.quantization.matrix import QuantizedMatrix
+from swarm.node.engine.quantization.schemes import Scheme
+
+_ROUTERS = {"gate", "router"}
+"""What small layers are called that choose experts: the choice must not change, and they weigh nothing."""
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer over a quantized matrix: ``[…, in]`` to ``[…, out]``."""
+
+    bias: torch.Tensor | None
+
+    def __init__(self, matrix: QuantizedMatrix, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.matrix = matrix
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Differentiable with respect to ``x``."""
+        output: torch.Tensor = self.matrix(x)
+        return output if self.bias is None else output + self.bias
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A module that is quantized, by where it is. ``shapes``: ``(matrices, out, in)`` of each of its weights."""
+
+    parent: nn.Module
+    name: str
+    module: nn.Module
+    shapes: tuple[tuple[int, int, int], ...]
+
+
+def finish_block(block: nn.Module, scheme: Scheme | None) -> None:
+    """Makes a block that was just loaded ready to compute: quantizes it if there is a scheme, one layer after the
+    other, so that only one has its weights twice at a time; packs the linear layers that are left."""
+    if scheme is not None:
+        with torch.no_grad():
+            places = list(_places(block, scheme))
+            while places:  # what is done is forgotten, and with it its weights
+                place = places.pop()
+                setattr(place.parent, place.name, _quantized(place.module, scheme))
+        trim()
+    pack_block(block)
+
+
+def quantized_bytes(block: nn.Module, scheme: Scheme | None) -> int:
+    """Memory that the weights of ``block``, which may be on the meta device, take once they are quantized."""
+    total = sum(parameter.numel() * parameter.element_size() for parameter in block.parameters())
+    if scheme is None:
+        return total
+    dtype = next(block.parameters()).dtype
+    for place in _places(block, scheme):
+        for count, out, size in place.shapes:
+            total -= count * (out * size * dtype.itemsize - scheme.size(out, size, dtype))
+    return total
+
+
+def _places(block: nn.Module, scheme: Scheme) -> Iterator[_Place]:
+    for parent in list(block.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear) and name not in _ROUTERS:
+                shapes: tuple[tuple[int, int, int], ...] = ((1, child.out_features, child.in_features),)
+            elif weights := expert_weights(child):
+                shapes = tuple(tuple(weight.shape) for weight in weights.values())  # type: ignore[misc]
+            else:
+                continue
+            if all(scheme.fits(out, size) for _, out, size in shapes):
+                yield _Place(parent, name, child, shapes)
+
+
+def _quantized(module: nn.Module, scheme: Scheme) -> nn.Module:
+    if isinstance(module, nn.Linear):
+        return QuantizedLinear(scheme.make(module.weight.detach()), module.bias)
+    return QuantizedExperts(module, scheme.make)
