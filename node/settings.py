@@ -19,6 +19,8 @@ class NodeSettings:
         num_blocks: how many blocks, where the swarm is thinnest.
         cache_tokens: size of the KV cache in tokens, over all sessions.
         max_batch_tokens: tokens computed in one turn; a longer prompt is cut into chunks.
+        idle_timeout: seconds after which an idle session ends.
+        idle_seconds: seconds after which it gives its cache to sessions that wait for some.
         update_period: seconds between two announcements.
     """
 
@@ -36,6 +38,8 @@ class NodeSettings:
     token: str | None = None
     cache_dir: Path | None = None
     metrics_port: int | None = None
+    idle_timeout: float = 15 * 60.0
+    idle_seconds: float = 60.0
     update_period: float = 20.0
 
     @property
