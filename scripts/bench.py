@@ -163,7 +163,7 @@ def main(
             path, half, count = make_model(size, Path(workdir)), BLOCKS[size] // 2, BLOCKS[size]
             with (
                 run_nodes(path, (f"0:{half}", f"{half}:{count}"), threads) as peers,
-                SwarmModelForCausalLM.from_pretrained(str(path), initial_peers=peers) as model,
+                SwarmModelForCausalLM.from_pretrained(str(path), initial_peers=peers, prefix_reuse="off") as model,
             ):
                 whole = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
                 ids = torch.randint(100, 30000, (1, 32), generator=torch.Generator().manual_seed(0))
