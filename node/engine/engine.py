@@ -131,7 +131,7 @@ class Engine:
         size = self.page_size
         pages = sum(-(-max(0, columns - padding) // size) for padding in session.padding)
         pages += len(session.padding) if prefix is not None and any(session.padding) else 0  # shared, and then copied
-        admission = Admission(session, min(pages, self._cache.pages.count), prefix, future)
+        admission = Admission(session, columns, min(pages, self._cache.pages.count), prefix, future)
         self._submit(("admit", (admission, wait)), future)
         return future
 
@@ -307,7 +307,8 @@ class Engine:
         session, size = admission.session, self.page_size
         session.pages = admission.pages
         session.context = None if admission.prefix is None else admission.prefix.context
-        columns = min((pad + len(pages) * size for pad, pages in zip(session.padding, found, strict=True)), default=0)
+        ends = (pad + len(pages) * size for pad, pages in zip(session.padding, found, strict=True))
+        columns = min(admission.columns, *ends)
         if any(found):
             lengths = [session.row_length(row, columns) for row in range(len(found))]
             self._cache.adopt(

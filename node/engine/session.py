@@ -49,9 +49,10 @@ class Prefix:
 
 @dataclass(eq=False)
 class Admission:
-    """A session that waits for ``pages`` to be free; the result is how many of its columns are there already."""
+    """A session of ``columns`` that waits for ``pages``; the result is how many of its columns are there already."""
 
     session: EngineSession
+    columns: int
     pages: int
     prefix: Prefix | None
     future: Future[int]
