@@ -57,15 +57,15 @@ def make_model(size: str, into: Path) -> Path:
 
 
 @contextlib.contextmanager
-def run_nodes(path: Path, spans: Sequence[str], threads: int) -> Iterator[list[str]]:
-    """Nodes for these spans; gives the addresses to join by."""
+def run_nodes(path: Path, spans: Sequence[str], threads: int, *options: str) -> Iterator[list[str]]:
+    """Nodes for these spans, started with ``options``; gives the addresses to join by."""
     processes: list[subprocess.Popen[str]] = []
     peers: list[str] = []
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     try:
         for span in spans:
             command = [str(Path(sys.executable).with_name("swarm-node")), "serve", str(path), "--blocks", span]
-            command += ["--host", "127.0.0.1", "--log-format", "json"]
+            command += ["--host", "127.0.0.1", "--log-format", "json", *options]
             command += [option for peer in peers for option in ("--initial-peers", peer)]
             process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
             processes.append(process)

@@ -112,9 +112,11 @@ def main(
     torch.set_num_threads(threads)
     print(f"{os.cpu_count()} cores, {threads} threads each, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}")
     with tempfile.TemporaryDirectory(prefix="swarm-bench-") as workdir:
+        # each session is promised room for all the tokens that it may come to
+        cache = (sessions + 1) * 4096
         path, half, count = make_model(size, Path(workdir)), BLOCKS[size] // 2, BLOCKS[size]
         with (
-            run_nodes(path, (f"0:{half}", f"{half}:{count}"), threads) as peers,
+            run_nodes(path, (f"0:{half}", f"{half}:{count}"), threads, "--cache-tokens", str(cache)) as peers,
             SwarmModelForCausalLM.from_pretrained(str(path), initial_peers=peers) as model,
         ):
             if prefix:
