@@ -396,6 +396,7 @@ class Engine:
         self._decode_tokens += decode
         self._count(seconds)
         self._pacer.ran(prefill=prefill, decode=decode, seconds=seconds)
+        self._waiting_since = time.perf_counter()  # who isn't done has had its turn, and can wait for decode again
         if decode:
             self._gatherer.ran(seconds)
         for (session, work, columns), output in zip(chosen, outputs, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 
-_SHORTEST = 16  # tokens of a piece of prefill
+_SHORTEST = 8  # tokens of a piece of prefill
 
 
 class Pacer:
