@@ -325,3 +325,25 @@ def test_a_session_begins_with_what_another_one_has_computed(span: FragileSpan, 
     torch.testing.assert_close(
         result(engine.step(other, inputs[:, position:], start=position)), expected[:, position:], atol=1e-5, rtol=1e-5
     )
+
+
+def test_decode_of_many_and_a_piece_of_prefill_in_one_turn(span: FragileSpan, start_engine: Start) -> None:
+    engine = start_engine(span)
+    inputs = hidden(6, 21)
+    expected = result(engine.forward(inputs, first=0, last=4))
+    sessions = [engine.open(rows=1, first=0, last=4) for _ in range(6)]
+    for row, session in enumerate(sessions[:5]):
+        result(engine.step(session, inputs[row : row + 1, :20], start=0))
+    span.gate = threading.Event()
+    span.entered.clear()
+    busy = engine.forward(hidden(1, 1), first=0, last=4)
+    assert span.entered.wait(WAIT_S)
+    batches = engine.stats().batches
+    prefill = engine.step(sessions[5], inputs[5:], start=0)
+    decodes = [engine.step(session, inputs[row : row + 1, 20:], start=20) for row, session in enumerate(sessions[:5])]
+    span.gate.set()
+    result(busy)
+    torch.testing.assert_close(result(prefill), expected[5:], atol=1e-5, rtol=1e-5)
+    for row, decode in enumerate(decodes):
+        torch.testing.assert_close(result(decode), expected[row : row + 1, 20:], atol=1e-5, rtol=1e-5)
+    assert engine.stats().batches <= batches + 3, "they ran together"
