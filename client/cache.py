@@ -71,10 +71,15 @@ class SwarmCache(Cache):
         self._last_route: list[Hop] = []
         self._closed = False
         self._hypo_ids: Tensor | None = None
+        self._wanted: int | None = None
         self._known: list[Tensor] | None = [] if remember else None
         self._coming: Tensor | None = None
 
     # What the model calls, in this order, for every pass.
+
+    def want(self, columns: int | None) -> None:
+        """Of the pass that is about to come only the last ``columns`` will be looked at; None: all of them."""
+        self._wanted = columns
 
     def begin(self, rows: int, columns: int, mask: Tensor | None, ids: Tensor | None) -> None:
         """Check a pass that is about to come, before anything is computed for it.
@@ -119,7 +124,8 @@ class SwarmCache(Cache):
                 raise ValueError("this session was closed")
             padding = self.left_padding if self.left_padding and any(self.left_padding) else None
         hypo_ids, self._hypo_ids = self._hypo_ids, None
-        result = session.step(hidden.detach().cpu(), hypo_ids=hypo_ids, left_padding=padding)
+        wanted, self._wanted = self._wanted, None
+        result = session.step(hidden.detach().cpu(), hypo_ids=hypo_ids, left_padding=padding, wanted=wanted)
         if self._known is not None and self._coming is not None:
             self._known.append(self._coming)
         return result.to(device=hidden.device, dtype=hidden.dtype)

@@ -90,6 +90,7 @@ def put_blocks_in(model: PreTrainedModel, blocks: RemoteBlocks) -> None:
     stack.gives_tuple = _expects_tuple(trunk, stack)
     trunk.register_forward_pre_hook(_Entry(blocks), with_kwargs=True)
     trunk.register_forward_hook(_take_back_pass)
+    model.register_forward_pre_hook(_note_wanted, with_kwargs=True)
 
 
 class _Entry:
@@ -136,6 +137,13 @@ class _Entry:
         if columns > 1:
             _check_positions(kwargs.get("position_ids"), mask)
         return args, kwargs
+
+
+def _note_wanted(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Tell the cache of how many columns logits will be made: ``generate()`` needs the last one's only."""
+    past, kept = kwargs.get("past_key_values"), kwargs.get("logits_to_keep")
+    if isinstance(past, SwarmCache):
+        past.want(kept if isinstance(kept, int) and kept > 0 and kwargs.get("labels") is None else None)
 
 
 def _take_back_pass(trunk: nn.Module, args: Any, output: Any) -> Any:

@@ -20,6 +20,12 @@ class History:
     def __init__(self) -> None:
         self._entries: list[_Entry] = []
         self._position = 0
+        self.missing = 0
+        """Columns at the beginning that the hop had already, so that they were never sent to it."""
+
+    def skip(self, columns: int) -> None:
+        """Begins behind ``columns`` that the hop has already."""
+        self._position = self.missing = columns
 
     def append(self, start: int, hidden: torch.Tensor, hypo_ids: torch.Tensor | None) -> None:
         """Adds a step that began at column ``start``; columns from there on, if there are any, are replaced."""
@@ -31,6 +37,7 @@ class History:
         """Forgets the columns from ``position`` on. Reorderings stay: they moved the columns before, too."""
         if position >= self._position:
             return
+        self.missing = min(self.missing, position)
         kept: list[_Entry] = []
         for entry in self._entries:
             columns = max(0, min(entry.hidden.shape[1], position - entry.start))
@@ -39,14 +46,17 @@ class History:
         self._entries, self._position = kept, position
 
     def replay(self, rows: int) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """All inputs as one ``[rows, T, H]`` (``None`` if there are none), with the rows as they are now.
+        """All inputs as one ``[rows, T, H]`` (``None`` if there are none), with the rows as they are now. What is
+        ``missing`` is not in them.
 
         Also gives the row (``[rows]`` int64) that each row was at the beginning.
         """
-        order = torch.arange(rows)
+        order, moved = torch.arange(rows), False
         parts: list[torch.Tensor] = []
         for entry in reversed(self._entries):
-            parts.append(entry.hidden[order])
+            parts.append(entry.hidden[order] if moved else entry.hidden)
             if entry.hypo_ids is not None:
-                order = entry.hypo_ids[order]
-        return (torch.cat(parts[::-1], dim=1) if self._position else None), order
+                order, moved = entry.hypo_ids[order], True
+        if not self._position:
+            return None, order
+        return (parts[0] if len(parts) == 1 else torch.cat(parts[::-1], dim=1)), order

@@ -26,7 +26,7 @@ _EMPTY, _EMPTY_INT64 = encode(rpc.EMPTY), encode(rpc.EMPTY_INT64)
 class Hop:
     """Serves the blocks ``start:end`` in one session. Made by :meth:`open`; lives in one event loop."""
 
-    def __init__(self, leg: Leg, prefix: str, session_id: str, stream: MessageStream, shape: tuple[int, int]) -> None:
+    def __init__(self, leg: Leg, model: str, session_id: str, stream: MessageStream, shape: tuple[int, int]) -> None:
         self.peer_id: PeerID = leg.peer_id
         self.start, self.end = leg.start, leg.end
         self.session_id = session_id
@@ -34,8 +34,9 @@ class Hop:
         self.on_push_failed: Callable[[str], None] | None = None
         self.dtype = DTYPES.get(leg.span.info.torch_dtype or "")
         self.is_petals = leg.span.info.offer is None  # passes nothing on, and can't forget columns
+        self.reused = 0  # columns that it had in its cache when the session was opened
         self.cropped = False  # was to forget columns, and is to be replaced as it can't
-        self._uid = span_uid(prefix, leg.start, leg.end)
+        self._uid = span_uid(model, leg.start, leg.end)
         self._stream = stream
         self._rows, self._hidden_size = shape
         self._order: deque[str] = deque()  # steps without an answer; Petals answers in order and names none
@@ -48,24 +49,40 @@ class Hop:
         cls,
         p2p: P2P,
         leg: Leg,
-        prefix: str,
+        model: str,
         *,
         rows: int,
         hidden_size: int,
         max_length: int,
         left_padding: Sequence[int],
+        prefix: tuple[bytes, list[bytes] | None] | None = None,
+        wait: float = 0.0,
         max_bytes: int,
         timeout: float,
     ) -> Hop:
         """Opens a session for ``rows`` rows of up to ``max_length`` columns at the leg's peer.
 
+        Args:
+            prefix: ``prefix_context`` and ``page_names`` of the session, where it may share cache with others.
+            wait: seconds to queue at a peer without room, beyond ``timeout``.
+
         Raises:
             PeerLostError: the peer can't be reached, or doesn't answer in ``timeout`` seconds.
+            OutOfCacheError: the peer has no room for the session.
             RemoteError: the peer refuses.
         """
+        fields: dict[str, object] = {"max_length": max_length}
+        if any(left_padding):
+            fields["left_padding"] = list(left_padding)
+        if prefix is not None:
+            fields["prefix_context"], names = prefix
+            if names is not None:
+                fields["page_names"] = names
+        if wait:
+            fields["alloc_timeout"] = wait
         try:
             return await asyncio.wait_for(
-                cls._open(p2p, leg, prefix, (rows, hidden_size), max_length, left_padding, max_bytes), timeout
+                cls._open(p2p, leg, model, (rows, hidden_size), fields, max_bytes), timeout + wait
             )
         except asyncio.TimeoutError as error:
             raise PeerLostError(f"{leg.peer_id} does not answer") from error
@@ -75,28 +92,28 @@ class Hop:
         cls,
         p2p: P2P,
         leg: Leg,
-        prefix: str,
+        model: str,
         shape: tuple[int, int],
-        max_length: int,
-        left_padding: Sequence[int],
+        fields: dict[str, object],
         max_bytes: int,
     ) -> Hop:
         try:
             _, reader, writer = await p2p.call_binary_stream_handler(leg.peer_id, rpc.handle_name(rpc.INFERENCE))
         except Exception as error:
             raise PeerLostError(f"can't reach {leg.peer_id}: {error}") from error
-        hop = cls(leg, prefix, str(uuid.uuid4()), MessageStream(reader, writer, max_bytes=max_bytes), shape)
+        hop = cls(leg, model, str(uuid.uuid4()), MessageStream(reader, writer, max_bytes=max_bytes), shape)
         try:
-            fields: dict[str, object] = {"session_id": hop.session_id, "max_length": max_length}
-            if any(left_padding):
-                fields["left_padding"] = list(left_padding)
+            fields["session_id"] = hop.session_id
             # no columns yet: the answer says that the session is there, so that others may push to it
             nothing = torch.empty(shape[0], 0, shape[1], dtype=hop.dtype or torch.float32)
             await hop._stream.send(
                 Request(uid=hop._uid, tensors=[encode(nothing), _EMPTY, _EMPTY_INT64], metadata=rpc.dump(fields))
             )
-            if await hop._stream.receive(Response) is None:
+            response = await hop._stream.receive(Response)
+            if response is None:
                 raise PeerLostError(f"{leg.peer_id} ended the session")
+            reused = rpc.load(response.metadata).get("reused")
+            hop.reused = max(0, reused) if type(reused) is int else 0
         except BaseException as error:
             hop._stream.close()
             if isinstance(error, RemoteError) and str(error).startswith("Could not allocate"):
@@ -112,12 +129,17 @@ class Hop:
         hidden: torch.Tensor,
         hypo_ids: torch.Tensor | None,
         next_hops: Sequence[Hop],
+        page_names: list[bytes] | None = None,
     ) -> None:
         """Sends a step (``hidden`` ``[rows, T, H]``); the hop passes its output on along ``next_hops``."""
+        if self._failure is not None:
+            raise self._failure  # says more than that the stream is closed
         fields: dict[str, object] = {"session_id": self.session_id, "step_id": step_id, "start": start}
         if next_hops:
             hops = [rpc.NextHop(hop.peer_id, hop.session_id, hop.start, hop.end) for hop in next_hops]
             fields["next_servers"] = [hop.to_tuple() for hop in hops]
+        if page_names is not None:
+            fields["page_names"] = page_names
         if self.dtype is not None:
             hidden = hidden.to(self.dtype)
         reorder = _EMPTY_INT64 if hypo_ids is None else encode(hypo_ids)

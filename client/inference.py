@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from hivemind.p2p import PeerID
 from hivemind.proto import runtime_pb2
 
 from swarm import rpc
+from swarm.client.history import History
 from swarm.client.hop import Hop
+from swarm.client.prefix import Digests, PageNames, describe_context
+from swarm.client.routing import Leg
 from swarm.client.settings import ClientSettings
 from swarm.client.swarm_view import SwarmView
-from swarm.errors import BadRequestError, OutOfCacheError, PeerLostError, RemoteError, SwarmError
+from swarm.errors import BadRequestError, EvictedError, OutOfCacheError, PeerLostError, RemoteError, SwarmError
 
 logger = logging.getLogger(__name__)
 _FULL_RETRY_SECONDS = 0.5
@@ -29,6 +35,7 @@ class _Chunk:
 
     Attributes:
         alone: the only one under way in its session.
+        names: of the pages that it completes, see :mod:`swarm.client.prefix`.
         covered: hops that have it, or get it pushed for sure.
     """
 
@@ -36,61 +43,143 @@ class _Chunk:
     hidden: torch.Tensor
     hypo_ids: torch.Tensor | None
     alone: bool
+    names: list[bytes] | None
     step_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     covered: set[Hop] = field(default_factory=set)
+
+
+class _InputsMissing(Exception):
+    """A hop has to be replaced that began with columns that it had already: nobody knows what it was sent for them."""
 
 
 class Inference:
     """The asynchronous side of :class:`swarm.client.session.Session`.
 
     When a hop fails, other nodes take over just its blocks: what was sent to the hop is sent to them again as one
-    prefill, and the step that failed goes on from there. The hops before and after keep their caches.
+    prefill, and the step that failed goes on from there. The hops before and after keep their caches. Behind the first
+    hop that can't be done for a session that began with another one's cache. Then all of its hops are opened anew, and
+    what was sent to the first one goes through all of them.
+
+    Args:
+        salt: what the names of pages are salted with (see :mod:`swarm.client.prefix`); None to share no cache.
     """
 
     def __init__(
-        self, view: SwarmView, settings: ClientSettings, *, first: int, last: int, max_length: int, hidden_size: int
+        self,
+        view: SwarmView,
+        settings: ClientSettings,
+        *,
+        first: int,
+        last: int,
+        max_length: int,
+        hidden_size: int,
+        salt: bytes | None = None,
     ) -> None:
         self._view, self._settings = view, settings
         self._first, self._last = first, last
         self._max_length, self._hidden_size = max_length, hidden_size
+        self._salt = salt
         self._rows = 0
         self._left_padding: tuple[int, ...] = ()
         self._in_flight: dict[str, _Chunk] = {}
         self._resending: set[asyncio.Task[None]] = set()
         self._broken = False
+        self._inputs = History()
+        self._names: PageNames | None = None
+        self._sharing = False  # whether the names say truly what the hops hold
         self.hops: list[Hop] = []
         self.position = 0
 
     async def step(
-        self, hidden: torch.Tensor, hypo_ids: torch.Tensor | None, left_padding: Sequence[int] | None
+        self,
+        hidden: torch.Tensor,
+        hypo_ids: torch.Tensor | None,
+        left_padding: Sequence[int] | None,
+        *,
+        wanted: int | None = None,
+        digests: Digests | None = None,
     ) -> torch.Tensor:
-        """Runs ``hidden`` ``[rows, T, H]`` through all hops. An error ends the session."""
+        """Runs ``hidden`` ``[rows, T, H]`` through all hops. An error ends the session.
+
+        Args:
+            wanted: how many columns at the end the caller will look at; others may be zero. Default: all.
+            digests: of the columns of ``hidden``, if the session has a salt.
+        """
         if self._broken:
             raise RemoteError("the session has ended with an error: open a new one")
         rows, columns, _ = hidden.shape
-        if not self.hops:
+        if not self._rows:
             self._rows, self._left_padding = rows, tuple(left_padding or ())
-            self.hops = await self._open_route(self._first, self._last, self._left_padding)
-        width = self._width()
+            if self._salt is not None and digests is not None:
+                self._names = PageNames(self._left_padding or (0,) * rows)
+        try:
+            if self._names is not None and digests is not None:
+                self._names.extend(self.position, digests, hypo_ids)
+            self._inputs.append(self.position, hidden, hypo_ids)
+            output = await self._through(hidden, hypo_ids, columns if wanted is None else wanted)
+        except BaseException:
+            self._broken = True  # some hops may have reordered their rows already
+            raise
+        self.position += columns
+        skipped = columns - output.shape[1]
+        if skipped > 0:
+            return torch.cat([output.new_zeros(rows, skipped, output.shape[2]), output], dim=1)
+        return output[:, -skipped:] if skipped else output
+
+    async def _through(self, hidden: torch.Tensor, hypo_ids: torch.Tensor | None, wanted: int) -> torch.Tensor:
+        """The outputs of the last columns: as many as there are in ``hidden``, or fewer, or more."""
+        start = self.position
+        while True:
+            if not self.hops:
+                start, hidden, hypo_ids = *await self._begin(wanted), None
+            try:
+                return await self._run(start, hidden, hypo_ids)
+            except _InputsMissing:
+                for hop in self.hops:
+                    hop.abandon()
+                self.hops = []
+
+    async def _begin(self, wanted: int) -> tuple[int, torch.Tensor]:
+        """Opens all hops, with what is in their caches already: the column where to go on, and the inputs from there.
+
+        The inputs are all that the session has had so far, the step that is under way included.
+        """
+        inputs, order = self._inputs.replay(self._rows)
+        assert inputs is not None
+        spare = max(0, inputs.shape[1] - wanted)
+        padding = self._left_padding and tuple(self._left_padding[row] for row in order.tolist())
+        self.hops = await self._open_route(self._first, self._last, padding, sharing=(inputs.dtype, spare))
+        self._sharing = self._names is not None
+        start = min(spare, *(hop.reused for hop in self.hops))
+        for hop in self.hops:
+            hop.history.skip(start)
+        if start:
+            self.hops[0].history.append(0, inputs[:, :start], None)
+        return start, inputs[:, start:]
+
+    async def _run(self, start: int, hidden: torch.Tensor, hypo_ids: torch.Tensor | None) -> torch.Tensor:
+        columns, width = hidden.shape[1], self._width()
+        await self._replace_cropped()
         chunks = [
-            _Chunk(self.position + at, hidden[:, at : at + width], hypo_ids if at == 0 else None, columns <= width)
+            _Chunk(
+                start + at,
+                hidden[:, at : at + width],
+                hypo_ids if at == 0 else None,
+                columns <= width,
+                self._names.between(start + at, min(start + at + width, start + columns)) if self._names else None,
+            )
             for at in range(0, columns, width)
         ]
         try:
-            await self._replace_cropped()
             self._in_flight = {chunk.step_id: chunk for chunk in chunks}
             for chunk in chunks:  # all of them at once: the next hop works on one while this one works on the next
                 await self._send(0, chunk, chunk.hidden, must=False)
             outputs = [await self._collect(chunk) for chunk in chunks]
-        except BaseException:
-            self._broken = True  # some hops may have reordered their rows already
-            raise
         finally:
             for chunk in chunks:
                 for hop in self.hops:
                     hop.forget(chunk.step_id)
             self._in_flight = {}
-        self.position += columns
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
     def _width(self) -> int:
@@ -99,6 +188,7 @@ class Inference:
 
     def crop(self, position: int) -> None:
         """Forgets the columns from ``position`` on: the nodes are told by the next step's start."""
+        self._inputs.crop(position)
         for hop in self.hops:
             hop.history.crop(position)
             hop.cropped |= hop.is_petals and position < self.position
@@ -135,7 +225,7 @@ class Inference:
         for behind in following:
             behind.expect(chunk.step_id)
         try:
-            await hop.send(chunk.step_id, chunk.start, hidden, chunk.hypo_ids, following)
+            await self._pass(hop, chunk, hidden, following)
         except SwarmError:
             if must:
                 raise
@@ -143,6 +233,10 @@ class Inference:
         # A push to a Petals server may be lost, and nobody hears of it: it is sent the step from here too, as its own
         # client does, and runs the one that comes first.
         chunk.covered.update((hop, *(behind for behind in following if not behind.is_petals)))
+
+    async def _pass(self, hop: Hop, chunk: _Chunk, hidden: torch.Tensor, following: Sequence[Hop]) -> None:
+        names = chunk.names if self._sharing else None
+        await hop.send(chunk.step_id, chunk.start, hidden, chunk.hypo_ids, following, names)
 
     def _pushed_from(self, index: int, chunk: _Chunk) -> list[Hop]:
         """The hops that get a chunk pushed when it is sent to hop ``index``.
@@ -165,7 +259,7 @@ class Inference:
         hop.expect(chunk.step_id)
 
         async def again() -> None:  # a node runs a step that it gets twice only once
-            await hop.send(chunk.step_id, chunk.start, hidden, chunk.hypo_ids, following)
+            await self._pass(hop, chunk, hidden, following)
 
         output = await self._answer(hop, chunk.step_id, again)
         if output.shape[1] != chunk.hidden.shape[1]:
@@ -209,7 +303,7 @@ class Inference:
             index = self.hops.index(hop) + 1
             if output is not None and index < len(self.hops) and not self.hops[index].is_petals:
                 following = self._pushed_from(index, chunk)
-                await self.hops[index].send(chunk.step_id, chunk.start, output, chunk.hypo_ids, following)
+                await self._pass(self.hops[index], chunk, output, following)
         except (SwarmError, ValueError) as error:
             logger.debug("could not forward for %s: %s", hop.peer_id, error)  # the collector finds the hop failed
 
@@ -231,6 +325,9 @@ class Inference:
 
     async def _renew(self, index: int) -> None:
         failed = self.hops[index]
+        if failed.history.missing:
+            raise _InputsMissing
+        self._sharing = False  # what comes out of another hop is not quite the same
         deadline = asyncio.get_running_loop().time() + self._settings.wait_timeout
         while True:
             try:
@@ -275,8 +372,21 @@ class Inference:
         hop.history.append(0, hidden, None)
         return torch.cat(outputs, dim=1)
 
-    async def _open_route(self, first: int, last: int, left_padding: Sequence[int]) -> list[Hop]:
+    async def _open_route(
+        self,
+        first: int,
+        last: int,
+        left_padding: Sequence[int],
+        *,
+        sharing: tuple[torch.dtype, int] | None = None,
+    ) -> list[Hop]:
         """Opens a session at each hop of the best route; looks for another route while one of them fails.
+
+        Where there is no way around a hop without room, it queues there. Then hops are opened one after the other, in
+        an order that is the same for everybody: who held one hop while waiting for another could wait for ever.
+
+        Args:
+            sharing: the dtype of the inputs, and how many columns of them a hop may have in its cache already.
 
         Raises:
             MissingBlocksError: there is no route within the time to wait.
@@ -285,11 +395,19 @@ class Inference:
         """
         deadline = asyncio.get_running_loop().time() + self._settings.wait_timeout
         refused = 0
+        crowded: set[PeerID] = set()
         while True:
             legs = await self._view.route(
                 first, last, cache_tokens=self._rows * self._max_length, left_padding=any(left_padding)
             )
-            opened = await asyncio.gather(*(self._open(leg, left_padding) for leg in legs), return_exceptions=True)
+            prefixes = self._prefixes(legs, *sharing) if sharing is not None else [None] * len(legs)
+            ways = [partial(self._open, leg, left_padding, prefix) for leg, prefix in zip(legs, prefixes, strict=True)]
+            opened: list[Any]
+            if crowded.isdisjoint(leg.peer_id for leg in legs):
+                opened = await asyncio.gather(*(way() for way in ways), return_exceptions=True)
+            else:
+                wait = max(1.0, deadline - asyncio.get_running_loop().time())
+                opened = await self._open_in_order(legs, ways, wait)
             errors = [
                 (leg, result) for leg, result in zip(legs, opened, strict=True) if isinstance(result, BaseException)
             ]
@@ -303,6 +421,8 @@ class Inference:
                     raise error
                 self._note(leg.peer_id, error)
                 refused += isinstance(error, BadRequestError)
+                if isinstance(error, OutOfCacheError):
+                    crowded.add(leg.peer_id)
                 logger.info("Blocks %d:%d: %s", leg.start, leg.end, error)
             fatal = next((error for _, error in errors if isinstance(error, BadRequestError)), None)
             if fatal is not None and refused > 1:
@@ -311,9 +431,44 @@ class Inference:
             if full is not None:
                 if asyncio.get_running_loop().time() > deadline:
                     raise full
-                await asyncio.sleep(_FULL_RETRY_SECONDS)
+                await asyncio.sleep(_FULL_RETRY_SECONDS * random.random())
 
-    async def _open(self, leg: Any, left_padding: Sequence[int]) -> Hop:
+    async def _open_in_order(
+        self, legs: Sequence[Leg], ways: Sequence[Callable[..., Awaitable[Hop]]], wait: float
+    ) -> list[Any]:
+        """Opens hops one by one, queueing where that is needed; up to the first that fails, with the error for it."""
+        results: list[Hop | BaseException | None] = [None] * len(legs)
+        for index in sorted(range(len(legs)), key=lambda index: legs[index].peer_id.to_bytes()):
+            try:
+                results[index] = await ways[index](wait=wait)
+            except BaseException as error:
+                results[index] = error
+                if isinstance(error, SwarmError):
+                    break
+                for hop in results:
+                    if isinstance(hop, Hop):
+                        hop.abandon()
+                raise
+        return results
+
+    def _prefixes(
+        self, legs: Sequence[Leg], dtype: torch.dtype, spare: int
+    ) -> Sequence[tuple[bytes, list[bytes] | None] | None]:
+        """For each hop the context and the names under which it may have the beginning of the session."""
+        if self._salt is None or self._names is None:
+            return [None] * len(legs)
+        names = self._names.between(0, spare)
+        model = (self._view.prefix, self._view.fingerprint)
+        return [(context, names) for context in describe_context(self._salt, model, dtype, legs)]
+
+    async def _open(
+        self,
+        leg: Leg,
+        left_padding: Sequence[int],
+        prefix: tuple[bytes, list[bytes] | None] | None,
+        *,
+        wait: float = 0.0,
+    ) -> Hop:
         hop = await Hop.open(
             self._view.peer.p2p,
             leg,
@@ -322,6 +477,8 @@ class Inference:
             hidden_size=self._hidden_size,
             max_length=self._max_length,
             left_padding=left_padding,
+            prefix=prefix,
+            wait=wait,
             max_bytes=4 * self._hidden_size * (self._settings.prefill_tokens + self._rows) + 2**20,
             timeout=self._settings.connect_timeout,
         )
@@ -331,5 +488,5 @@ class Inference:
     def _note(self, peer_id: Any, error: SwarmError) -> None:
         if isinstance(error, OutOfCacheError):
             self._view.full(peer_id)
-        else:
+        elif not isinstance(error, EvictedError):
             self._view.failed(peer_id)

@@ -8,6 +8,7 @@ import torch
 
 from swarm.client.hop import Hop
 from swarm.client.inference import Inference
+from swarm.client.prefix import column_digests
 from swarm.client.runtime import Runtime
 
 
@@ -18,9 +19,10 @@ class Session:
     ...     hidden = session.step(hidden)
     """
 
-    def __init__(self, runtime: Runtime, inference: Inference, max_length: int) -> None:
+    def __init__(self, runtime: Runtime, inference: Inference, max_length: int, *, shares: bool = False) -> None:
         self._runtime, self._inference = runtime, inference
         self.max_length = max_length
+        self._shares = shares
         self._closed = False
 
     @property
@@ -39,6 +41,7 @@ class Session:
         *,
         hypo_ids: torch.Tensor | None = None,
         left_padding: Sequence[int] | None = None,
+        wanted: int | None = None,
     ) -> torch.Tensor:
         """Runs new columns through the session's blocks.
 
@@ -46,6 +49,8 @@ class Session:
             hidden: ``[B, T, H]``, any floating dtype and device.
             hypo_ids: ``[B]`` int64; first of all, row ``i`` becomes a copy of row ``hypo_ids[i]``.
             left_padding: with the first step only: how many columns each row ignores at its left.
+            wanted: how many columns of the result, at its end, the caller will look at. The others may be zero: they
+                need not be computed if nodes have their keys and values in the cache already. Default: all.
 
         Returns:
             ``[B, T, H]`` in the dtype and on the device of ``hidden``.
@@ -64,7 +69,8 @@ class Session:
             )
         cpu = hidden.detach().cpu()
         reorder = None if hypo_ids is None else hypo_ids.detach().cpu()
-        output = self._runtime.run(self._inference.step(cpu, reorder, left_padding))
+        digests = column_digests(cpu) if self._shares else None  # here, and not in the loop that all sessions share
+        output = self._runtime.run(self._inference.step(cpu, reorder, left_padding, wanted=wanted, digests=digests))
         return output.to(device=hidden.device, dtype=hidden.dtype)
 
     def crop(self, position: int) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+
+from swarm.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,11 @@ class ClientSettings:
         startup_timeout: to join the swarm.
         deterministic: use only nodes whose results don't depend on who else uses them (``swarm-node serve
             --deterministic``), and compute the output head that way too.
+        prefix_reuse: which sessions that begin alike share what nodes have in their caches. ``"client"``: those of one
+            model in one process. ``"shared"``: those of everybody who says so. Others can then find out by the time
+            that a prompt takes whether somebody had it before, and a client that lies about what it sends can spoil
+            others' sessions, so all have to trust each other. ``"off"``: none.
+        prefix_salt: a secret that several clients have in common, to share among themselves, with ``"client"``.
     """
 
     wait_timeout: float = 60.0
@@ -31,3 +39,19 @@ class ClientSettings:
     prefill_tokens: int = 512
     startup_timeout: float = 30.0
     deterministic: bool = False
+    prefix_reuse: str = "client"
+    prefix_salt: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.prefix_reuse not in ("client", "shared", "off"):
+            raise UsageError(f"prefix_reuse is 'client', 'shared' or 'off', not {self.prefix_reuse!r}")
+        if self.prefix_salt is not None and (self.prefix_reuse != "client" or not self.prefix_salt):
+            raise UsageError("prefix_salt is a secret of one character at least, and goes with prefix_reuse='client'")
+
+    def salt(self) -> bytes | None:
+        """What the names of cached pages are salted with, a new secret each time by default; None to share nothing."""
+        if self.prefix_reuse == "off" or self.deterministic:  # what was cached while decoding has other last bits
+            return None
+        if self.prefix_reuse == "shared":
+            return b"shared"
+        return b"client" + (os.urandom(16) if self.prefix_salt is None else self.prefix_salt.encode())

@@ -31,6 +31,7 @@ class SwarmConnection:
         self._runtime, self._initial_peers, self._view = runtime, initial_peers, view
         self._source, self._settings = source, settings
         self.num_blocks = source.num_blocks
+        self._salt = settings.salt()
         self._closed = False
 
     @classmethod
@@ -81,8 +82,9 @@ class SwarmConnection:
             last=end,
             max_length=max_length,
             hidden_size=self._source.hidden_size,
+            salt=self._salt,
         )
-        return Session(self._runtime, inference, max_length)
+        return Session(self._runtime, inference, max_length, shares=self._salt is not None)
 
     def forward(self, hidden: torch.Tensor, *, first: int, last: int) -> torch.Tensor:
         """``hidden`` ``[B, T, H]`` after the blocks ``first:last``, computed without a cache."""

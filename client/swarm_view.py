@@ -30,7 +30,7 @@ class SwarmView:
 
     def __init__(self, peer: Peer, prefix: str, num_blocks: int, fingerprint: str, settings: ClientSettings) -> None:
         self.peer, self.prefix, self.num_blocks = peer, prefix, num_blocks
-        self._fingerprint, self._settings = fingerprint, settings
+        self.fingerprint, self._settings = fingerprint, settings
         self._bans = Bans(settings.ban_seconds)
         self._full: dict[PeerID, float] = {}
         self._spans: tuple[RemoteSpan, ...] = ()
@@ -136,7 +136,7 @@ class SwarmView:
 
     def _same_model(self, span: RemoteSpan) -> bool:
         other = span.info.offer.fingerprint if span.info.offer is not None else ""
-        return not other or other == self._fingerprint
+        return not other or other == self.fingerprint
 
     async def _keep_fresh(self) -> None:
         while True:

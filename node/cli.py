@@ -166,6 +166,24 @@ def serve(
             rich_help_panel=_COMPUTE,
         ),
     ] = False,
+    idle_timeout: Annotated[
+        float,
+        typer.Option(
+            envvar="SWARM_IDLE_TIMEOUT",
+            min=1,
+            help="Seconds after which an idle session ends. Its client replays it elsewhere, or here, when it goes on.",
+            rich_help_panel=_COMPUTE,
+        ),
+    ] = 900.0,
+    idle_seconds: Annotated[
+        float,
+        typer.Option(
+            envvar="SWARM_IDLE_SECONDS",
+            min=0.1,
+            help="Seconds after which an idle session ends if others wait for room in the KV cache.",
+            rich_help_panel=_COMPUTE,
+        ),
+    ] = 60.0,
     revision: Annotated[
         str | None,
         typer.Option(envvar="SWARM_REVISION", help="Branch, tag or commit on the Hub.", rich_help_panel="Model"),
@@ -228,6 +246,8 @@ def serve(
             cache_tokens=cache_tokens,
             max_batch_tokens=max_batch_tokens,
             deterministic=deterministic,
+            idle_timeout=idle_timeout,
+            idle_seconds=idle_seconds,
             dht_prefix=dht_prefix,
             name=name,
             revision=revision,

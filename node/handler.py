@@ -18,7 +18,15 @@ from hivemind.utils.tensor_descr import BatchTensorDescriptor
 
 from swarm import __version__, rpc
 from swarm.codec import COMPRESSIONS, NONE, encode, join, split
-from swarm.errors import BadRequestError, LeavingError, PeerLostError, RemoteError, SwarmError, to_wire
+from swarm.errors import (
+    BadRequestError,
+    EvictedError,
+    LeavingError,
+    OutOfCacheError,
+    PeerLostError,
+    SwarmError,
+    to_wire,
+)
 from swarm.node.engine.engine import Engine
 from swarm.node.engine.session import EngineSession
 from swarm.node.limits import Limits
@@ -65,6 +73,7 @@ class Handler:
         self._tasks: set[asyncio.Task[None]] = set()
         self._leaving = False
         self._busy = 0  # steps and requests under way
+        self._waiting = 0  # sessions that wait for cache
 
     async def register(self) -> None:
         """Starts to serve."""
@@ -106,20 +115,44 @@ class Handler:
         metadata = rpc.parse(rpc.load(request.metadata))
         opening = check_opening(request, metadata, self._served, self._limits)
         session_id = metadata.session_id or f"unnamed {id(request)} {peer}"  # without a name nobody can push to it
-        if session_id in self._sessions:
-            raise BadRequestError("there is a session of this id already")
         engine_session = self._engine.open(
             rows=opening.rows, first=opening.first, last=opening.last, left_padding=opening.left_padding
         )
         session = _Session(stream, opening, engine_session, asyncio.Queue(self._limits.max_waiting_steps))
         reading = asyncio.create_task(_read(session))
-        self._sessions[session_id] = session
         try:
-            await self._run_session(session, request)
+            session.position = await self._admit(session, reading, metadata.alloc_timeout)
+            if session_id in self._sessions:
+                raise BadRequestError("there is a session of this id already")
+            self._sessions[session_id] = session
+            try:
+                await self._run_session(session, request)
+            finally:
+                del self._sessions[session_id]
         finally:
             reading.cancel()
-            del self._sessions[session_id]
             self._engine.close(engine_session)
+
+    async def _admit(self, session: _Session, reading: asyncio.Task[None], timeout: float) -> int:
+        """Gets cache for a session, if need be by waiting; how many columns of it are there already."""
+        opening, timeout = session.opening, min(timeout, self._limits.admission_timeout)
+        prefix = opening.prefix if self._engine.page_size == rpc.NAMED_TOKENS else None
+        wait = timeout > 0 and self._waiting < self._limits.max_waiting_sessions
+        promise = asyncio.wrap_future(
+            self._engine.admit(session.engine_session, opening.max_length, prefix=prefix, wait=wait)
+        )
+        self._waiting += wait
+        try:
+            either: set[asyncio.Future[Any]] = {promise, reading}
+            await asyncio.wait(either, timeout=timeout or None, return_when=asyncio.FIRST_COMPLETED)
+            if promise.done():
+                return promise.result()
+            if reading.done():
+                raise PeerLostError("the peer went away while it waited")
+            raise OutOfCacheError(f"the KV cache is full, and stayed so for {timeout:.0f} seconds")
+        finally:
+            self._waiting -= wait
+            promise.cancel()
 
     async def _run_session(self, session: _Session, request: Request) -> None:
         done: deque[str] = deque(maxlen=2 * self._limits.max_waiting_steps)
@@ -150,14 +183,22 @@ class Handler:
         else:
             output = await self._run(
                 self._engine.step(
-                    session.engine_session, step.hidden, start=start, hypo_ids=step.hypo_ids, prompts=step.prompts
+                    session.engine_session,
+                    step.hidden,
+                    start=start,
+                    hypo_ids=step.hypo_ids,
+                    prompts=step.prompts,
+                    names=[list(row) for row in metadata.page_names],
                 )
             )
         session.position = start + columns
         encoded = encode(output)
         if metadata.next_servers and step.prompts is None and columns:
             self._push_on(session.stream, encoded, request, fields, metadata)
-        await session.stream.send(Response(tensors=[encoded], metadata=rpc.dump({"step_id": metadata.step_id})))
+        about: dict[str, Any] = {"step_id": metadata.step_id}
+        if not columns:
+            about["reused"] = start
+        await session.stream.send(Response(tensors=[encoded], metadata=rpc.dump(about)))
 
     def _push_on(
         self,
@@ -189,14 +230,17 @@ class Handler:
                 await stream.send(Response(metadata=rpc.dump({"push_failed": step_id})))
 
     async def _end_idle_sessions(self) -> None:
-        limit = self._limits.step_timeout
+        """Ends sessions that are idle for too long: much sooner, and one at a time, while others wait for cache."""
+        limit, short = self._limits.step_timeout, self._limits.idle_seconds
         while True:
-            await asyncio.sleep(limit / 10)
+            await asyncio.sleep(min(limit, short, 10.0) / 10)
             now = asyncio.get_running_loop().time()
-            for session in list(self._sessions.values()):
-                if session.idle_since is not None and now - session.idle_since > limit:
+            idle = [(session.idle_since, session) for session in self._sessions.values() if session.idle_since]
+            for number, (since, session) in enumerate(sorted(idle, key=lambda pair: pair[0])):
+                if now - since > limit or (number == 0 and self._waiting and now - since > short):
+                    session.idle_since = None
                     with suppress(asyncio.QueueFull):
-                        session.inbox.put_nowait(RemoteError(f"the session was idle for {limit:.0f} seconds"))
+                        session.inbox.put_nowait(EvictedError(f"the session was idle for {now - since:.0f} seconds"))
 
     # pushes from other nodes
 

@@ -15,6 +15,9 @@ class Limits:
         max_step_tokens: rows × columns of one message.
         max_waiting_steps: steps of one session that wait.
         step_timeout: seconds that a session may be idle.
+        idle_seconds: after so many a session loses its cache if another one waits for cache.
+        max_waiting_sessions: sessions that wait for cache; more are refused at once.
+        admission_timeout: seconds that one of them waits at most.
         request_timeout: seconds for one forward or backward.
     """
 
@@ -23,6 +26,9 @@ class Limits:
     max_step_tokens: int = 8192
     max_waiting_steps: int = 64
     step_timeout: float = 15 * 60.0
+    idle_seconds: float = 60.0
+    max_waiting_sessions: int = 256
+    admission_timeout: float = 60.0
     request_timeout: float = 3 * 60.0
 
     def message_bytes(self, hidden_size: int) -> int:

@@ -10,6 +10,7 @@ from hivemind.proto import runtime_pb2
 
 from swarm.codec import all_finite, decode
 from swarm.errors import BadRequestError
+from swarm.node.engine.session import Prefix
 from swarm.node.limits import Limits
 from swarm.records import parse_span_uid
 from swarm.rpc import Metadata, arrange
@@ -47,6 +48,7 @@ class Opening:
     rows: int
     max_length: int
     left_padding: tuple[int, ...]
+    prefix: Prefix | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,12 @@ def check_opening(request: runtime_pb2.ExpertRequest, metadata: Metadata, served
     padding = metadata.left_padding
     if padding and (len(padding) != rows or max(padding) > metadata.max_length):
         raise BadRequestError("left_padding is to have one number per row, none larger than max_length")
-    return Opening(first, last, rows, metadata.max_length, padding)
+    prefix = None
+    if metadata.prefix_context:
+        if len(metadata.page_names) not in (0, rows):
+            raise BadRequestError("page_names is to have one item per row")
+        prefix = Prefix(metadata.prefix_context, metadata.page_names)
+    return Opening(first, last, rows, metadata.max_length, padding, prefix)
 
 
 def read_step(

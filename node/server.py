@@ -147,7 +147,11 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
         speed = await in_thread(lambda: measure(engine, start, end, source.hidden_size))
 
     served = Served(source.dht_prefix, start, end, source.hidden_size, dtype)
-    limits = Limits(max_length=min(source.max_positions or plan.cache_tokens, plan.cache_tokens))
+    limits = Limits(
+        max_length=min(source.max_positions or plan.cache_tokens, plan.cache_tokens),
+        step_timeout=settings.idle_timeout,
+        idle_seconds=settings.idle_seconds,
+    )
     handler = Handler(peer.p2p, engine, served, limits)
     await handler.register()
     if settings.metrics_port is not None:

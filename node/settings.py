@@ -19,6 +19,8 @@ class NodeSettings:
         cache_tokens: size of the KV cache in tokens, over all sessions.
         max_batch_tokens: tokens computed in one turn; a longer prompt is cut into chunks.
         deterministic: a session's results don't depend on who else uses the node, to the last bit.
+        idle_timeout: seconds after which an idle session ends.
+        idle_seconds: seconds after which it gives its cache to sessions that wait for some.
         update_period: seconds between two announcements.
     """
 
@@ -38,4 +40,6 @@ class NodeSettings:
     token: str | None = None
     cache_dir: Path | None = None
     metrics_port: int | None = None
+    idle_timeout: float = 15 * 60.0
+    idle_seconds: float = 60.0
     update_period: float = 20.0

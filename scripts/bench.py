@@ -63,7 +63,7 @@ def make_model(size: str, into: Path) -> Path:
 
 @contextlib.contextmanager
 def run_nodes(path: Path, spans: Sequence[str], threads: int, *options: str) -> Iterator[list[str]]:
-    """Nodes for these spans; gives the addresses to join by."""
+    """Nodes for these spans, started with ``options``; gives the addresses to join by."""
     processes: list[subprocess.Popen[str]] = []
     peers: list[str] = []
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -174,7 +174,7 @@ def main(
                 continue
             with (
                 run_nodes(path, (f"0:{half}", f"{half}:{count}"), threads) as peers,
-                SwarmModelForCausalLM.from_pretrained(str(path), initial_peers=peers) as model,
+                SwarmModelForCausalLM.from_pretrained(str(path), initial_peers=peers, prefix_reuse="off") as model,
             ):
                 whole = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
                 ids = torch.randint(100, 30000, (1, 32), generator=torch.Generator().manual_seed(0))

@@ -72,6 +72,12 @@ class LeavingError(RemoteError):
     code = "leaving"
 
 
+class EvictedError(RemoteError):
+    """The peer has given the session's cache to others, as the session was idle. Nothing is wrong with the peer."""
+
+    code = "evicted"
+
+
 class PeerLostError(RemoteError):
     """The peer's stream ended, or it stopped answering."""
 
@@ -80,7 +86,16 @@ class PeerLostError(RemoteError):
 
 _BY_CODE: dict[str, type[SwarmError]] = {
     error.code: error
-    for error in (SwarmError, UsageError, ModelError, RemoteError, BadRequestError, OutOfCacheError, LeavingError)
+    for error in (
+        SwarmError,
+        UsageError,
+        ModelError,
+        RemoteError,
+        BadRequestError,
+        OutOfCacheError,
+        EvictedError,
+        LeavingError,
+    )
 }
 _WIRE_FORM = re.compile(r"\[swarm:([a-z_]+)\] ([^\n]*)")
 

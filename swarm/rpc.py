@@ -1,7 +1,8 @@
 """The RPCs of a node and the metadata that goes with their messages. The names and fields are those of Petals 2.2.
 
-Ours beyond Petals: ``rpc_push_stream``; ``left_padding`` in the message that opens a session; ``start`` in steps;
-``step_id`` and ``push_failed`` in the metadata of replies. A peer that doesn't know a field ignores it.
+Ours beyond Petals: ``rpc_push_stream``; ``left_padding`` and ``prefix_context`` in the message that opens a session,
+and ``reused`` in its reply; ``start`` in steps; ``page_names`` in both; ``step_id`` and ``push_failed`` in replies. A
+peer that doesn't know a field ignores it.
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ MAX_UNARY_BYTES = 2**20
 """Larger tensors go over the streaming variant: a unary message is limited to 4 MiB by the daemon, half of it by
 Petals, and Petals widens bfloat16 to twice the size."""
 MAX_METADATA_BYTES = 2**18
+NAME_BYTES = 16
+NAMED_TOKENS = 16
+"""Tokens of a row that one name in ``page_names`` stands for."""
+MAX_NAMES = 4096
+"""In one message."""
 EMPTY = torch.empty(0)
 EMPTY_INT64 = torch.empty(0, dtype=torch.int64)
 
@@ -75,6 +81,10 @@ class Metadata:
         args_structure: where hidden states, prompts and hypo_ids stand among the tensors.
         active_adapter: name of a LoRA adapter.
         output_compression: how the client wants the answer encoded.
+        alloc_timeout: seconds that the client is ready to wait for KV cache when it opens a session.
+        prefix_context: what else decides the content of the session's cache than the inputs that the names stand for.
+        page_names: for each row the names of its pages: in the message that opens a session those that the client would
+            like to find there, in a step those that are full after it. Same name and context means same content.
     """
 
     session_id: str | None = None
@@ -87,6 +97,9 @@ class Metadata:
     args_structure: Any = None
     active_adapter: str = ""
     output_compression: tuple[int, ...] = ()
+    alloc_timeout: float = 0.0
+    prefix_context: bytes = b""
+    page_names: tuple[tuple[bytes, ...], ...] = ()
 
 
 def dump(fields: Mapping[str, Any]) -> bytes:
@@ -130,6 +143,9 @@ def parse(fields: Mapping[str, Any]) -> Metadata:
         args_structure=fields.get("args_structure"),
         active_adapter=_text(fields, "active_adapter") or "",
         output_compression=_counts(fields, "output_compression"),
+        alloc_timeout=_seconds(fields, "alloc_timeout"),
+        prefix_context=_bytes(fields, "prefix_context"),
+        page_names=_names(fields, "page_names"),
     )
 
 
@@ -184,6 +200,34 @@ def _counts(fields: Mapping[str, Any], name: str) -> tuple[int, ...]:
     if not isinstance(value, (list, tuple)) or not all(type(item) is int and 0 <= item < 2**31 for item in value):
         raise BadRequestError(f"{name} is to be a list of whole numbers")
     return tuple(value)
+
+
+def _seconds(fields: Mapping[str, Any], name: str) -> float:
+    value = fields.get(name) or 0.0
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise BadRequestError(f"{name} is to be a number of seconds")
+    return float(value)
+
+
+def _bytes(fields: Mapping[str, Any], name: str) -> bytes:
+    value = fields.get(name) or b""
+    if not isinstance(value, bytes) or len(value) > 64:
+        raise BadRequestError(f"{name} is to be at most 64 bytes")
+    return value
+
+
+def _names(fields: Mapping[str, Any], name: str) -> tuple[tuple[bytes, ...], ...]:
+    """Each row's names stand one after the other in one piece of bytes."""
+    value = fields.get(name)
+    if value is None:
+        return ()
+    if (
+        not isinstance(value, (list, tuple))
+        or not all(isinstance(row, bytes) and len(row) % NAME_BYTES == 0 for row in value)
+        or sum(map(len, value)) > MAX_NAMES * NAME_BYTES
+    ):
+        raise BadRequestError(f"{name} is to be a list of rows of {NAME_BYTES}-byte names, {MAX_NAMES} at most")
+    return tuple(tuple(row[at : at + NAME_BYTES] for at in range(0, len(row), NAME_BYTES)) for row in value)
 
 
 @functools.lru_cache(maxsize=1024)

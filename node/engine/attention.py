@@ -62,10 +62,12 @@ def attention(
         raise NotImplementedError("only attention by the kernel has static shapes")
     kv_heads, heads = key.shape[1], query.shape[1]
     folded = query.transpose(1, 2).reshape(tokens, kv_heads, 1, heads // kv_heads, query.shape[3])
-    if batch.short is not None and rule.plain and rule.slopes is None and rule.window is None:
-        return _decode_together(folded.squeeze(2), keys, values, batch.short, rule)[None].flatten(2, 3), None
     parts: list[torch.Tensor] = []
-    for segment in batch.segments:
+    together = 0
+    if batch.short is not None and rule.plain and rule.slopes is None and rule.window is None:
+        together = batch.short.count
+        parts.append(_decode_together(folded[:together].squeeze(2), keys, values, batch.short, rule))
+    for segment in batch.segments[together:]:
         if segment.end - segment.begin == 1:
             part = _decode(folded[segment.begin], keys, values, batch, segment, rule)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -41,13 +42,15 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class ShortRows:
-    """A batch of rows with one new token each and few before it: attention in one call over copies of their keys.
+    """The first ``count`` rows of a batch, with one new token each and few before it: attention in one call over copies
+    of their keys.
 
     Attributes:
         index: ``[rows * longest]`` int64, the slots of each row, padded to the longest with its last one.
         mask: ``[rows, 1, 1, longest]``, True where a slot is no padding; None if there is none.
     """
 
+    count: int
     index: torch.Tensor
     mask: torch.Tensor | None
 
@@ -78,7 +81,7 @@ class Batch:
 
     @cached_property
     def short(self) -> ShortRows | None:
-        """Stands for all segments if they are short rows, and most blocks can use it instead."""
+        """Stands for the first segments where those are short rows, and most blocks can use it instead."""
         return None if self.pieces is not None else _short_rows(self.segments, self.positions.device)
 
     def to(self, device: torch.device) -> Batch:
@@ -171,19 +174,23 @@ def _segments(
 
 
 def _short_rows(segments: Listing[Segment], device: torch.device) -> ShortRows | None:
-    lengths = [segment.length for segment in segments]
-    if len(segments) < SHORT_ROWS or max(lengths) > SHORT_LENGTH:
+    short = list(itertools.takewhile(_is_short, segments))  # decode comes first, so prefill may follow
+    if len(short) < SHORT_ROWS:
         return None
-    if any(segment.index is not None or segment.end - segment.begin != 1 for segment in segments):
-        return None
+    lengths = [segment.length for segment in short]
     longest = max(lengths)
-    bases = torch.tensor([segment.base for segment in segments], device=device)[:, None]
+    bases = torch.tensor([segment.base for segment in short], device=device)[:, None]
     ends = torch.tensor(lengths, device=device)[:, None]
     places = torch.arange(longest, device=device)[None]
     return ShortRows(
+        count=len(short),
         index=(bases + torch.minimum(places, ends - 1)).flatten(),
         mask=None if min(lengths) == longest else (places < ends)[:, None, None],
     )
+
+
+def _is_short(segment: Segment) -> bool:
+    return segment.index is None and segment.end - segment.begin == 1 and segment.length <= SHORT_LENGTH
 
 
 def pack_dense(rows: int, columns: int, device: torch.device) -> DenseBatch:

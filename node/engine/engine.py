@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Hashable
 from collections.abc import Sequence as Listing
 from concurrent.futures import CancelledError, Future
 from queue import Empty, SimpleQueue
@@ -22,7 +23,7 @@ from swarm.node.engine.executor import PlacedPrompts
 from swarm.node.engine.kv_cache import KVCache, Sequence
 from swarm.node.engine.pacing import Gatherer, Pacer
 from swarm.node.engine.scheduler import DECODE_COLUMNS, Waiting, plan_turn
-from swarm.node.engine.session import DenseWork, EngineSession, StepWork
+from swarm.node.engine.session import Admission, DenseWork, EngineSession, Prefix, StepWork
 from swarm.node.engine.static_decode import StaticDecode
 from swarm.node.engine.stats import EngineStats
 from swarm.node.engine.transfer import to_device, to_host
@@ -85,11 +86,13 @@ class Engine:
         self._sessions: set[EngineSession] = set()
         self._ready: deque[EngineSession] = deque()  # sessions with waiting work, who waits longest first
         self._dense: deque[DenseWork] = deque()
+        self._queue: deque[Admission] = deque()  # sessions that wait to be admitted
         self._previous: tuple[int, int] | None = None
         self._thread: threading.Thread | None = None
         self._gate = threading.Lock()  # between those who put work in and the end of the thread that takes it out
         self._running = False
         self._prefill_tokens = self._decode_tokens = self._dense_tokens = self._batches = self._failures = 0
+        self._reused_tokens = 0
         self._busy_s = 0.0
         self._recent: deque[float] = deque(maxlen=_RECENT)
 
@@ -110,22 +113,52 @@ class Engine:
         self._thread.join()
 
     def open(self, *, rows: int, first: int, last: int, left_padding: Listing[int] = ()) -> EngineSession:
-        """A session of ``rows`` rows through the blocks ``first:last``. It takes no cache until tokens come.
+        """A session of ``rows`` rows through the blocks ``first:last``. It takes no cache until tokens come,
+        and none is promised to it until it is admitted.
 
         Raises:
             BadRequestError: the span doesn't hold these blocks, or ``left_padding`` isn't one number per row.
-            OutOfCacheError: there isn't a page for each row.
+            OutOfCacheError: there can't be a page for each row.
         """
         self._check_blocks(first, last)
         if not self._running:
             raise LeavingError("the node is shutting down")
         if rows < 1 or len(left_padding) not in (0, rows) or any(padding < 0 for padding in left_padding):
             raise BadRequestError(f"a session of {rows} rows can't have left_padding {list(left_padding)}")
-        if self._cache.pages.free < rows:
-            raise OutOfCacheError(f"the KV cache is full: {self._cache.free_tokens} tokens are free")
+        if rows > self._cache.pages.count:
+            raise OutOfCacheError(
+                f"the KV cache has {self._cache.pages.count} pages, which are too few for {rows} rows"
+            )
         session = EngineSession(first, last, [Sequence() for _ in range(rows)], list(left_padding) or [0] * rows)
         self._sessions.add(session)
         return session
+
+    def admit(
+        self, session: EngineSession, columns: int, *, prefix: Prefix | None = None, wait: bool = False
+    ) -> Future[int]:
+        """Promise ``session``, which is new, cache for ``columns``; it begins with what is there of ``prefix``.
+
+        Sessions that hold half of what they need could keep each other from ever finishing, so one is let in only if
+        what all others were promised, and it, fit together. One that could never fit is let in alone: rows may share
+        pages, and then it can turn out to fit after all. Those that ``wait`` are let in in their order; cancelling the
+        future ends the wait.
+
+        The result is the number of columns that are done already: the session's position.
+
+        The future raises ``OutOfCacheError``: there is no room, or others wait for it already, and not to ``wait``.
+        """
+        future: Future[int] = Future()
+        size = self.page_size
+        pages = sum(-(-max(0, columns - padding) // size) for padding in session.padding)
+        pages += len(session.padding) if prefix is not None and any(session.padding) else 0  # shared, and then copied
+        admission = Admission(session, columns, min(pages, self._cache.pages.count), prefix, future)
+        self._submit(("admit", (admission, wait)), future)
+        return future
+
+    @property
+    def page_size(self) -> int:
+        """Tokens per page of the KV cache: the names of a :class:`Prefix` are of so many tokens each."""
+        return self._cache.page_size
 
     def close(self, session: EngineSession) -> None:
         """Free what ``session`` holds and cancel its waiting work. Closing twice is fine."""
@@ -141,8 +174,11 @@ class Engine:
         start: int,
         hypo_ids: torch.Tensor | Listing[int] | None = None,
         prompts: torch.Tensor | None = None,
+        names: list[list[bytes]] | None = None,
     ) -> Future[torch.Tensor]:
         """Put ``hidden`` ``[rows, T, H]`` through the session's blocks as columns ``start:start + T``.
+
+        ``names`` are those of each row's pages that this step completes, for other sessions in the same context.
 
         The result has the same shape, in the span's dtype; padded columns are zero. Steps of one session run in order.
         ``hypo_ids`` ``[rows]`` may change the number of rows.
@@ -157,7 +193,7 @@ class Engine:
             future.set_exception(error)
             return future
         ids = hypo_ids.tolist() if isinstance(hypo_ids, torch.Tensor) else hypo_ids
-        work = StepWork(hidden, start, None if ids is None else list(ids), prompts, future)
+        work = StepWork(hidden, start, None if ids is None else list(ids), prompts, future, names)
         self._submit(("step", (session, work)), future)
         return future
 
@@ -189,11 +225,13 @@ class Engine:
         return EngineStats(
             sessions=len(sessions),
             cache_tokens=self._cache.tokens,
-            cache_tokens_free=self._cache.free_tokens,
+            cache_tokens_free=max(0, self._cache.free_tokens - self._promised_pages() * self.page_size),
             waiting=sum(len(session.waiting) for session in sessions) + len(self._dense) + self._inbox.qsize(),
+            queued=len(self._queue),
             prefill_tokens=self._prefill_tokens,
             decode_tokens=self._decode_tokens,
             dense_tokens=self._dense_tokens,
+            reused_tokens=self._reused_tokens,
             batches=self._batches,
             failures=self._failures,
             busy_s=self._busy_s,
@@ -255,8 +293,77 @@ class Engine:
                 self._ready.append(session)
         elif kind == "dense":
             self._dense.append(content)
+        elif kind == "admit":
+            self._queue.append(content[0])
+            self._admit_queued()
+            if not content[1] and self._queue and self._queue[-1] is content[0]:
+                self._queue.pop()
+                if content[0].future.set_running_or_notify_cancel():
+                    content[0].future.set_exception(
+                        OutOfCacheError(f"the KV cache is full: {self.stats().cache_tokens_free} tokens are free")
+                    )
         else:
             self._close(content)
+            self._admit_queued()
+
+    # Who gets in
+
+    def _promised_pages(self) -> int:
+        """What sessions may still take of the pages that are free now."""
+        return sum(max(0, one.pages - sum(len(row.pages) for row in one.rows)) for one in list(self._sessions))
+
+    def _admit_queued(self) -> None:
+        while self._queue:
+            admission = self._queue[0]
+            if not (admission.session.closed or admission.future.cancelled()):
+                found = self._found(admission.session, admission.prefix)
+                shared = {page for pages in found for page in pages if self._cache.pages.owners(page)}
+                if self._promised_pages() + admission.pages - len(shared) > self._cache.pages.free:
+                    return
+                self._admit(admission, found)
+            self._queue.popleft()
+
+    def _admit(self, admission: Admission, found: list[list[int]]) -> None:
+        if not admission.future.set_running_or_notify_cancel():
+            return
+        session, size = admission.session, self.page_size
+        session.pages = admission.pages
+        session.context = None if admission.prefix is None else admission.prefix.context
+        ends = (pad + len(pages) * size for pad, pages in zip(session.padding, found, strict=True))
+        columns = min(admission.columns, *ends)
+        if any(found):
+            lengths = [session.row_length(row, columns) for row in range(len(found))]
+            self._cache.adopt(
+                session.rows,
+                [pages[: -(-length // size)] for pages, length in zip(found, lengths, strict=True)],
+                lengths,
+                blocks=range(session.first, session.last),
+                may_copy=self._cache.pages.free - self._promised_pages() > self._cache.pages.count // 4,
+            )
+            session.position = session.reused = columns
+        admission.future.set_result(session.position)
+
+    def _found(self, session: EngineSession, prefix: Prefix | None) -> list[list[int]]:
+        """Of each row the first pages that are in the cache."""
+        if prefix is None or len(prefix.names) != len(session.rows):
+            return [[] for _ in session.rows]
+        return [self._cache.find(self._full_names(session, prefix.context, names)) for names in prefix.names]
+
+    def _full_names(self, session: EngineSession, context: bytes, names: Listing[bytes]) -> list[Hashable]:
+        return [(context, session.first, session.last, name) for name in names]
+
+    def _name_pages(self, session: EngineSession, work: StepWork) -> None:
+        """Let other sessions find the pages that ``work``, which is done, has completed."""
+        if work.prompts is not None:
+            session.context = None  # from here on nothing follows from the inputs alone
+        if session.context is None or work.names is None or len(work.names) != len(session.rows):
+            return
+        for row, (sequence, names) in enumerate(zip(session.rows, work.names, strict=True)):
+            first = session.row_length(row, work.start) // self.page_size
+            if first + len(names) == sequence.length // self.page_size:
+                self._cache.name_pages(sequence, first, self._full_names(session, session.context, names))
+
+    # What runs next
 
     def _turn(self) -> None:
         self._turn_steps()
@@ -313,6 +420,7 @@ class Engine:
         self._decode_tokens += decode
         self._count(seconds)
         self._pacer.ran(prefill=prefill, decode=decode, seconds=seconds)
+        self._waiting_since = time.perf_counter()  # who isn't done has had its turn, and can wait for decode again
         if decode:
             self._gatherer.ran(seconds)
         for (session, work, columns), output in zip(chosen, outputs, strict=True):
@@ -337,6 +445,11 @@ class Engine:
             grow=[max(0, end - pad) - kept for pad, kept in zip(padding, keep, strict=True)],
             blocks=range(session.first, session.last),
         )
+        if session.reused:  # the client may take less, if another hop of its has less
+            self._reused_tokens += sum(
+                session.row_length(row, min(work.start, session.reused)) for row in range(len(padding))
+            )
+            session.reused = 0
         session.padding = padding
         session.position = work.start
         work.begun = True
@@ -426,6 +539,7 @@ class Engine:
             self._ready.remove(session)
             self._ready.append(session)
             return
+        self._name_pages(session, work)
         self._drop_first(session)
         if not session.waiting and work.columns <= DECODE_COLUMNS:
             session.answered_at = time.perf_counter()
@@ -541,11 +655,14 @@ class Engine:
                     content[0].waiting.append(content[1])
                 elif kind == "dense":
                     self._dense.append(content)
+                elif kind == "admit":
+                    self._queue.append(content[0])
         left: list[StepWork | DenseWork] = [work for session in self._sessions for work in session.waiting]
         left += self._dense
-        for work in left:
-            if work.future.running() or work.future.set_running_or_notify_cancel():
-                work.future.set_exception(error)
+        for future in (*(work.future for work in left), *(admission.future for admission in self._queue)):
+            if future.running() or future.set_running_or_notify_cancel():
+                future.set_exception(error)
+        self._queue.clear()
         for session in self._sessions:
             session.waiting.clear()
             session.closed = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Hashable
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass, field
 
@@ -101,6 +102,43 @@ class KVCache:
         row.length = length
         row.contiguous = row.contiguous or _side_by_side(row.pages)
 
+    def find(self, names: Listing[Hashable]) -> list[int]:
+        """The pages that have the first of ``names``, as far as all of them are there."""
+        pages = [self.pages.find(name) for name in names]
+        found = pages.index(None) if None in pages else len(pages)
+        return [page for page in pages[:found] if page is not None]
+
+    def adopt(
+        self,
+        rows: Listing[Sequence],
+        pages: Listing[Listing[int]],
+        lengths: Listing[int],
+        *,
+        blocks: range,
+        may_copy: bool,
+    ) -> None:
+        """Let the empty ``rows`` begin with tokens that are in ``pages``, ``lengths`` of them in each.
+
+        Pages are shared where the row can go on right behind them. Elsewhere, if the caller ``may_copy`` and it fits,
+        they are copied: that costs about what attention over a row in two pieces costs more for every single token.
+        """
+        for table in pages:
+            self.pages.retain(table)
+        for row, table, length in zip(rows, pages, lengths, strict=True):
+            moves = length % self.page_size or (table and not self.pages.has_free_behind(table[-1]))
+            row.pages, row.length = list(table), length
+            if moves and may_copy and len(table) <= self.pages.free:
+                row.pages = self.pages.take(len(table))
+                for source, target in zip(table, row.pages, strict=True):
+                    self._copy_page(source, target, blocks)
+                self.pages.release(table)
+            row.contiguous = _side_by_side(row.pages)
+
+    def name_pages(self, row: Sequence, first: int, names: Listing[Hashable]) -> None:
+        """Let others find the pages ``first:first + len(names)`` of ``row``, which are full."""
+        for page, name in zip(row.pages[first : first + len(names)], names, strict=True):
+            self.pages.name(page, name)
+
     def arrange(
         self,
         rows: Listing[Sequence],
@@ -126,13 +164,18 @@ class KVCache:
         for table in tables:
             self.pages.retain(table)
         for row in rows:
+            for page in row.pages:
+                if self.pages.owners(page) == 1 and self.pages.named(page):
+                    self.pages.unname(page)  # cut off: better blank, for what comes instead goes right there
             self.pages.release(row.pages)
         copies: list[tuple[int, int]] = []
         try:
             for table, kept, more in zip(tables, keep, grow, strict=True):
                 if not more:
                     continue
-                if kept % self.page_size and self.pages.owners(table[-1]) > 1:
+                if kept % self.page_size and self.pages.owners(table[-1]) == 1 and self.pages.named(table[-1]):
+                    self.pages.unname(table[-1])
+                elif kept % self.page_size and self.pages.owners(table[-1]) > 1:
                     shared = table[-1]
                     own = self.pages.take(1, after=table[-2] if len(table) > 1 else None)
                     self.pages.release([shared])
@@ -156,7 +199,7 @@ class KVCache:
         for row, kept, more in zip(rows, keep, grow, strict=True):
             if row.length != kept or kept + more > len(row.pages) * size:
                 return False
-            if more and kept % size and self.pages.owners(row.pages[-1]) > 1:
+            if more and kept % size and (self.pages.owners(row.pages[-1]) > 1 or self.pages.named(row.pages[-1])):
                 return False
         return True
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 
+_SHORTEST = 8  # tokens of a piece of prefill
+
 
 class Pacer:
-    """Measures what prefill costs, and sizes its pieces so that decoding sessions wait ``target_s`` for one at most.
+    """Measures what prefill and decode cost, and sizes pieces of prefill so that one costs those who decode at most
+    ``share`` of a decode step more, and never more than ``target_s``.
 
     While nobody decodes, pieces are as large as the batch allows: that is the cheapest way through a prompt.
     """
@@ -17,29 +20,39 @@ class Pacer:
         max_tokens: int,
         *,
         target_s: float = 0.25,
+        share: float = 0.8,
         quiet_s: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._max_tokens = max_tokens
         self._target_s = target_s
+        self._share = share
         self._quiet_s = quiet_s
         self._clock = clock
-        self._token_s = 0.0
+        self._token_s = 0.0  # of prefill
+        self._decode_s = 0.0  # a turn in which there is only decode
         self._last_decode = float("-inf")
 
     def prefill_budget(self) -> int:
         """How many tokens of prefill the next turn may have."""
         if self._clock() - self._last_decode > self._quiet_s or not self._token_s:
             return self._max_tokens
-        return min(self._max_tokens, max(16, int(self._target_s / self._token_s)))
+        target = min(self._target_s, self._share * self._decode_s) if self._decode_s else self._target_s
+        return min(self._max_tokens, max(_SHORTEST, int(target / self._token_s)))
 
     def ran(self, *, prefill: int, decode: int, seconds: float) -> None:
         """A turn of that many tokens took ``seconds``."""
         if decode:
             self._last_decode = self._clock()
-        if prefill >= 16:  # fewer cost what reading the weights costs, which says nothing about longer ones
-            measured = seconds / (prefill + decode)
-            self._token_s = measured if not self._token_s else 0.7 * self._token_s + 0.3 * measured
+            if not prefill:
+                self._decode_s = _mixed(self._decode_s, seconds)
+        if prefill >= _SHORTEST:  # fewer cost what reading the weights costs, which says nothing about longer ones
+            alone = max(seconds - self._decode_s, seconds / 4) if decode else seconds
+            self._token_s = _mixed(self._token_s, alone / prefill)
+
+
+def _mixed(average: float, measured: float) -> float:
+    return 0.7 * average + 0.3 * measured if average else measured
 
 
 class Gatherer:

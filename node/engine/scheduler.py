@@ -53,10 +53,11 @@ def plan_turn(
     ranges = sorted({work.blocks for work in waiting})
     blocks = next((blocks for blocks in ranges if previous is None or blocks > previous), ranges[0])
     here = [(index, work) for index, work in enumerate(waiting) if work.blocks == blocks]
-    if here[0][1].alone:
-        index, work = here[0]
-        limit = budget if work.decodes else min(budget, prefill_budget)
-        return Turn(blocks, ((index, _cut(work, limit) or _least(work)),))
+    index, work = here[0]
+    limit = budget if work.decodes else min(budget, prefill_budget)
+    first_alone = Turn(blocks, ((index, _cut(work, limit) or _least(work)),))
+    if work.alone:
+        return first_alone
     together = [(index, work) for index, work in here if not work.alone]
     decodes = [(index, work) for index, work in together if work.decodes]
     prefills = [(index, work) for index, work in together if not work.decodes]
@@ -73,9 +74,8 @@ def plan_turn(
         if columns:
             takes.append((index, columns))
             left -= work.rows * columns
-    index, work = here[0]
-    if index not in {taken for taken, _ in takes}:  # more rows than there is room for: it must run some time, so now
-        return Turn(blocks, ((index, _cut(work, budget) or _least(work)),))
+    if here[0][0] not in {taken for taken, _ in takes}:  # more rows than there is room for: it must run some time
+        return first_alone
     return Turn(blocks, tuple(takes))
 
 

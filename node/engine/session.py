@@ -21,6 +21,7 @@ class StepWork:
     hypo_ids: list[int] | None
     prompts: torch.Tensor | None
     future: Future[torch.Tensor]
+    names: list[list[bytes]] | None = None  # of each row's pages that this step completes
     arrived_at: float = field(default_factory=time.perf_counter)
     begun: bool = False
     done: int = 0  # columns that went through the blocks
@@ -35,15 +36,42 @@ class StepWork:
         return self.hidden.shape[1]
 
 
+@dataclass(frozen=True)
+class Prefix:
+    """What a session may share with others: the names of each row's first pages, and the ``context`` they are valid in.
+
+    The same name in the same context means the same inputs to the same blocks.
+    """
+
+    context: bytes
+    names: tuple[tuple[bytes, ...], ...] = ()
+
+
+@dataclass(eq=False)
+class Admission:
+    """A session of ``columns`` that waits for ``pages``; the result is how many of its columns are there already."""
+
+    session: EngineSession
+    columns: int
+    pages: int
+    prefix: Prefix | None
+    future: Future[int]
+
+
 @dataclass(eq=False)
 class EngineSession:
-    """Handle of one session; only the engine changes it. ``position`` counts the columns done."""
+    """Handle of one session; only the engine changes it. ``position`` counts the columns done. ``pages`` is what it was
+    promised, ``context`` that of its :class:`Prefix`, and ``reused`` what it found in the cache, until its first step.
+    """
 
     first: int
     last: int
     rows: list[Sequence]
     padding: list[int]
     position: int = 0
+    pages: int = 0
+    context: bytes | None = None
+    reused: int = 0
     closed: bool = False
     broken: bool = False
     answered_at: float = 0.0  # when it got its last token's result

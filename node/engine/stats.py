@@ -9,16 +9,20 @@ from dataclasses import dataclass
 class EngineStats:
     """A moment of the engine. The totals only ever grow.
 
-    ``waiting`` counts work that has not ended; ``recent_step_s`` are the seconds of the latest batches, newest last.
+    ``cache_tokens_free`` is what nobody uses or was promised; ``waiting`` counts work that has not ended, ``queued``
+    sessions that wait for cache; ``reused_tokens`` were in another session's cache already. ``recent_step_s`` are the
+    seconds of the latest batches, newest last.
     """
 
     sessions: int
     cache_tokens: int
     cache_tokens_free: int
     waiting: int
+    queued: int
     prefill_tokens: int
     decode_tokens: int
     dense_tokens: int
+    reused_tokens: int
     batches: int
     failures: int
     busy_s: float

@@ -30,7 +30,12 @@ class InProcessSession:
         return [(half.first, half.last) for half in self._halves]
 
     def step(
-        self, hidden: Tensor, *, hypo_ids: Tensor | None = None, left_padding: Sequence[int] | None = None
+        self,
+        hidden: Tensor,
+        *,
+        hypo_ids: Tensor | None = None,
+        left_padding: Sequence[int] | None = None,
+        wanted: int | None = None,
     ) -> Tensor:
         assert not self.closed
         assert self.position + hidden.shape[1] <= self.max_length

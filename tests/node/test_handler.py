@@ -142,7 +142,7 @@ junk = st.recursive(
 )
 FIELDS = (
     "session_id", "max_length", "step_id", "next_servers", "pushed", "start", "left_padding", "args_structure",
-    "active_adapter", "points", "alloc_timeout",
+    "active_adapter", "points", "alloc_timeout", "prefix_context", "page_names",
 )  # fmt: skip
 
 
@@ -259,6 +259,11 @@ WRONG: dict[str, tuple[list[Any], str]] = {
     "other rows in a later step": ([step(HID, 0), step(torch.zeros(2, 1, HIDDEN), 1)], "the session has 1 rows"),
     "blocks elsewhere": ([step(HID, 0, uid="m.1 m.2")], "not served here"),
     "another model": ([step(HID, 0, uid="n.0")], "no block of"),
+    "names of half a length": ([step(HID, 0, page_names=[b"x" * 15])], "16-byte names"),
+    "too many names": ([step(HID, 0, page_names=[b"x" * 16 * 4097])], "4096 at most"),
+    "names that are no bytes": ([step(HID, 0, page_names=["x" * 16])], "16-byte names"),
+    "names of other rows": ([step(HID, 0, prefix_context=b"c", page_names=[b"", b""])], "one item per row"),
+    "a long context": ([step(HID, 0, prefix_context=b"c" * 65)], "at most 64 bytes"),
     "an adapter": ([step(HID, 0, active_adapter="a")], "adapter"),
     "no length": ([Request(uid="m.0", tensors=[encode(HID), EMPTY, EMPTY_INT64])], "needs max_length"),
 }

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from swarm.errors import BadRequestError, LeavingError, OutOfCacheError, RemoteError
 from swarm.node.engine.acceleration import Acceleration
 from swarm.node.engine.engine import Engine
+from swarm.node.engine.session import Prefix
 from tests.node.engine.paged_reference import KERNEL
 
 Get = Callable[[str], Any]
@@ -262,3 +263,91 @@ def test_random_sessions_get_what_they_would_get_alone(reference: Get, data: st.
         assert engine.stats().cache_tokens_free == 160
     finally:
         engine.stop()
+
+
+def test_sessions_are_let_in_as_far_as_all_of_them_fit_and_in_their_order(
+    span: FragileSpan, start_engine: Start
+) -> None:
+    engine = start_engine(span, cache_tokens=40, page_size=4)
+    sessions = [engine.open(rows=1, first=0, last=4) for _ in range(5)]
+    assert result(engine.admit(sessions[0], 20)) == 0
+    result(engine.step(sessions[0], hidden(1, 8), start=0))
+    assert engine.stats().cache_tokens_free == 20
+    waiting = [engine.admit(session, 24, wait=True) for session in sessions[1:3]]
+    with pytest.raises(OutOfCacheError, match="20 tokens are free"):
+        result(engine.admit(sessions[3], 16))  # it would fit, but others were here before
+    late = engine.admit(sessions[4], 16, wait=True)
+    assert waiting[0].cancel()
+    assert not any(future.done() for future in (waiting[1], late))
+    engine.close(sessions[0])
+    assert result(waiting[1]) == 0
+    assert result(late) == 0
+    assert engine.stats().cache_tokens_free == 0
+    result(engine.step(sessions[2], hidden(1, 24), start=0))
+    result(engine.step(sessions[4], hidden(1, 16), start=0))
+    for session in sessions:
+        engine.close(session)
+    huge = engine.open(rows=3, first=0, last=4)
+    assert result(engine.admit(huge, 40, wait=True)) == 0, "alone, what could never fit for sure may try"
+    engine.close(huge)
+    result(engine.forward(hidden(1, 1), first=0, last=4))
+    assert engine.stats().cache_tokens_free == 40
+
+
+def test_a_session_begins_with_what_another_one_has_computed(span: FragileSpan, start_engine: Start) -> None:
+    engine = start_engine(span, page_size=4)
+    inputs = hidden(1, 30)
+    names = [bytes([page]) for page in range(7)]
+    expected = result(engine.forward(inputs, first=0, last=4))
+
+    def open_with(context: bytes, first: int = 0, last: int = 4) -> tuple[Any, int]:
+        session = engine.open(rows=1, first=first, last=last)
+        return session, result(engine.admit(session, 40, prefix=Prefix(context, (tuple(names),))))
+
+    one, position = open_with(b"a")
+    assert position == 0
+    result(engine.step(one, inputs[:, :18], start=0, names=[names[:4]]))
+    result(engine.step(one, inputs[:, 18:], start=18, names=[names[4:]]))
+    for begin in (28, 20, 9):
+        other, position = open_with(b"a")
+        assert position == 28
+        torch.testing.assert_close(
+            result(engine.step(other, inputs[:, begin:], start=begin)), expected[:, begin:], atol=1e-5, rtol=1e-5
+        )
+        engine.close(other)
+    assert engine.stats().reused_tokens == 28 + 20 + 9
+    for context, first, last in ((b"b", 0, 4), (b"a", 0, 2)):
+        other, position = open_with(context, first, last)
+        assert position == 0
+        engine.close(other)
+    third, _ = open_with(b"b")
+    result(engine.step(third, inputs, start=0, names=[names[:3]]))  # names that don't fit the step are not believed
+    assert open_with(b"b")[1] == 0
+    result(engine.step(one, hidden(1, 4, seed=1), start=26))  # what others may find is not written to
+    other, position = open_with(b"a")
+    assert position >= 24
+    torch.testing.assert_close(
+        result(engine.step(other, inputs[:, position:], start=position)), expected[:, position:], atol=1e-5, rtol=1e-5
+    )
+
+
+def test_decode_of_many_and_a_piece_of_prefill_in_one_turn(span: FragileSpan, start_engine: Start) -> None:
+    engine = start_engine(span)
+    inputs = hidden(6, 21)
+    expected = result(engine.forward(inputs, first=0, last=4))
+    sessions = [engine.open(rows=1, first=0, last=4) for _ in range(6)]
+    for row, session in enumerate(sessions[:5]):
+        result(engine.step(session, inputs[row : row + 1, :20], start=0))
+    span.gate = threading.Event()
+    span.entered.clear()
+    busy = engine.forward(hidden(1, 1), first=0, last=4)
+    assert span.entered.wait(WAIT_S)
+    batches = engine.stats().batches
+    prefill = engine.step(sessions[5], inputs[5:], start=0)
+    decodes = [engine.step(session, inputs[row : row + 1, 20:], start=20) for row, session in enumerate(sessions[:5])]
+    span.gate.set()
+    result(busy)
+    torch.testing.assert_close(result(prefill), expected[5:], atol=1e-5, rtol=1e-5)
+    for row, decode in enumerate(decodes):
+        torch.testing.assert_close(result(decode), expected[row : row + 1, 20:], atol=1e-5, rtol=1e-5)
+    assert engine.stats().batches <= batches + 3, "they ran together"

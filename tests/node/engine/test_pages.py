@@ -37,6 +37,11 @@ def read(cache: KVCache, row: Sequence) -> list[int]:
     return found
 
 
+def names_of(values: list[int], page_size: int) -> list[tuple[int, ...]]:
+    """What says truly what is in a page: all tokens up to its end."""
+    return [tuple(values[:end]) for end in range(page_size, len(values) + 1, page_size)]
+
+
 def check_owners(cache: KVCache, sessions: list[list[Sequence]]) -> None:
     owners = [0] * cache.pages.count
     for rows in sessions:
@@ -46,6 +51,9 @@ def check_owners(cache: KVCache, sessions: list[list[Sequence]]) -> None:
             for page in row.pages:
                 owners[page] += 1
     assert owners == [cache.pages.owners(page) for page in range(cache.pages.count)]
+    blank = sum(state == 0 for state in cache.pages._state)
+    kept = [page for page in range(cache.pages.count) if cache.pages.named(page) and not owners[page]]
+    assert blank + len(kept) == cache.pages.free
     assert cache.pages.free == owners.count(0)
 
 
@@ -56,16 +64,32 @@ def test_random_steps_keep_every_rows_tokens_and_every_page(data: st.DataObject)
     sessions: list[list[Sequence]] = []
     contents: list[list[list[int]]] = []
     token = 0
+    seen: list[list[int]] = []
     for _ in range(data.draw(st.integers(1, 25))):
-        action = data.draw(st.sampled_from(["open", "step", "step", "step", "hypo", "crop", "close"]))
+        actions = ["open", "step", "step", "step", "name", "adopt", "hypo", "crop", "close"]
+        action = data.draw(st.sampled_from(actions))
         if action == "open":
             count = data.draw(st.integers(1, 3))
             sessions.append([Sequence() for _ in range(count)])
             contents.append([[] for _ in range(count)])
+        elif action == "adopt" and seen:
+            prompts = [data.draw(st.sampled_from(seen)) for _ in range(data.draw(st.integers(1, 2)))]
+            found = [cache.find(names_of(prompt, cache.page_size)) for prompt in prompts]
+            shortest = min(len(pages) for pages in found) * cache.page_size
+            lengths = [data.draw(st.integers(0, shortest)) for _ in prompts]
+            tables = [pages[: -(-n // cache.page_size)] for pages, n in zip(found, lengths, strict=True)]
+            rows = [Sequence() for _ in prompts]
+            cache.adopt(rows, tables, lengths, blocks=range(1), may_copy=data.draw(st.booleans()))
+            sessions.append(rows)
+            contents.append([prompt[:n] for prompt, n in zip(prompts, lengths, strict=True)])
         elif sessions:
             at = data.draw(st.integers(0, len(sessions) - 1))
             rows, content = sessions[at], contents[at]
-            if action == "close":
+            if action == "name":
+                for row, values in zip(rows, content, strict=True):
+                    cache.name_pages(row, 0, names_of(values, cache.page_size))
+                    seen.append(list(values))
+            elif action == "close":
                 cache.release(rows)
                 del sessions[at], contents[at]
             elif action == "crop":
@@ -98,6 +122,45 @@ def test_random_steps_keep_every_rows_tokens_and_every_page(data: st.DataObject)
     for rows in sessions:
         cache.release(rows)
     assert cache.pages.free == cache.pages.count
+
+
+def test_named_pages_stay_until_room_is_needed_and_the_least_recently_used_go_first() -> None:
+    cache = make_cache(16, 1)
+    prompts = [[10 * number + at for at in range(4)] for number in range(3)]
+    for prompt in prompts:
+        [row] = cache.arrange([Sequence()], sources=None, keep=[0], grow=[4], blocks=range(1))
+        write(cache, row, prompt)
+        cache.name_pages(row, 0, names_of(prompt, 1))
+        cache.release([row])
+    assert cache.pages.free == 16
+    again = Sequence()
+    cache.adopt([again], [cache.find(names_of(prompts[0], 1))], [4], blocks=range(1), may_copy=False)
+    assert read(cache, again) == prompts[0]
+    assert cache.pages.free == 12
+    cache.release([again])
+    cache.pages.take(7)  # four are blank, and the second prompt is the one that was not used for longest
+    assert [len(cache.find(names_of(prompt, 1))) for prompt in prompts] == [4, 1, 4]
+    cache.pages.take(9)
+    assert [len(cache.find(names_of(prompt, 1))) for prompt in prompts] == [0, 0, 0]
+    assert cache.pages.free == 0
+
+
+def test_what_others_may_find_is_not_written_to() -> None:
+    cache = make_cache(16, 4)
+    [row] = cache.arrange([Sequence()], sources=None, keep=[0], grow=[8], blocks=range(1))
+    write(cache, row, list(range(8)))
+    names = names_of(list(range(8)), 4)
+    cache.name_pages(row, 0, names)
+    other = Sequence()
+    cache.adopt([other], [cache.find(names)], [8], blocks=range(1), may_copy=False)
+    [row] = cache.arrange([row], sources=None, keep=[6], grow=[1], blocks=range(1))  # the other has it: copied
+    row.length = 6
+    write(cache, row, [99])
+    assert read(cache, other) == list(range(8))
+    [other] = cache.arrange([other], sources=None, keep=[6], grow=[1], blocks=range(1))  # nobody has it: forgotten
+    other.length = 6
+    write(cache, other, [77])
+    assert cache.find(names) == other.pages[:1]
 
 
 def test_taking_too_many_pages_takes_none() -> None:

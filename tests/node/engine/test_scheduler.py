@@ -84,12 +84,18 @@ def test_nothing_waits() -> None:
 
 def test_prefill_is_cut_only_while_somebody_decodes() -> None:
     now = 0.0
-    pacer = Pacer(512, target_s=0.25, quiet_s=1.0, clock=lambda: now)
+    pacer = Pacer(512, target_s=0.25, share=1.0, quiet_s=1.0, clock=lambda: now)
     assert pacer.prefill_budget() == 512
     pacer.ran(prefill=500, decode=0, seconds=5.0)
     assert pacer.prefill_budget() == 512
-    pacer.ran(prefill=0, decode=1, seconds=0.1)
-    assert pacer.prefill_budget() == 25
+    pacer.ran(prefill=0, decode=1, seconds=1.0)
+    assert pacer.prefill_budget() == 25, "a quarter of a second"
+    for _ in range(50):
+        pacer.ran(prefill=0, decode=8, seconds=0.2)
+    assert pacer.prefill_budget() == 20, "one decode step more for those who decode"
+    for _ in range(50):
+        pacer.ran(prefill=20, decode=8, seconds=0.3)  # of which 0.2 are for decode
+    assert pacer.prefill_budget() == 40
     now = 2.0
     assert pacer.prefill_budget() == 512
 
