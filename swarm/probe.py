@@ -19,7 +19,7 @@ from swarm.families import Family
 PROBE = "swarm_probe"
 
 # What the attention function is promised to understand, and keywords that say nothing about the result here.
-_UNDERSTOOD = {"scaling", "batch", "alibi", "sliding_window", "softcap", "s_aux"}
+_UNDERSTOOD = {"scaling", "batch", "alibi", "sliding_window", "softcap", "s_aux", "attention_chunk"}
 _HARMLESS = {"dropout", "position_ids", "use_cache", "output_attentions", "position_embeddings", "cache_position"}
 
 

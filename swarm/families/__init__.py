@@ -5,10 +5,17 @@ from __future__ import annotations
 from swarm.families.base import ATTENTION, Family
 from swarm.families.bloom import BloomFamily
 from swarm.families.falcon import FalconFamily
+from swarm.families.gptj import GPTJFamily
+from swarm.families.llama4 import Llama4Family
 
 __all__ = ["ATTENTION", "Family", "family_of"]
 
-_FAMILIES: dict[str, type[Family]] = {"bloom": BloomFamily, "falcon": FalconFamily}
+_FAMILIES: dict[str, type[Family]] = {
+    "bloom": BloomFamily,
+    "falcon": FalconFamily,
+    "gptj": GPTJFamily,
+    "llama4_text": Llama4Family,
+}
 
 
 def family_of(model_type: str) -> Family:
