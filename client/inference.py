@@ -48,11 +48,20 @@ class Inference:
     """
 
     def __init__(
-        self, view: SwarmView, settings: ClientSettings, *, first: int, last: int, max_length: int, hidden_size: int
+        self,
+        view: SwarmView,
+        settings: ClientSettings,
+        *,
+        first: int,
+        last: int,
+        max_length: int,
+        hidden_size: int,
+        croppable: bool = True,
     ) -> None:
         self._view, self._settings = view, settings
         self._first, self._last = first, last
         self._max_length, self._hidden_size = max_length, hidden_size
+        self._croppable = croppable
         self._rows = 0
         self._left_padding: tuple[int, ...] = ()
         self._in_flight: dict[str, _Chunk] = {}
@@ -101,7 +110,7 @@ class Inference:
         """Forgets the columns from ``position`` on: the nodes are told by the next step's start."""
         for hop in self.hops:
             hop.history.crop(position)
-            hop.cropped |= hop.is_petals and position < self.position
+            hop.cropped |= position < self.position and (hop.is_petals or not self._croppable)
         self.position = position
 
     async def close(self) -> None:

@@ -81,6 +81,7 @@ class SwarmConnection:
             last=end,
             max_length=max_length,
             hidden_size=self._source.hidden_size,
+            croppable=not self._source.keeps_states,
         )
         return Session(self._runtime, inference, max_length)
 

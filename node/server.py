@@ -18,7 +18,7 @@ from swarm.codec import dtype_name
 from swarm.errors import UsageError, parse_blocks
 from swarm.fingerprint import fingerprint
 from swarm.node.announcer import Announcer
-from swarm.node.engine.engine import Engine
+from swarm.node.engine.engine import STATE_ROWS, Engine
 from swarm.node.engine.packing import pack_block
 from swarm.node.handler import Handler
 from swarm.node.hardware import choose_device, choose_dtype, free_memory
@@ -31,7 +31,7 @@ from swarm.node.settings import NodeSettings
 from swarm.node.throughput import measure
 from swarm.peer import Peer
 from swarm.records import Offer, ServerInfo, ServerState
-from swarm.skeleton import Span, cache_bytes_per_token, estimate_block_bytes, fetch_span, load_span
+from swarm.skeleton import Span, cache_bytes, estimate_block_bytes, fetch_span, load_span
 from swarm.source import ModelSource, resolve
 
 T = TypeVar("T")
@@ -183,7 +183,7 @@ def _choose_blocks(
     count = settings.num_blocks
     if count is None:
         free, block = free_memory(device), estimate_block_bytes(source, dtype)
-        cache = cache_bytes_per_token(source, dtype) * settings.kv_tokens
+        cache = cache_bytes(source, dtype, tokens=settings.kv_tokens, rows=STATE_ROWS)
         count = blocks_that_fit(free, block, cache, source.num_blocks)
         size = f"{(block + cache) / 2**20:.0f} MiB each with {settings.kv_tokens} tokens of KV cache"
         reason = f"{count} fit: {size}, {free / 2**30:.1f} GiB free"

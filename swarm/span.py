@@ -32,6 +32,9 @@ class Span:
 
     Attributes:
         kv_heads, key_dim, value_dim: of each block's KV cache.
+        without_kv: blocks that have none.
+        state_bytes: what all blocks together keep for each row beside KV (recurrent states); 0 in most models. Such
+            states can't be cut back to an earlier token, nor shared as a prefix.
         parameter_bytes: memory of the weights.
     """
 
@@ -43,6 +46,8 @@ class Span:
     kv_heads: int
     key_dim: int
     value_dim: int
+    without_kv: frozenset[int]
+    state_bytes: int
     parameter_bytes: int
     config: PreTrainedConfig
     blocks: nn.ModuleList = field(repr=False)

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from swarm.families.mixers import Mixer
 from swarm.node.engine.kv_cache import KVCache, Sequence
+from swarm.node.engine.states import RowStates, mix
 
 SHORT_ROWS, SHORT_LENGTH = 4, 256
 """From how many rows on, and up to which length, one call over copies is quicker than a call for each row in place."""
@@ -56,7 +58,7 @@ class Batch:
     ``positions`` ``[1, N]`` int64 counts tokens within the row; ``slots`` ``[N]`` int64 says where each token's key and
     value go, ``run`` is the first of them where they lie side by side. ``short`` stands for all segments if they are
     short rows, and most blocks can use it instead. What is the same for all blocks is made once; ``masks`` holds the
-    masks that the first block made.
+    masks that the first block made. ``states`` are those of each segment's row, in models that have any.
     """
 
     cache: KVCache
@@ -66,6 +68,12 @@ class Batch:
     segments: tuple[Segment, ...]
     short: ShortRows | None = None
     masks: Masks = field(default_factory=dict)
+    states: tuple[RowStates, ...] = ()
+
+    def mix(self, block: int, hidden: torch.Tensor, mixer: Mixer) -> torch.Tensor:
+        """``hidden`` ``[1, N, H]`` through a block's mixer, which is called with each row's tokens and states."""
+        rows = [(part.begin, part.end, states) for part, states in zip(self.segments, self.states, strict=True)]
+        return mix(hidden, rows, block, mixer)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +84,10 @@ class DenseBatch:
     columns: int
     positions: torch.Tensor
     masks: Masks = field(default_factory=dict)
+
+    def mix(self, block: int, hidden: torch.Tensor, mixer: Mixer) -> torch.Tensor:
+        """As :meth:`Batch.mix`, and nothing is kept."""
+        return mixer(hidden.view(self.rows, self.columns, -1), None).reshape(hidden.shape)
 
 
 def pack(cache: KVCache, rows: Listing[tuple[Sequence, int]], device: torch.device) -> Batch:

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Sequence as Listing
 from concurrent.futures import CancelledError, Future
+from dataclasses import replace
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -21,11 +22,13 @@ from swarm.node.engine.kv_cache import KVCache, Sequence
 from swarm.node.engine.pacing import Gatherer, Pacer
 from swarm.node.engine.scheduler import DECODE_COLUMNS, Waiting, plan_turn
 from swarm.node.engine.session import DenseWork, EngineSession, StepWork
+from swarm.node.engine.states import StateStore
 from swarm.node.engine.stats import EngineStats
 from swarm.span import Span
 
 logger = logging.getLogger(__name__)
 
+STATE_ROWS = 64
 _RECENT = 64
 _Message = tuple[str, Any]
 
@@ -41,9 +44,18 @@ class Engine:
         cache_tokens: how many tokens the KV cache holds, over all sessions.
         page_size: tokens per page of it.
         max_batch_tokens: tokens per turn, the most that are packed together.
+        state_rows: for how many rows recurrent states are kept, in models that have them.
     """
 
-    def __init__(self, span: Span, *, cache_tokens: int, page_size: int = 16, max_batch_tokens: int = 512) -> None:
+    def __init__(
+        self,
+        span: Span,
+        *,
+        cache_tokens: int,
+        page_size: int = 16,
+        max_batch_tokens: int = 512,
+        state_rows: int = STATE_ROWS,
+    ) -> None:
         self.span = span
         self._max_batch_tokens = max_batch_tokens
         self._cache = KVCache(
@@ -56,7 +68,9 @@ class Engine:
             value_dim=span.value_dim,
             dtype=span.dtype,
             device=span.device,
+            without=span.without_kv,
         )
+        self._states = StateStore(state_rows) if span.state_bytes else None
         self._pacer = Pacer(max_batch_tokens)
         self._gatherer = Gatherer()
         self._away: set[EngineSession] = set()  # sessions that decode, are answered and not back yet
@@ -306,13 +320,18 @@ class Engine:
             padding = [padding[source] for source in work.hypo_ids]
         end = work.start + work.columns
         keep = [max(0, work.start - pad) for pad in padding]
+        before = session.rows
+        if self._states is not None:
+            self._states.check(before, work.hypo_ids, keep)
         session.rows = self._cache.arrange(
-            session.rows,
+            before,
             sources=work.hypo_ids,
             keep=keep,
             grow=[max(0, end - pad) - kept for pad, kept in zip(padding, keep, strict=True)],
             blocks=range(session.first, session.last),
         )
+        if self._states is not None:
+            self._states.arrange(before, session.rows, work.hypo_ids, keep)
         session.padding = padding
         session.position = work.start
         work.begun = True
@@ -348,6 +367,8 @@ class Engine:
             return [self._empty(len(new), columns) for new, (_, _, columns) in zip(cuts, chosen, strict=True)], 0, 0
         flat = inputs[0] if len(inputs) == 1 else torch.cat([part.to(span.dtype) for part in inputs])
         batch = pack(self._cache, rows, span.device)
+        if self._states is not None:
+            batch = replace(batch, states=tuple(self._states.of(row) for row, count in rows if count))
         prompts = self._place(chosen[0][0], *chosen[0][1:], cuts[0])
         hidden = flat[None].to(span.device, span.dtype)
         output = executor.run_blocks(span, hidden, batch, first=first, last=last, prompts=prompts)[0].cpu()
@@ -409,6 +430,7 @@ class Engine:
             self._cache.truncate(sequence, session.row_length(row, work.start))
         if work.hypo_ids is not None and work.hypo_ids != list(range(len(session.rows))):
             session.broken = True  # the rows that it left out are gone, and to reorder again would be wrong
+        session.broken |= self._states is not None  # some blocks' states are ahead now
 
     def _end(self, session: EngineSession, work: StepWork, error: Exception) -> None:
         self._drop_first(session)
@@ -494,6 +516,8 @@ class Engine:
     def _close(self, session: EngineSession) -> None:
         if session in self._sessions:
             self._sessions.discard(session)
+            if self._states is not None:
+                self._states.release(session.rows)
             self._cache.release(session.rows)
             self._away.discard(session)
         if session.waiting:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass, field
 
@@ -35,7 +36,7 @@ class KVCache:
 
     ``keys[block]`` is ``[kv_heads, 1, slots, key_dim]`` and ``values[block]`` ``[kv_heads, 1, slots, value_dim]``: each
     head's tokens lie together, which is how attention reads them. Memory is claimed but, on a CPU, not touched until
-    tokens come. One page covers the same slots in all blocks.
+    tokens come. One page covers the same slots in all blocks; those ``without`` a cache of their own have empty pools.
     """
 
     def __init__(
@@ -50,14 +51,17 @@ class KVCache:
         value_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        without: Collection[int] = (),
     ) -> None:
         self.page_size = page_size
         self.pages = PageAllocator(tokens // page_size)
         slots = self.pages.count * page_size
 
         def pools(dim: int) -> dict[int, torch.Tensor]:
-            shape = (kv_heads, 1, slots, dim)
-            return {block: torch.empty(shape, dtype=dtype, device=device) for block in range(start, end)}
+            return {
+                block: torch.empty(0 if block in without else kv_heads, 1, slots, dim, dtype=dtype, device=device)
+                for block in range(start, end)
+            }
 
         self.keys = pools(key_dim)
         self.values = pools(value_dim)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.models.falcon.modeling_falcon import FalconLinear
 
 
 class PackedLinear(nn.Module):
@@ -40,7 +41,8 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, x: torch.Tensor, layer: PackedLinear) -> torch.Tensor:
         context.layer = layer
-        return torch.ops.mkldnn._linear_pointwise(x, layer.packed, layer.bias, "none", [], "")
+        # a copy, since it is a view inside, which the blocks (Falcon's) may not then add to in place
+        return torch.ops.mkldnn._linear_pointwise(x, layer.packed, layer.bias, "none", [], "").clone()
 
     @staticmethod
     def backward(context: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
@@ -51,7 +53,8 @@ def pack_block(block: nn.Module) -> None:
     """Packs all linear layers in ``block``, one after the other, so that only one has its weights twice at a time."""
     for module in list(block.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear) and _can_pack(child):
+            # other subclasses, such as routers, do more than a linear layer does
+            if isinstance(child, nn.Linear) and type(child) in (nn.Linear, FalconLinear) and _can_pack(child):
                 setattr(module, name, PackedLinear(child))
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from swarm.families.mixers import BatchCache, adapt_mixers, has_mixers
+
 ATTENTION = "swarm_paged"
 """The name under which the engine registers its attention function with transformers' ``AttentionInterface``."""
 
@@ -21,6 +23,11 @@ class Family:
 
     def adapt(self, block: nn.Module, config: PreTrainedConfig) -> None:
         """Make a block take its attention from the interface. Weights and their names stay as they are."""
+        adapt_mixers(block)
+
+    def buffer(self, module: nn.Module, name: str, config: PreTrainedConfig) -> torch.Tensor | None:
+        """The value of a buffer that no checkpoint holds and that transformers doesn't compute module by module."""
+        return None
 
     def position_embeddings(
         self, base: nn.Module, config: PreTrainedConfig, hidden: torch.Tensor, positions: torch.Tensor
@@ -43,5 +50,13 @@ class Family:
         self, block: nn.Module, hidden: torch.Tensor, positions: torch.Tensor, embeddings: Any, batch: Any
     ) -> torch.Tensor:
         """One block. ``hidden`` ``[1, N, H]`` in and out; ``positions`` ``[1, N]``; ``embeddings`` for its kind."""
-        output = block(hidden, position_embeddings=embeddings, position_ids=positions, attention_mask=None, batch=batch)
+        options = {"past_key_values": BatchCache(batch)} if has_mixers(block) else {}
+        output = block(
+            hidden,
+            position_embeddings=embeddings,
+            position_ids=positions,
+            attention_mask=None,
+            batch=batch,
+            **options,
+        )
         return output[0] if isinstance(output, tuple) else output

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from swarm.node.engine.engine import Engine
+from swarm.node.engine.packing import pack_block
 from swarm.node.engine.session import EngineSession
 from swarm.skeleton import load_span
 from swarm.source import resolve
@@ -71,7 +72,7 @@ class InProcessConnection:
         half = self.num_blocks // 2
         self.engines = [
             Engine(
-                load_span(source, first, last, dtype=torch.float32, device="cpu"),
+                load_span(source, first, last, dtype=torch.float32, device="cpu", finish=pack_block),
                 cache_tokens=4096,
                 page_size=4,
                 max_batch_tokens=max_batch_tokens,
