@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from swarm.errors import ModelError
 from swarm.families import Family
-from swarm.families.mixers import Mixer, MixerStates, has_mixers
+from swarm.families.mixers import Mixer, MixerStates
 
 PROBE = "swarm_probe"
 
@@ -44,39 +44,64 @@ class BlockCache:
     state_bytes: int
 
 
-class _Enough(Exception):
-    """All has been seen; the block needs not run further."""
-
-
 class _Observer:
     """Stands where the engine's batch would be, and sees what the block keeps there."""
 
-    def __init__(self, mixers: bool) -> None:
+    def __init__(self) -> None:
         self.kv: KVGeometry | None = None
-        self.unknown: list[str] = []
+        self.wrong = ""
         self.state_bytes = 0
-        self.waits_for_states = mixers
+
+    def attends(self, key: torch.Tensor, value: torch.Tensor, mask: Any, options: dict[str, Any]) -> None:
+        unknown = [
+            name
+            for name, given in options.items()
+            if given is not None and name not in _UNDERSTOOD and name not in _HARMLESS
+        ]
+        if self.kv is not None:
+            self.wrong = "attends more than once in each block"
+        elif mask is not None:
+            self.wrong = "makes an attention mask of its own"
+        elif unknown:
+            self.wrong = f"needs {', '.join(unknown)} in attention"
+        self.kv = KVGeometry(key.shape[1], key.shape[3], value.shape[3])
 
     def mix(self, block: int, hidden: torch.Tensor, mixer: Mixer) -> torch.Tensor:
         states = MixerStates()
         output = mixer(hidden, states)
         kept = [*states.conv.values(), *states.recurrent.values()]
         self.state_bytes += sum(tensor.numel() * tensor.element_size() for tensor in kept)
-        self.waits_for_states = False
+        if states.recurrent and not _continues(mixer, hidden, states):
+            self.wrong = "forgets its recurrent state where a prompt is cut into chunks"
         return output
 
 
+def _continues(mixer: Mixer, hidden: torch.Tensor, states: MixerStates) -> bool:
+    """Whether several tokens go on from a recurrent state. Some modules of transformers do so for one token only, and
+    start anew otherwise: they don't mind a state that is of an impossible shape."""
+    several = hidden.expand(1, 2, -1)
+    mixer(several, MixerStates(dict(states.conv), dict(states.recurrent)))
+    impossible = {index: state.new_empty(1, *(13,) * (state.dim() - 1)) for index, state in states.recurrent.items()}
+    try:
+        mixer(several, MixerStates(dict(states.conv), impossible))
+    except (RuntimeError, ValueError, IndexError):
+        return True
+    return False
+
+
 def _look(
-    module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any = None, *, batch: _Observer, **kwargs: Any
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any = None,
+    *,
+    batch: _Observer | None = None,
+    **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    batch.kv = KVGeometry(key.shape[1], key.shape[3], value.shape[3])
-    batch.unknown = [
-        name
-        for name, given in kwargs.items()
-        if given is not None and name not in _UNDERSTOOD and name not in _HARMLESS
-    ]
-    if not batch.waits_for_states:
-        raise _Enough
+    if batch is None:
+        raise TypeError("its keywords don't reach its attention")
+    batch.attends(key, value, attention_mask, options)
     return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
 
 
@@ -107,17 +132,19 @@ def probe_block(
     Raises:
         ModelError: the block can't run over our attention function.
     """
-    seen, name = _Observer(has_mixers(block)), type(block).__name__
-    why = f"the attention of {name} does not go through transformers' interface"
+    seen, name, failure = _Observer(), type(block).__name__, ""
     try:
         family.run(block, hidden, positions, embeddings, batch=seen)
-    except _Enough:
-        pass
+    except (NotImplementedError, RuntimeError) as error:
+        # Once all has been seen, this is what can't run without weights: which experts a token goes to, for one.
+        if seen.kv is None and not seen.state_bytes:
+            failure = f"{type(error).__name__}: {error}"
     except Exception as error:  # whatever an unsuited block makes of these arguments
-        why = f"{name} needs to be called in another way ({type(error).__name__}: {error})"
-    if seen.unknown:
-        raise unserved(model_type, f"the attention of {name} needs {', '.join(seen.unknown)}")
-    # What fails once all has been seen is what can't run without weights: which experts a token goes to, for one.
+        failure = f"{type(error).__name__}: {error}"
+    if failure:
+        raise unserved(model_type, f"{name} wants to be called in another way ({failure})")
+    if seen.wrong:
+        raise unserved(model_type, f"{name} {seen.wrong}")
     if seen.kv is None and not (kind in _STATES_ONLY and seen.state_bytes):
-        raise unserved(model_type, why)
+        raise unserved(model_type, f"the attention of {name} does not go through transformers' interface")
     return BlockCache(seen.kv, seen.state_bytes)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 
 from swarm.checkpoint import Checkpoint
 from swarm.errors import ModelError, UsageError
-from swarm.families import ATTENTION, Family, family_of
+from swarm.families import ATTENTION, REFUSED, Family, family_of
 from swarm.probe import PROBE, BlockCache, KVGeometry, probe_block, unserved
 from swarm.source import ModelSource
 from swarm.span import Prepared, Span
@@ -250,6 +250,8 @@ def _probe(
 ) -> list[BlockCache]:
     """What each of the blocks keeps."""
     config = skeleton.config
+    if (why := REFUSED.get(config.model_type)) is not None:
+        raise unserved(config.model_type, why)
     config._attn_implementation = PROBE
     hidden = torch.zeros(1, 1, config.hidden_size, dtype=dtype, device=device)
     positions = torch.zeros(1, 1, dtype=torch.int64, device=device)

@@ -25,6 +25,11 @@ class PackedLinear(nn.Module):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)
         self.bias = None if linear.bias is None else linear.bias.detach()
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """A copy ``[out, in]``, for code that looks at it."""
+        return self.packed.to_dense()
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` ``[…, in]``; differentiable with respect to it."""
         if torch.is_grad_enabled() and x.requires_grad:

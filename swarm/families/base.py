@@ -44,6 +44,8 @@ class Family:
             return None
         if "layer_type" in inspect.signature(rotary.forward).parameters:
             return {kind: rotary(hidden, positions, kind) for kind in sorted(set(config.layer_types))}
+        if getattr(rotary, "rope_type", None) in ("dynamic", "longrope"):
+            return _by_row(rotary, hidden, positions)
         return rotary(hidden, positions)
 
     def run(
@@ -60,3 +62,13 @@ class Family:
             **options,
         )
         return output[0] if isinstance(output, tuple) else output
+
+
+def _by_row(rotary: Any, hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Rotary embeddings whose frequencies hang on the length of the sequence, so far as its tokens are in the batch."""
+    starts = (positions[0].diff() != 1).nonzero().flatten() + 1
+    parts = []
+    for row in positions.tensor_split(starts.cpu(), dim=1):
+        rotary.max_seq_len_cached = rotary.original_max_seq_len  # nothing of the sequence before
+        parts.append(rotary(hidden, row))
+    return tuple(torch.cat(several, dim=1) for several in zip(*parts, strict=True))

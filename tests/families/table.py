@@ -58,6 +58,27 @@ class Case:
 
 
 _GPTJ = {"n_embd": 64, "n_layer": 5, "n_head": 4, "rotary_dim": 8, "n_positions": 128}
+_GPTJ_NAMES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+)
+_DELTANET = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "layer_types": [
+        "linear_attention",
+        "linear_attention",
+        "linear_attention",
+        "full_attention",
+        "linear_attention",
+    ],
+}
 _FALCON = {"hidden_dropout": 0.0, "bias": False}
 _MLA = {
     "num_key_value_heads": 4,
@@ -94,11 +115,8 @@ CASES: tuple[Case, ...] = (
     Case("Qwen 2, 2.5", "qwen2", "biases in attention"),
     Case("Qwen 3", "qwen3", "normalized queries and keys", {"head_dim": 24}),
     Case("Qwen 3 MoE", "qwen3_moe", "experts", {**EXPERTS, "head_dim": 24, "norm_topk_prob": True}),
-    Case("Qwen 3-Next", "qwen3_next", "gated DeltaNet layers, which keep a state, between layers of attention; experts",
-         {**EXPERTS, "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
-          "linear_value_head_dim": 12, "shared_expert_intermediate_size": 32,
-          "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention",
-                          "linear_attention"]}),
+    Case("Qwen 3-Next", "qwen3_next", "gated DeltaNet layers with a state, between layers of attention; experts",
+         {**EXPERTS, "head_dim": 16, "shared_expert_intermediate_size": 32, **_DELTANET}),
     Case("Gemma 2", "gemma2", "caps on logits, local layers between global ones, scaled embeddings",
          {"sliding_window": 8, "head_dim": 24, "query_pre_attn_scalar": 20, "pad_token_id": 0}),
     Case("Gemma 3 (text)", "gemma3_text", "local and global layers with rotary frequencies of their own, normalized "
@@ -129,9 +147,7 @@ CASES: tuple[Case, ...] = (
           "ssm_multipliers": [0.9, 0.8, 1.1, 1.2, 0.7], "key_multiplier": 0.9, "ssm_in_multiplier": 1.5}),
     Case("BLOOM, BLOOMZ", "bloom", "ALiBi, normalized embeddings"),
     Case("GPT-NeoX, Pythia", "gpt_neox", "rotary on a part of each head, attention and MLP in parallel"),
-    Case("GPT-J", "gptj", "rotary on pairs of neighbours in a part of each head", _GPTJ,
-         ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
-          "max_position_embeddings")),
+    Case("GPT-J", "gptj", "rotary on pairs of neighbours in a part of each head", _GPTJ, _GPTJ_NAMES),
     Case("OPT", "opt", "learned positions", {"ffn_dim": 96, "dropout": 0.0, "pad_token_id": 0, "init_std": 0.15}),
     Case("OLMo 2", "olmo2", "norms behind each part"),
     Case("Command R7B, Command A", "cohere2", "local layers with rotary, global ones without",
@@ -139,4 +155,34 @@ CASES: tuple[Case, ...] = (
     Case("Granite", "granite", "multipliers", {"residual_multiplier": 0.7, "attention_multiplier": 0.2,
          "embedding_multiplier": 2.0, "logits_scaling": 2.0}),
     Case("StarCoder 2", "starcoder2", "biases, sliding window", {"sliding_window": 8}),
+    Case("Gemma 1", "gemma", "scaled embeddings", {"head_dim": 16, "pad_token_id": 0}),
+    Case("GLM-4 9B", "glm", "rotary on pairs of neighbours in a part of each head",
+         {"head_dim": 16, "pad_token_id": 0}),
+    Case("Command R, R+", "cohere", "attention and MLP in parallel", {"pad_token_id": 0, "logit_scale": 0.5}),
+    Case("Qwen 1.5 MoE, 2 MoE", "qwen2_moe", "experts, a shared expert",
+         {**EXPERTS, "shared_expert_intermediate_size": 32}),
+    Case("Qwen 3.5 (text)", "qwen3_5_text", "gated DeltaNet layers with a state, between layers of attention",
+         {"head_dim": 16, **_DELTANET}),
+    Case("Granite MoE", "granitemoe", "experts, multipliers", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    Case("Granite 4 hybrid", "granitemoehybrid", "Mamba 2 layers with a state, between layers of attention; experts",
+         {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 16, "num_local_experts": 4,
+          "num_experts_per_tok": 2, "layer_types": ["mamba", "mamba", "attention", "mamba", "attention"]}),
+    Case("OLMo 1", "olmo", "norms without weights"),
+    Case("OLMo 3", "olmo3", "local layers between global ones, norms behind each part", {"sliding_window": 8}),
+    Case("OLMoE", "olmoe", "experts", EXPERTS),
+    Case("OLMo hybrid", "olmo_hybrid", "gated DeltaNet layers with a state, between layers of attention"),
+    Case("GPT-2", "gpt2", "learned positions",
+         {"n_embd": 64, "n_layer": 5, "n_head": 4, "n_positions": 128}, _GPTJ_NAMES),
+    Case("SantaCoder, StarCoder 1", "gpt_bigcode", "one KV head, learned positions",
+         {"n_embd": 64, "n_layer": 5, "n_head": 4, "n_positions": 128}, _GPTJ_NAMES),
+    Case("SmolLM 3", "smollm3", "layers without rotary"),
+    Case("Seed-OSS", "seed_oss", "", {"head_dim": 16}),
+    Case("Ernie 4.5", "ernie4_5", "rotary on pairs of neighbours", seed=1),
+    Case("EXAONE 4", "exaone4", "local layers with rotary, global ones without", {"sliding_window": 8}),
+    Case("Phi 3.5 MoE", "phimoe", "experts", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    Case("Ministral 3", "ministral3", "queries scaled by position", {"head_dim": 16}),
+    Case("Apertus", "apertus", "an activation of its own"),
 )  # fmt: skip
+
+OVER_NODES = ("llama4_text", "gemma3_text", "gpt_oss", "qwen3_next", "deepseek_v3")
+"""Labels of those that tests/swarm_e2e/test_families.py runs over real nodes; test_exact.py has other families."""

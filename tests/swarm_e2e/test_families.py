@@ -10,15 +10,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from swarm.client import SwarmModelForCausalLM
-from tests.families.table import CASES
+from tests.families.table import CASES, OVER_NODES
 from tests.models import make_checkpoint
 from tests.swarm_e2e.nodes import run_swarm
 
-LABELS = ("llama4_text", "gemma3_text", "gpt_oss", "qwen3_next", "deepseek_v3")
 OPTIONS: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
-@pytest.mark.parametrize("label", LABELS)
+@pytest.mark.parametrize("label", OVER_NODES)
 def test_same_text(label: str, tmp_path: Path) -> None:
     case = next(case for case in CASES if case.label == label)
     path = make_checkpoint(tmp_path / "model", case.config(), seed=case.seed)
