@@ -29,11 +29,18 @@ _STATES_ONLY = {"linear_attention", "mamba"}  # types of layers that have no att
 
 @dataclass(frozen=True)
 class KVGeometry:
-    """The KV cache of one block: ``[kv_heads, tokens, key_dim]`` and ``[kv_heads, tokens, value_dim]``."""
+    """The KV cache of one block: ``[kv_heads, tokens, key_dim]`` and ``[kv_heads, tokens, value_dim]``, or, if
+    ``shared``, only the former, which is both."""
 
     kv_heads: int
     key_dim: int
     value_dim: int
+    shared: bool = False
+
+    @property
+    def elements(self) -> int:
+        """Numbers that are kept of one token."""
+        return self.kv_heads * (self.key_dim + (0 if self.shared else self.value_dim))
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ class _Observer:
             self.wrong = "makes an attention mask of its own"
         elif unknown:
             self.wrong = f"needs {', '.join(unknown)} in attention"
-        self.kv = KVGeometry(key.shape[1], key.shape[3], value.shape[3])
+        self.kv = KVGeometry(key.shape[1], key.shape[3], value.shape[3], key is value)
 
     def mix(self, block: int, hidden: torch.Tensor, mixer: Mixer) -> torch.Tensor:
         states = MixerStates()

@@ -163,6 +163,7 @@ def load_span(
         kv_heads=geometry.kv_heads,
         key_dim=geometry.key_dim,
         value_dim=geometry.value_dim,
+        shared_kv=geometry.shared,
         without_kv=frozenset(index for index, cache in zip(wanted, caches, strict=True) if cache.kv is None),
         state_bytes=sum(cache.state_bytes for cache in caches),
         parameter_bytes=parameter_bytes,
@@ -346,7 +347,7 @@ def cache_bytes(source: ModelSource, dtype: torch.dtype, *, tokens: int, rows: i
     caches = set(_probe(skeleton, family, every, _layer_kinds(source), dtype, torch.device(device)))
 
     def size(cache: BlockCache) -> int:
-        kv = cache.kv.kv_heads * (cache.kv.key_dim + cache.kv.value_dim) * dtype.itemsize if cache.kv else 0
-        return kv * tokens + cache.state_bytes * rows
+        per_token = cache.kv.elements * dtype.itemsize if cache.kv else 0
+        return per_token * tokens + cache.state_bytes * rows
 
     return max(map(size, caches))

@@ -32,6 +32,7 @@ class Span:
 
     Attributes:
         kv_heads, key_dim, value_dim: of each block's KV cache.
+        shared_kv: keys and values are the same numbers, and kept once (latent attention).
         without_kv: blocks that have none.
         state_bytes: what all blocks together keep for each row beside KV (recurrent states); 0 in most models. Such
             states can't be cut back to an earlier token, nor shared as a prefix.
@@ -46,6 +47,7 @@ class Span:
     kv_heads: int
     key_dim: int
     value_dim: int
+    shared_kv: bool
     without_kv: frozenset[int]
     state_bytes: int
     parameter_bytes: int

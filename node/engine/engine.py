@@ -69,6 +69,7 @@ class Engine:
             dtype=span.dtype,
             device=span.device,
             without=span.without_kv,
+            shared=span.shared_kv,
         )
         self._states = StateStore(state_rows) if span.state_bytes else None
         self._pacer = Pacer(max_batch_tokens)

@@ -37,6 +37,7 @@ class KVCache:
     ``keys[block]`` is ``[kv_heads, 1, slots, key_dim]`` and ``values[block]`` ``[kv_heads, 1, slots, value_dim]``: each
     head's tokens lie together, which is how attention reads them. Memory is claimed but, on a CPU, not touched until
     tokens come. One page covers the same slots in all blocks; those ``without`` a cache of their own have empty pools.
+    ``shared`` keys and values are one pool.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         without: Collection[int] = (),
+        shared: bool = False,
     ) -> None:
         self.page_size = page_size
         self.pages = PageAllocator(tokens // page_size)
@@ -64,7 +66,7 @@ class KVCache:
             }
 
         self.keys = pools(key_dim)
-        self.values = pools(value_dim)
+        self.values = self.keys if shared else pools(value_dim)
 
     @property
     def tokens(self) -> int:

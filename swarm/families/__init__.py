@@ -7,14 +7,18 @@ from swarm.families.bloom import BloomFamily
 from swarm.families.falcon import FalconFamily
 from swarm.families.falcon_h1 import FalconH1Family
 from swarm.families.gptj import GPTJFamily
+from swarm.families.latent import LatentFamily
 from swarm.families.llama4 import Llama4Family
 
 __all__ = ["ATTENTION", "REFUSED", "Family", "family_of"]
 
 _FAMILIES: dict[str, type[Family]] = {
     "bloom": BloomFamily,
+    "deepseek_v2": LatentFamily,
+    "deepseek_v3": LatentFamily,
     "falcon": FalconFamily,
     "falcon_h1": FalconH1Family,
+    "glm4_moe_lite": LatentFamily,
     "gptj": GPTJFamily,
     "llama4_text": Llama4Family,
 }

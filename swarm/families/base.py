@@ -69,6 +69,8 @@ def _by_row(rotary: Any, hidden: torch.Tensor, positions: torch.Tensor) -> tuple
     starts = (positions[0].diff() != 1).nonzero().flatten() + 1
     parts = []
     for row in positions.tensor_split(starts.cpu(), dim=1):
-        rotary.max_seq_len_cached = rotary.original_max_seq_len  # nothing of the sequence before
+        # nothing of the sequence before
+        rotary.inv_freq.copy_(rotary.original_inv_freq)
+        rotary.max_seq_len_cached = rotary.original_max_seq_len
         parts.append(rotary(hidden, row))
     return tuple(torch.cat(several, dim=1) for several in zip(*parts, strict=True))

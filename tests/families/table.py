@@ -131,6 +131,8 @@ CASES: tuple[Case, ...] = (
          {**_MLA, "n_group": 2, "topk_group": 1, "topk_method": "group_limited_greedy"}),
     Case("DeepSeek-V3, R1", "deepseek_v3", "latent attention, groups of experts, shared experts",
          {**_MLA, "n_group": 2, "topk_group": 1}),
+    Case("GLM-4.7 Flash", "glm4_moe_lite", "latent attention, experts, shared experts",
+         {**_MLA, "n_group": 1, "topk_group": 1}),
     Case("GLM-4", "glm4", "norms on both sides of each part", {"head_dim": 16, "pad_token_id": 0}, seed=6),
     Case("GLM-4.5, 4.6", "glm4_moe", "experts, shared experts, dense first blocks",
          {"n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "first_k_dense_replace": 2,

@@ -23,6 +23,7 @@ from tests.families.table import CASES, Case
 from tests.models import make_checkpoint
 
 SPANS = ((0, 1), (1, 4), (4, 5))
+GRADIENTS = {"llama4_text", "gptj", "qwen3_next", "falcon_h1", "deepseek_v3", "gpt_oss", "falcon-180b"}
 OPTIONS: dict[str, Any] = {"eos_token_id": None, "pad_token_id": 0, "do_sample": False}
 
 
@@ -121,3 +122,18 @@ def test_sessions_of_different_lengths_in_one_batch(pair: Pair) -> None:
         together.stop()
     for mine, (_, expected) in zip(states, given, strict=True):
         close(mine, expected)
+
+
+@pytest.mark.parametrize(
+    "pair", [case for case in CASES if case.label in GRADIENTS], indirect=True, ids=lambda case: case.label
+)
+def test_gradients(pair: Pair) -> None:
+    """Of those that have attention, or something beside it, of their own."""
+    ids = tokens(2, 19)
+    embeddings = pair.whole.get_input_embeddings()(ids).detach()
+    mine, theirs = (
+        torch.autograd.grad(model(inputs_embeds=given).logits.square().mean(), given)[0]
+        for model in (pair.mine, pair.whole)
+        for given in [embeddings.clone().requires_grad_()]
+    )
+    close(mine, theirs)

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Phi3Config
+from transformers import LlamaConfig, Phi3Config
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from swarm.families import family_of
@@ -19,7 +20,10 @@ ROPES = {
 
 @pytest.mark.parametrize("rope_type", ROPES)
 def test_rows_of_one_batch(rope_type: str) -> None:
-    config = Phi3Config(
+    kind, rotary = {"longrope": (Phi3Config, Phi3RotaryEmbedding), "dynamic": (LlamaConfig, LlamaRotaryEmbedding)}[
+        rope_type
+    ]
+    config = kind(
         hidden_size=64,
         num_attention_heads=4,
         max_position_embeddings=128 if rope_type == "longrope" else 32,
@@ -27,12 +31,12 @@ def test_rows_of_one_batch(rope_type: str) -> None:
         rope_parameters={"rope_type": rope_type, "rope_theta": 10000.0, **ROPES[rope_type]},
         pad_token_id=0,
     )
-    base, hidden = SimpleNamespace(rotary_emb=Phi3RotaryEmbedding(config)), torch.zeros(1, 1, 64)
+    base, hidden = SimpleNamespace(rotary_emb=rotary(config)), torch.zeros(1, 1, 64)
     rows = [torch.arange(0, 40)[None], torch.arange(5, 9)[None], torch.arange(60, 61)[None], torch.arange(3, 4)[None]]
-    family = family_of("phi3")
+    family = family_of(config.model_type)
     packed = family.position_embeddings(base, config, hidden, torch.cat(rows, dim=1))  # type: ignore[arg-type]
     for number, row in enumerate(rows):
-        fresh = Phi3RotaryEmbedding(config)
+        fresh = rotary(config)
         begin = sum(before.shape[1] for before in rows[:number])
         for mine, theirs in zip(packed, fresh(hidden, row), strict=True):
             torch.testing.assert_close(mine[:, begin : begin + row.shape[1]], theirs)
