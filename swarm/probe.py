@@ -76,10 +76,10 @@ class _Observer:
     def mix(self, block: int, hidden: torch.Tensor, mixer: Mixer) -> torch.Tensor:
         states = MixerStates()
         output = mixer(hidden, states)
-        kept = [*states.conv.values(), *states.recurrent.values()]
-        self.state_bytes += sum(tensor.numel() * tensor.element_size() for tensor in kept)
         if states.recurrent and not _continues(mixer, hidden, states):
             self.wrong = "forgets its recurrent state where a prompt is cut into chunks"
+        kept = [*states.conv.values(), *states.recurrent.values()]
+        self.state_bytes += sum(tensor.numel() * tensor.element_size() for tensor in kept)
         return output
 
 
