@@ -35,7 +35,9 @@ class StackOfBlocks(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
         past = kwargs.get("past_key_values")
         if past is None:
-            past = kwargs["layer_past"]  # BLOOM and Falcon
+            past = kwargs.get("layer_past")  # BLOOM and Falcon
+        if past is None:
+            past = next(given for given in args if isinstance(given, SwarmCache | SinglePass | _Echo))  # GPT-2
         hidden = past.run(hidden_states)
         return (hidden, None) if self.gives_tuple else hidden
 
@@ -202,7 +204,7 @@ def _expects_tuple(trunk: nn.Module, stack: StackOfBlocks) -> bool:
         try:
             with torch.no_grad():
                 hidden = trunk(ids, past_key_values=_Echo(), use_cache=False)[0]
-        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+        except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, StopIteration):
             continue
         if isinstance(hidden, Tensor) and hidden.ndim == 3 and hidden.shape[:2] == (2, 1):
             return gives_tuple

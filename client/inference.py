@@ -74,11 +74,13 @@ class Inference:
         max_length: int,
         hidden_size: int,
         salt: bytes | None = None,
+        croppable: bool = True,
     ) -> None:
         self._view, self._settings = view, settings
         self._first, self._last = first, last
         self._max_length, self._hidden_size = max_length, hidden_size
         self._salt = salt
+        self._croppable = croppable
         self._rows = 0
         self._left_padding: tuple[int, ...] = ()
         self._in_flight: dict[str, _Chunk] = {}
@@ -191,7 +193,7 @@ class Inference:
         self._inputs.crop(position)
         for hop in self.hops:
             hop.history.crop(position)
-            hop.cropped |= hop.is_petals and position < self.position
+            hop.cropped |= position < self.position and (hop.is_petals or not self._croppable)
         self.position = position
 
     async def close(self) -> None:

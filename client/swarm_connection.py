@@ -31,7 +31,7 @@ class SwarmConnection:
         self._runtime, self._initial_peers, self._view = runtime, initial_peers, view
         self._source, self._settings = source, settings
         self.num_blocks = source.num_blocks
-        self._salt = settings.salt()
+        self._salt = None if source.keeps_states else settings.salt()
         self._closed = False
 
     @classmethod
@@ -83,6 +83,7 @@ class SwarmConnection:
             max_length=max_length,
             hidden_size=self._source.hidden_size,
             salt=self._salt,
+            croppable=not self._source.keeps_states,
         )
         return Session(self._runtime, inference, max_length, shares=self._salt is not None)
 

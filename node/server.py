@@ -20,7 +20,7 @@ from swarm.fingerprint import fingerprint
 from swarm.node.announcer import Announcer
 from swarm.node.engine.acceleration import Acceleration, accelerate
 from swarm.node.engine.deterministic import check, make_deterministic
-from swarm.node.engine.engine import Engine
+from swarm.node.engine.engine import STATE_ROWS, Engine
 from swarm.node.engine.quantization import Scheme, find_scheme, finish_block, quantized_bytes, schemes_on
 from swarm.node.handler import Handler
 from swarm.node.hardware import choose_devices, choose_dtype, free_memory
@@ -33,7 +33,7 @@ from swarm.node.settings import NodeSettings
 from swarm.node.throughput import measure
 from swarm.peer import Peer
 from swarm.records import Offer, ServerInfo, ServerState
-from swarm.skeleton import Span, build_skeleton, cache_bytes_per_token, fetch_span, load_span
+from swarm.skeleton import Span, build_skeleton, cache_bytes, fetch_span, load_span
 from swarm.source import ModelSource, resolve
 
 T = TypeVar("T")
@@ -227,11 +227,14 @@ def _plan(settings: NodeSettings, source: ModelSource, dtype: torch.dtype, devic
         start, end = parse_blocks(settings.blocks, source.num_blocks)
         blocks = end - start
     layers = build_skeleton(source, dtype, attention="eager").layers
+    states = cache_bytes(source, dtype, tokens=0, rows=STATE_ROWS)  # always there, as weights are
     kinds = {"none": None} | {scheme.name: scheme for scheme in schemes_on(device)}
     sizes = Sizes(
         num_blocks=source.num_blocks,
-        block_bytes={name: max(quantized_bytes(block, kind) for block in layers) for name, kind in kinds.items()},
-        token_bytes=cache_bytes_per_token(source, dtype),
+        block_bytes={
+            name: states + max(quantized_bytes(block, kind) for block in layers) for name, kind in kinds.items()
+        },
+        token_bytes=cache_bytes(source, dtype, tokens=1, rows=0),
         positions=source.max_positions,
     )
     free = usable_together([free_memory(each) for each in devices], max(sizes.block_bytes.values()))

@@ -4,6 +4,7 @@
     python scripts/make_checkpoint.py OUT --like llama-gqa
     python scripts/make_checkpoint.py OUT --like llama-gqa --hidden 2048 --layers 16 --intermediate 5632 \\
         --heads 32 --kv-heads 8 --vocab 32000 --positions 4096 --dtype bfloat16 --std 0.02
+    python scripts/make_checkpoint.py OUT --like llama-2-70b --layers 1 --vocab 1000 --dtype bfloat16 --std 0.02
 
 Tensors have the names that checkpoints on the Hub have (Mixtral: one per expert) and are written shard by shard.
 """
@@ -52,6 +53,41 @@ PRESETS: dict[str, Preset] = {
     "mixtral": Preset("mixtral", 2, {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "mistral-window": Preset("mistral", 2, {"sliding_window": 8}),
 }
+
+
+# The published geometry of large models; blocks of theirs can be made one at a time.
+LARGE: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-2-70b": ("llama", {
+        "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 4096}),
+    "llama-3.1-405b": ("llama", {
+        "hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126, "num_attention_heads": 128,
+        "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,
+        "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}}),
+    "falcon-180b": ("falcon", {
+        "hidden_size": 14848, "num_hidden_layers": 80, "num_attention_heads": 232, "num_kv_heads": 8,
+        "vocab_size": 65024, "new_decoder_architecture": True, "bias": False, "hidden_dropout": 0.0}),
+    "bloom-176b": ("bloom", {
+        "hidden_size": 14336, "n_layer": 70, "n_head": 112, "vocab_size": 250880, "seq_length": 2048}),
+    "mixtral-8x22b": ("mixtral", {
+        "hidden_size": 6144, "intermediate_size": 16384, "num_hidden_layers": 56, "num_attention_heads": 48,
+        "num_key_value_heads": 8, "vocab_size": 32768, "max_position_embeddings": 65536, "num_local_experts": 8,
+        "num_experts_per_tok": 2}),
+    "deepseek-v3": ("deepseek_v3", {"first_k_dense_replace": 3}),  # transformers' defaults are its geometry
+}  # fmt: skip
+
+
+def large_config(like: str, **options: Any) -> PreTrainedConfig:
+    """The config of one of :data:`LARGE`, bfloat16; ``options`` are fields of it to change. ``num_hidden_layers=1`` of
+    DeepSeek-V3 is a block with experts, as nearly all of its blocks are."""
+    model_type, geometry = LARGE[like]
+    if like == "deepseek-v3" and options.get("num_hidden_layers", 61) < 4:
+        geometry = geometry | {"first_k_dense_replace": 0}
+    return AutoConfig.for_model(
+        model_type, **({"dtype": "bfloat16", "tie_word_embeddings": False} | geometry | options)
+    )
 
 
 def make_config(
@@ -165,21 +201,28 @@ def _bytes(tensor: torch.Tensor) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="directory to write")
-    parser.add_argument("--like", choices=PRESETS, default="llama-gqa")
-    parser.add_argument("--hidden", type=int, default=64)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--like", choices=[*PRESETS, *LARGE], default="llama-gqa")
+    parser.add_argument("--hidden", type=int, help="64, or that of the large model; so for what follows")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--heads", type=int)
     parser.add_argument("--kv-heads", type=int)
     parser.add_argument("--intermediate", type=int)
-    parser.add_argument("--vocab", type=int, default=300)
-    parser.add_argument("--positions", type=int, default=512)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--std", type=float, default=0.15, help="scale of the weights")
+    parser.add_argument("--vocab", type=int)
+    parser.add_argument("--positions", type=int)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--std", type=float, help="scale of the weights")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-shard-bytes", type=int, default=1 << 29)
-    arguments = vars(parser.parse_args())
+    arguments = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
     out, seed, limit = arguments.pop("out"), arguments.pop("seed"), arguments.pop("max_shard_bytes")
-    print(make_checkpoint(out, make_config(**arguments), seed=seed, max_shard_bytes=limit))
+    if arguments["like"] in LARGE:
+        names = {"layers": "num_hidden_layers", "vocab": "vocab_size", "dtype": "dtype", "std": "initializer_range"}
+        if fixed := arguments.keys() - names.keys() - {"like"}:
+            parser.error(f"{arguments['like']} has its own {', '.join(sorted(fixed))}")
+        config = large_config(arguments.pop("like"), **{names[name]: value for name, value in arguments.items()})
+    else:
+        config = make_config(**arguments)
+    print(make_checkpoint(out, config, seed=seed, max_shard_bytes=limit))
 
 
 if __name__ == "__main__":

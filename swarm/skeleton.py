@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 
 from swarm.checkpoint import Checkpoint
 from swarm.errors import ModelError, UsageError
-from swarm.families import ATTENTION, Family, family_of
-from swarm.probe import PROBE, KVGeometry, probe_block
+from swarm.families import ATTENTION, REFUSED, Family, family_of
+from swarm.probe import PROBE, BlockCache, KVGeometry, probe_block, unserved
 from swarm.source import ModelSource
 from swarm.span import Prepared, Span
 from swarm.weights import load_weights, plan_weights
@@ -29,13 +29,21 @@ __all__ = [
     "Span",
     "assemble_span",
     "build_skeleton",
-    "cache_bytes_per_token",
+    "cache_bytes",
     "fetch_span",
     "load_ends",
     "load_span",
 ]
 
-_KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_KNOWN_LAYER_TYPES = {
+    "full_attention",
+    "sliding_attention",
+    "chunked_attention",
+    "linear_attention",
+    "attention",
+    "mamba",
+    "hybrid",
+}
 
 
 @dataclass(frozen=True)
@@ -156,17 +164,18 @@ def assemble_span(
     for module in skeleton.base.children():
         # Rotary embeddings have buffers and no parameters; what else is outside the blocks is the client's.
         if module is not skeleton.layers and not any(True for _ in module.parameters()):
-            _fill_buffers(model, module, devices[0])
+            _fill_buffers(model, module, devices[0], family)
     for index in wanted:
         family.adapt(skeleton.layers[index], config)
-    geometry = _kv_geometry(skeleton, family, wanted, kinds, dtype, devices[0])
+    caches = _probe(skeleton, family, wanted, kinds, dtype, devices[0])
+    geometry = _one_geometry(source, caches)
 
     parameter_bytes = 0
     for done, (index, device) in enumerate(zip(wanted, devices, strict=True)):
         if progress is not None:
             progress(done, len(wanted))
         block = skeleton.layers[index]
-        _fill_buffers(model, block, device)
+        _fill_buffers(model, block, device, family)
         fill(index, device)
         parameter_bytes += _parameter_bytes(block)
         if finish is not None:
@@ -186,6 +195,9 @@ def assemble_span(
         kv_heads=geometry.kv_heads,
         key_dim=geometry.key_dim,
         value_dim=geometry.value_dim,
+        shared_kv=geometry.shared,
+        without_kv=frozenset(index for index, cache in zip(wanted, caches, strict=True) if cache.kv is None),
+        state_bytes=sum(cache.state_bytes for cache in caches),
         parameter_bytes=parameter_bytes,
         config=config,
         blocks=blocks,
@@ -246,7 +258,7 @@ def load_ends(source: ModelSource, *, dtype: torch.dtype | str = "checkpoint") -
     plan = plan.only(set(model.state_dict()).__contains__)
     checkpoint.fetch(plan.keys())
     device = torch.device("cpu")
-    _fill_buffers(model, model, device)
+    _fill_buffers(model, model, device, family_of(source.model_type))
     missing = load_weights(model, plan, checkpoint, dtype=chosen, device=device, mapped=True)
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
     _require_none(checkpoint, sorted(name for name, tensor in model.state_dict().items() if tensor.is_meta))
@@ -262,21 +274,24 @@ def _layers_name(model: PreTrainedModel, count: int) -> str:
         name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count
     ]
     if not names:
-        raise ModelError(f"models of class {type(model).__name__} can't be served: they have no list of {count} blocks")
+        raise unserved(model.config.model_type, f"{type(model).__name__} has no list of {count} blocks")
     return min(names, key=lambda name: name.count("."))
 
 
 def _layer_kinds(source: ModelSource) -> tuple[str, ...]:
     kinds = getattr(source.config, "layer_types", None) or ["full_attention"] * source.num_blocks
     if unknown := sorted(set(kinds) - _KNOWN_LAYER_TYPES):
-        raise ModelError(f"model {source.name!r} can't be served yet: it has layers of type {', '.join(unknown)}")
+        raise unserved(source.model_type, f"it has layers of type {', '.join(unknown)}")
     return tuple(kinds)
 
 
-def _kv_geometry(
+def _probe(
     skeleton: Skeleton, family: Family, wanted: range, kinds: tuple[str, ...], dtype: torch.dtype, device: torch.device
-) -> KVGeometry:
+) -> list[BlockCache]:
+    """What each of the blocks keeps."""
     config = skeleton.config
+    if (why := REFUSED.get(config.model_type)) is not None:
+        raise unserved(config.model_type, why)
     config._attn_implementation = PROBE
     hidden = torch.zeros(1, 1, config.hidden_size, dtype=dtype, device=device)
     positions = torch.zeros(1, 1, dtype=torch.int64, device=device)
@@ -284,22 +299,29 @@ def _kv_geometry(
     hidden, positions, embeddings = tree_map_only(
         torch.Tensor, lambda tensor: tensor.to("meta"), (hidden, positions, embeddings)
     )
-    found = {
+    return [
         probe_block(
             family,
             skeleton.layers[index],
             hidden,
             positions,
             embeddings[kind] if isinstance(embeddings, dict) else embeddings,
+            kind=kind,
+            model_type=config.model_type,
         )
         for index, kind in zip(wanted, kinds, strict=True)
-    }
+    ]
+
+
+def _one_geometry(source: ModelSource, caches: list[BlockCache]) -> KVGeometry:
+    """That of all blocks that have a KV cache."""
+    found = {cache.kv for cache in caches if cache.kv is not None}
     if len(found) > 1:
-        raise ModelError(f"blocks {wanted.start}:{wanted.stop} can't be served by one node: their KV caches differ")
-    return found.pop()
+        raise unserved(source.model_type, "its blocks have KV caches of different shapes")
+    return found.pop() if found else KVGeometry(0, 0, 0)
 
 
-def _fill_buffers(model: PreTrainedModel, root: nn.Module, device: torch.device) -> None:
+def _fill_buffers(model: PreTrainedModel, root: nn.Module, device: torch.device, family: Family) -> None:
     """Memory and values for buffers that no checkpoint holds, such as rotary frequencies.
 
     transformers computes them when a module is initialized. Parameters are on the meta device still, so that
@@ -316,8 +338,12 @@ def _fill_buffers(model: PreTrainedModel, root: nn.Module, device: torch.device)
         for name in names:
             filled = module._buffers[name]
             assert filled is not None
-            if filled.dtype is not torch.bool and bool((filled == _never(filled.dtype)).any()):
+            if filled.dtype is torch.bool or not bool((filled == _never(filled.dtype)).any()):
+                continue
+            value = family.buffer(module, name, model.config)
+            if value is None:
                 raise ModelError(f"{type(module).__name__}.{name} can't be computed by this version of transformers")
+            filled.copy_(value)
 
 
 def _never(dtype: torch.dtype) -> float:
@@ -352,12 +378,19 @@ def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def cache_bytes_per_token(source: ModelSource, dtype: torch.dtype) -> int:
-    """Memory that one token takes in the KV cache of one block."""
+def cache_bytes(source: ModelSource, dtype: torch.dtype, *, tokens: int, rows: int) -> int:
+    """Memory that one block's cache takes for ``tokens`` tokens and the states of ``rows`` rows; of the largest."""
     skeleton, family, device = build_skeleton(source, dtype, attention="eager"), family_of(source.model_type), "cpu"
     for module in skeleton.base.children():
         if module is not skeleton.layers and not any(True for _ in module.parameters()):
-            _fill_buffers(skeleton.model, module, torch.device(device))
-    family.adapt(skeleton.layers[0], skeleton.config)
-    geometry = _kv_geometry(skeleton, family, range(1), _layer_kinds(source)[:1], dtype, torch.device(device))
-    return geometry.kv_heads * (geometry.key_dim + geometry.value_dim) * dtype.itemsize
+            _fill_buffers(skeleton.model, module, torch.device(device), family)
+    for block in skeleton.layers:
+        family.adapt(block, skeleton.config)
+    every = range(source.num_blocks)
+    caches = set(_probe(skeleton, family, every, _layer_kinds(source), dtype, torch.device(device)))
+
+    def size(cache: BlockCache) -> int:
+        per_token = cache.kv.elements * dtype.itemsize if cache.kv else 0
+        return per_token * tokens + cache.state_bytes * rows
+
+    return max(map(size, caches))

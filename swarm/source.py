@@ -62,6 +62,12 @@ class ModelSource:
         return self.config.vocab_size
 
     @property
+    def keeps_states(self) -> bool:
+        """Whether some layers keep a recurrent state, which can't be cut back to an earlier token."""
+        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)]
+        return bool(model_class._is_stateful)
+
+    @property
     def max_positions(self) -> int | None:
         """The longest sequence that the model was made for; None if its config does not say (ALiBi models)."""
         for name in ("max_position_embeddings", "seq_length"):
@@ -159,7 +165,7 @@ def _read_config(model: str, directory: Path) -> PreTrainedConfig:
     if model_type not in CONFIG_MAPPING:
         raise ModelError(
             f"model {model!r} is of type {model_type!r}, which this version of transformers does not know: "
-            "upgrade transformers (models that bring their own code are not run)"
+            "upgrade transformers (code that comes with a model is not run). docs/models.md lists what works"
         )
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)

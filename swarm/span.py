@@ -36,6 +36,10 @@ class Span:
         devices: where each block is; blocks on one device are side by side.
         bases: for each device, the module with the buffers that position embeddings are made of.
         kv_heads, key_dim, value_dim: of each block's KV cache.
+        shared_kv: keys and values are the same numbers, and kept once (latent attention).
+        without_kv: blocks that have none.
+        state_bytes: what all blocks together keep for each row beside KV (recurrent states); 0 in most models. Such
+            states can't be cut back to an earlier token, nor shared as a prefix.
         parameter_bytes: memory of the weights as they were loaded, before they were packed or quantized.
     """
 
@@ -47,6 +51,9 @@ class Span:
     kv_heads: int
     key_dim: int
     value_dim: int
+    shared_kv: bool
+    without_kv: frozenset[int]
+    state_bytes: int
     parameter_bytes: int
     config: PreTrainedConfig
     blocks: nn.ModuleList = field(repr=False)

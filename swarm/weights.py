@@ -67,9 +67,10 @@ def plan_weights(model: PreTrainedModel, checkpoint: Checkpoint) -> WeightPlan:
     sources: defaultdict[str, list[str]] = defaultdict(list)
     columns: defaultdict[str, defaultdict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for key in sorted(checkpoint.files, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, own)
-        if name not in own and key in own:
-            name, pattern = key, None
+        given = _in_text_model(key, own)
+        name, pattern = rename_source_key(given, renamings, converters, model.base_model_prefix, own)
+        if name not in own and given in own:
+            name, pattern = given, None
         if name not in own:
             continue
         sources[name].append(key)
@@ -107,7 +108,7 @@ def load_weights(
                 # Under the model's own name, where no conversion applies any more.
                 tensors[name] = LazyStack(checkpoint, name, own[name].shape, group.stacks[name], dtype)
             else:
-                tensors |= {key: checkpoint.lazy(key, mapped=mapped) for key in keys}
+                tensors |= {_in_text_model(key, own): checkpoint.lazy(key, mapped=mapped) for key in keys}
         with _quiet():
             info, _ = convert_and_load_state_dict_in_model(
                 model,
@@ -132,6 +133,11 @@ def load_weights(
         missing &= info.missing_keys
         trim()
     return missing
+
+
+def _in_text_model(key: str, own: Mapping[str, Any]) -> str:
+    """The name that a tensor of a model with images or sound has in its text part alone."""
+    return key if key in own else key.replace("language_model.", "", 1)
 
 
 def _groups(plan: WeightPlan) -> Iterator[WeightPlan]:

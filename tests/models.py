@@ -25,6 +25,7 @@ def _script() -> ModuleType:
 _make = _script()
 PRESETS: tuple[str, ...] = tuple(_make.PRESETS)
 make_config = _make.make_config
+large_config = _make.large_config
 make_checkpoint = _make.make_checkpoint
 
 # Kept for as long as the test process lives.

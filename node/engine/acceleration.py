@@ -101,6 +101,8 @@ def why_unrecorded(span: Span) -> str | None:
     """Why decode steps of ``span`` can't be recorded; None if nothing speaks against it."""
     if span.ropes_vary:
         return "rotary frequencies depend on the positions at hand"
+    if span.state_bytes:
+        return "recurrent states are kept row by row"
     experts = getattr(span.config, "_experts_implementation", None)
     if experts not in ("grouped_mm", "batched_mm") and any(one.dim() == 3 for one in span.blocks.parameters()):
         return "transformers runs this model's experts one by one, chosen on the CPU"

@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from swarm.node.engine.batch import Batch, DenseBatch, Segment, ShortRows
+from swarm.node.engine.chunks import in_chunks
 from swarm.node.engine.masks import build_mask
 from swarm.node.engine.paged_attention import paged_attention
 
@@ -34,17 +35,19 @@ def attention(
     softcap: float | None = None,
     alibi: torch.Tensor | None = None,
     s_aux: torch.Tensor | None = None,
+    attention_chunk: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """``query`` ``[1, heads, N, key_dim]``, ``key`` and ``value`` ``[1, kv_heads, N, dim]`` of the tokens in ``batch``;
     returns ``[1, N, heads, value_dim]`` and, for transformers, ``None``.
 
     ``alibi`` are slopes ``[heads]``, ``s_aux`` the logits ``[heads]`` of sinks that take weight but have no value.
+    With ``attention_chunk`` a query sees keys only of its own chunk of so many positions.
     ``attention_mask`` is ignored: the batch knows who sees whom.
     """
     rule = _Rule(scaling, sliding_window, softcap or None, alibi, s_aux)
     if isinstance(batch, DenseBatch):
-        return _dense(query, key, value, batch, rule), None
+        return _dense(query, key, value, batch, rule, attention_chunk), None
     keys, values = batch.cache.keys[module.layer_idx], batch.cache.values[module.layer_idx]  # type: ignore[index]
     tokens = query.shape[2]
     if batch.run is not None:
@@ -53,21 +56,24 @@ def attention(
     else:
         keys.index_copy_(2, batch.slots, key.transpose(0, 1))
         values.index_copy_(2, batch.slots, value.transpose(0, 1))
-    if batch.paged is not None and rule.plain and rule.slopes is None:
+    if batch.paged is not None and rule.plain and rule.slopes is None and attention_chunk is None:
         assert batch.cache.kernel is not None
         flat = query[0].transpose(0, 1)
         options: dict[str, Any] = {"page_size": batch.cache.page_size, "scale": rule.scale, "window": rule.window}
         return paged_attention(batch.cache.kernel, flat, keys, values, batch.paged, **options)[None], None
     if not batch.rows:
         raise NotImplementedError("only attention by the kernel has static shapes")
+    segments, short = batch.segments, batch.short
+    if attention_chunk is not None and (cut := in_chunks(segments, attention_chunk)) is not segments:
+        segments, short = cut, None
     kv_heads, heads = key.shape[1], query.shape[1]
     folded = query.transpose(1, 2).reshape(tokens, kv_heads, 1, heads // kv_heads, query.shape[3])
     parts: list[torch.Tensor] = []
     together = 0
-    if batch.short is not None and rule.plain and rule.slopes is None and rule.window is None:
-        together = batch.short.count
-        parts.append(_decode_together(folded[:together].squeeze(2), keys, values, batch.short, rule))
-    for segment in batch.segments[together:]:
+    if short is not None and rule.plain and rule.slopes is None and rule.window is None:
+        together = short.count
+        parts.append(_decode_together(folded[:together].squeeze(2), keys, values, short, rule))
+    for segment in segments[together:]:
         if segment.end - segment.begin == 1:
             part = _decode(folded[segment.begin], keys, values, batch, segment, rule)
         else:
@@ -155,7 +161,9 @@ def _prefill(
     return _causal(query, key, value, batch, rule, segment.past, first).permute(2, 0, 1, 3)
 
 
-def _dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: DenseBatch, rule: _Rule) -> torch.Tensor:
+def _dense(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: DenseBatch, rule: _Rule, chunk: int | None
+) -> torch.Tensor:
     """Causal attention within each row of a batch that isn't cached; ``[1, N, heads, value_dim]``."""
     heads, kv_heads = query.shape[1], key.shape[1]
     group = heads // kv_heads
@@ -168,7 +176,9 @@ def _dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: D
         shared_key = one_key[:, None].expand(-1, group, -1, -1)
         shared_value = one_value[:, None].expand(-1, group, -1, -1)
         grouped = one_query.unflatten(0, (kv_heads, group))
-        outputs.append(_causal(grouped, shared_key, shared_value, batch, rule, 0, 0).flatten(0, 1).transpose(0, 1))
+        parts = [states.split(chunk or batch.columns, 2) for states in (grouped, shared_key, shared_value)]
+        whole = torch.cat([_causal(q, k, v, batch, rule, 0, 0) for q, k, v in zip(*parts, strict=True)], 2)
+        outputs.append(whole.flatten(0, 1).transpose(0, 1))
     return torch.cat(outputs)[None]
 
 

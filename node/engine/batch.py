@@ -9,8 +9,10 @@ from functools import cached_property
 
 import torch
 
+from swarm.families.mixers import Mixer
 from swarm.node.engine.kv_cache import KVCache, Sequence
 from swarm.node.engine.paged_attention import PagedRows, describe_rows
+from swarm.node.engine.states import RowStates, mix
 from swarm.node.engine.transfer import to_device
 
 SHORT_ROWS, SHORT_LENGTH = 4, 256
@@ -63,6 +65,7 @@ class Batch:
     value go, ``run`` is the first of them where they lie side by side. ``rows`` are the rows with new tokens and how
     many, ``pieces`` how :func:`pack` was told to cut them. ``paged`` describes them for the cache's kernel, if it has
     one. What is the same for all blocks is made once; ``masks`` holds the masks that the first block made.
+    ``states`` are those of each row, in models that have any.
     """
 
     cache: KVCache
@@ -73,6 +76,12 @@ class Batch:
     pieces: tuple[tuple[int, int], ...] | None = None
     paged: PagedRows | None = None
     masks: Masks = field(default_factory=dict)
+    states: tuple[RowStates, ...] = ()
+
+    def mix(self, block: int, hidden: torch.Tensor, mixer: Mixer) -> torch.Tensor:
+        """``hidden`` ``[1, N, H]`` through a block's mixer, which is called with each row's tokens and states."""
+        ends = list(itertools.accumulate(new for _, new in self.rows))
+        return mix(hidden, list(zip([0, *ends], ends, self.states, strict=False)), block, mixer)
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
@@ -105,6 +114,10 @@ class DenseBatch:
     columns: int
     positions: torch.Tensor
     masks: Masks = field(default_factory=dict)
+
+    def mix(self, block: int, hidden: torch.Tensor, mixer: Mixer) -> torch.Tensor:
+        """As :meth:`Batch.mix`, and nothing is kept."""
+        return mixer(hidden.view(self.rows, self.columns, -1), None).reshape(hidden.shape)
 
     def to(self, device: torch.device) -> DenseBatch:
         """The same for blocks on ``device``."""

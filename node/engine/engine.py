@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Hashable
 from collections.abc import Sequence as Listing
 from concurrent.futures import CancelledError, Future
+from dataclasses import replace
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -24,6 +25,7 @@ from swarm.node.engine.kv_cache import KVCache, Sequence
 from swarm.node.engine.pacing import Gatherer, Pacer
 from swarm.node.engine.scheduler import DECODE_COLUMNS, Waiting, plan_turn
 from swarm.node.engine.session import Admission, DenseWork, EngineSession, Prefix, StepWork
+from swarm.node.engine.states import StateStore
 from swarm.node.engine.static_decode import StaticDecode
 from swarm.node.engine.stats import EngineStats
 from swarm.node.engine.transfer import to_device, to_host
@@ -31,6 +33,7 @@ from swarm.span import Span
 
 logger = logging.getLogger(__name__)
 
+STATE_ROWS = 64
 _RECENT = 64
 _Message = tuple[str, Any]
 
@@ -49,6 +52,7 @@ class Engine:
         deterministic: cut steps and attention so that a session's bits don't depend on the others, which takes blocks
             that are made for it (``deterministic.make_deterministic``).
         acceleration: what to use of a GPU; by default nothing.
+        state_rows: for how many rows recurrent states are kept, in models that have them.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class Engine:
         max_batch_tokens: int = 512,
         acceleration: Acceleration | None = None,
         deterministic: bool = False,
+        state_rows: int = STATE_ROWS,
     ) -> None:
         self.span = span
         acceleration = acceleration or Acceleration()
@@ -76,7 +81,10 @@ class Engine:
             dtype=span.dtype,
             device=span.devices,
             kernel=acceleration.kernel,
+            without=span.without_kv,
+            shared=span.shared_kv,
         )
+        self._states = StateStore(state_rows) if span.state_bytes else None
         self._decode = None if acceleration.record is None else StaticDecode(span, self._cache, acceleration.record)
         self._pacer = Pacer(max_batch_tokens)
         self._gatherer = Gatherer()
@@ -147,6 +155,8 @@ class Engine:
 
         The future raises ``OutOfCacheError``: there is no room, or others wait for it already, and not to ``wait``.
         """
+        if self._states is not None or self._deterministic:  # states aren't in pages, and decode has other last bits
+            prefix = None
         future: Future[int] = Future()
         size = self.page_size
         pages = sum(-(-max(0, columns - padding) // size) for padding in session.padding)
@@ -438,13 +448,18 @@ class Engine:
             padding = [padding[source] for source in work.hypo_ids]
         end = work.start + work.columns
         keep = [max(0, work.start - pad) for pad in padding]
+        before = session.rows
+        if self._states is not None:
+            self._states.check(before, work.hypo_ids, keep)
         session.rows = self._cache.arrange(
-            session.rows,
+            before,
             sources=work.hypo_ids,
             keep=keep,
             grow=[max(0, end - pad) - kept for pad, kept in zip(padding, keep, strict=True)],
             blocks=range(session.first, session.last),
         )
+        if self._states is not None:
+            self._states.arrange(before, session.rows, work.hypo_ids, keep)
         if session.reused:  # the client may take less, if another hop of its has less
             self._reused_tokens += sum(
                 session.row_length(row, min(work.start, session.reused)) for row in range(len(padding))
@@ -492,6 +507,8 @@ class Engine:
             output = self._decode.run(rows, flat, first, last)
         if output is None:
             batch = pack(self._cache, rows, span.device, pieces=pieces if self._deterministic else None)
+            if self._states is not None:
+                batch = replace(batch, states=tuple(self._states.of(row) for row, count in rows if count))
             hidden = to_device(flat[None], span.device, span.dtype)
             output = to_host(executor.run_blocks(span, hidden, batch, first=first, last=last, prompts=prompts)[0])
         outputs: list[torch.Tensor] = []
@@ -553,6 +570,7 @@ class Engine:
             self._cache.truncate(sequence, session.row_length(row, work.start))
         if work.hypo_ids is not None and work.hypo_ids != list(range(len(session.rows))):
             session.broken = True  # the rows that it left out are gone, and to reorder again would be wrong
+        session.broken |= self._states is not None  # some blocks' states are ahead now
 
     def _end(self, session: EngineSession, work: StepWork, error: Exception) -> None:
         self._drop_first(session)
@@ -638,6 +656,8 @@ class Engine:
     def _close(self, session: EngineSession) -> None:
         if session in self._sessions:
             self._sessions.discard(session)
+            if self._states is not None:
+                self._states.release(session.rows)
             self._cache.release(session.rows)
             self._away.discard(session)
         if session.waiting:

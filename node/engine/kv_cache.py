@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass, field
 
@@ -38,7 +38,8 @@ class KVCache:
     ``keys[block]`` is ``[kv_heads, 1, slots, key_dim]`` and ``values[block]`` ``[kv_heads, 1, slots, value_dim]``, on
     the block's device. In memory each head's tokens lie together, which is how attention on a CPU reads them; with a
     ``kernel`` that attends over pages it is each token's heads. Memory is claimed but, on a CPU, not touched until
-    tokens come. One page covers the same slots in all blocks.
+    tokens come. One page covers the same slots in all blocks; those ``without`` a cache of their own have empty pools.
+    ``shared`` keys and values are one pool.
 
     With a ``kernel`` there is one page more, ``spare_page``, that belongs to nobody: rows that only fill up a batch
     write there.
@@ -57,6 +58,8 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | Listing[torch.device],
         kernel: PagedKernel | None = None,
+        without: Collection[int] = (),
+        shared: bool = False,
     ) -> None:
         self.page_size = page_size
         self.pages = PageAllocator(max(1, tokens // page_size))
@@ -65,7 +68,7 @@ class KVCache:
         slots = (self.pages.count + (kernel is not None)) * page_size
         devices = [device] * (end - start) if isinstance(device, torch.device) else device
 
-        def pool(dim: int, device: torch.device) -> torch.Tensor:
+        def pool(kv_heads: int, dim: int, device: torch.device) -> torch.Tensor:
             if kernel is None:
                 return torch.empty(kv_heads, 1, slots, dim, dtype=dtype, device=device)
             tokens = torch.empty(slots, kv_heads, dim, dtype=dtype, device=device)
@@ -73,10 +76,11 @@ class KVCache:
             return tokens.transpose(0, 1)[:, None]
 
         def pools(dim: int) -> dict[int, torch.Tensor]:
-            return {block: pool(dim, device) for block, device in zip(range(start, end), devices, strict=True)}
+            places = zip(range(start, end), devices, strict=True)
+            return {block: pool(0 if block in without else kv_heads, dim, device) for block, device in places}
 
         self.keys = pools(key_dim)
-        self.values = pools(value_dim)
+        self.values = self.keys if shared else pools(value_dim)
 
     @property
     def tokens(self) -> int:

@@ -8,10 +8,11 @@ torch's own compiler uses for frozen weights; where they are missing, layers sta
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
+from transformers.models.falcon.modeling_falcon import FalconLinear
 
 
 class PackedLinear(nn.Module):
@@ -23,6 +24,11 @@ class PackedLinear(nn.Module):
         # not a parameter: it has no strides, so nothing but these operators can use it
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)
         self.bias = None if linear.bias is None else linear.bias.detach()
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """A copy ``[out, in]``, for code that looks at it."""
+        return self.packed.to_dense()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` ``[…, in]``; differentiable with respect to it."""
@@ -40,7 +46,8 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, x: torch.Tensor, layer: PackedLinear) -> torch.Tensor:
         context.layer = layer
-        return torch.ops.mkldnn._linear_pointwise(x, layer.packed, layer.bias, "none", [], "")
+        # a copy, since it is a view inside, which the blocks (Falcon's) may not then add to in place
+        return torch.ops.mkldnn._linear_pointwise(x, layer.packed, layer.bias, "none", [], "").clone()
 
     @staticmethod
     def backward(context: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
@@ -51,8 +58,13 @@ def pack_block(block: nn.Module) -> None:
     """Packs all linear layers in ``block``, one after the other, so that only one has its weights twice at a time."""
     for module in list(block.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear) and _can_pack(child):
+            if is_plain_linear(child) and _can_pack(child):
                 setattr(module, name, PackedLinear(child))
+
+
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether ``module`` is a linear layer and no more: subclasses, such as routers, do other things too."""
+    return type(module) in (nn.Linear, FalconLinear)
 
 
 def _can_pack(linear: nn.Linear) -> bool:

@@ -5,10 +5,27 @@ from __future__ import annotations
 from swarm.families.base import ATTENTION, Family
 from swarm.families.bloom import BloomFamily
 from swarm.families.falcon import FalconFamily
+from swarm.families.falcon_h1 import FalconH1Family
+from swarm.families.gptj import GPTJFamily
+from swarm.families.latent import LatentFamily
+from swarm.families.llama4 import Llama4Family
 
-__all__ = ["ATTENTION", "Family", "family_of"]
+__all__ = ["ATTENTION", "REFUSED", "Family", "family_of"]
 
-_FAMILIES: dict[str, type[Family]] = {"bloom": BloomFamily, "falcon": FalconFamily}
+_FAMILIES: dict[str, type[Family]] = {
+    "bloom": BloomFamily,
+    "deepseek_v2": LatentFamily,
+    "deepseek_v3": LatentFamily,
+    "falcon": FalconFamily,
+    "falcon_h1": FalconH1Family,
+    "glm4_moe_lite": LatentFamily,
+    "gptj": GPTJFamily,
+    "llama4_text": Llama4Family,
+}
+
+_SHARED = "some of its blocks use the keys and values of others, and each block has an input of its own"
+REFUSED: dict[str, str] = {"gemma3n_text": _SHARED, "gemma4_text": _SHARED}
+"""Types of models that can't be served, and why, where that doesn't show when a block is tried."""
 
 
 def family_of(model_type: str) -> Family:

@@ -1,4 +1,4 @@
-"""A swarm without a network: a connection straight to two real engines, each with half of the blocks."""
+"""A swarm without a network: a connection straight to real engines, by default two, each with half of the blocks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from swarm.node.engine.engine import Engine
+from swarm.node.engine.packing import pack_block
 from swarm.node.engine.session import EngineSession
 from swarm.skeleton import load_span
 from swarm.source import resolve
@@ -70,13 +71,18 @@ class InProcessSession:
 class InProcessConnection:
     """What ``swarm.client.swarm_connection.SwarmConnection`` promises."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, spans: Sequence[tuple[int, int]] = (), *, max_batch_tokens: int = 512) -> None:
         source = resolve(str(path))
         self.num_blocks = source.num_blocks
         half = self.num_blocks // 2
         self.engines = [
-            Engine(load_span(source, first, last, dtype=torch.float32, device="cpu"), cache_tokens=4096, page_size=4)
-            for first, last in ((0, half), (half, self.num_blocks))
+            Engine(
+                load_span(source, first, last, dtype=torch.float32, device="cpu", finish=pack_block),
+                cache_tokens=4096,
+                page_size=4,
+                max_batch_tokens=max_batch_tokens,
+            )
+            for first, last in spans or ((0, half), (half, self.num_blocks))
         ]
         self.sessions: list[InProcessSession] = []
         self.failure: str | None = None

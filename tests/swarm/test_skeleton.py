@@ -302,7 +302,7 @@ def test_source_config_is_left_alone() -> None:
 
 def test_architectures_that_cannot_be_served_say_so(tmp_path: Path) -> None:
     sizes = {"vocab_size": 50, "pad_token_id": None, "dtype": "float32", "initializer_range": 0.1}
-    own_attention = AutoConfig.for_model("gptj", n_embd=32, n_layer=2, n_head=2, rotary_dim=8, **sizes)
+    own_attention = AutoConfig.for_model("mpt", d_model=32, n_layers=2, n_heads=2, **sizes)
     recurrent = AutoConfig.for_model("mamba", hidden_size=32, num_hidden_layers=2, **sizes)
     for number, config in enumerate((own_attention, recurrent)):
         source = resolve(str(make_checkpoint(tmp_path / str(number), config)))

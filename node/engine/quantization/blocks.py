@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from swarm.memory import trim
-from swarm.node.engine.packing import pack_block
+from swarm.node.engine.packing import is_plain_linear, pack_block
 from swarm.node.engine.quantization.experts import QuantizedExperts, expert_weights
 from swarm.node.engine.quantization.matrix import QuantizedMatrix
 from swarm.node.engine.quantization.schemes import Scheme
@@ -72,7 +72,7 @@ def quantized_bytes(block: nn.Module, scheme: Scheme | None) -> int:
 def _places(block: nn.Module, scheme: Scheme) -> Iterator[_Place]:
     for parent in list(block.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear) and name not in _ROUTERS:
+            if is_plain_linear(child) and name not in _ROUTERS:
                 shapes: tuple[tuple[int, int, int], ...] = ((1, child.out_features, child.in_features),)
             elif weights := expert_weights(child):
                 shapes = tuple(tuple(weight.shape) for weight in weights.values())  # type: ignore[misc]

@@ -1,0 +1,139 @@
+"""Every family that is listed: the same tokens, logits and states as transformers' whole model.
+
+In one process: real engines with uneven spans, and the client's facade over them. Only the network is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from swarm.client import SwarmModelForCausalLM
+from swarm.node.engine.engine import Engine
+from swarm.skeleton import load_ends
+from swarm.source import resolve
+from tests.client.in_process import InProcessConnection
+from tests.families.table import CASES, Case
+from tests.models import make_checkpoint
+
+SPANS = ((0, 1), (1, 4), (4, 5))
+GRADIENTS = {"llama4_text", "gptj", "qwen3_next", "falcon_h1", "deepseek_v3", "gpt_oss", "falcon-180b"}
+OPTIONS: dict[str, Any] = {"eos_token_id": None, "pad_token_id": 0, "do_sample": False}
+
+
+@dataclass
+class Pair:
+    """The same model over engines, and whole."""
+
+    case: Case
+    mine: Any
+    whole: Any
+    connection: InProcessConnection
+
+    def same(self, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+        mine, whole = (model.generate(ids, **OPTIONS, **options) for model in (self.mine, self.whole))
+        assert mine.tolist() == whole.tolist()
+        result: torch.Tensor = whole
+        return result
+
+    @torch.no_grad()
+    def states(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What goes into the whole model's first block, and what comes out of its last."""
+        kept: list[torch.Tensor] = []
+        base = self.whole.get_decoder()
+        layers = next(module for module in base.modules() if isinstance(module, torch.nn.ModuleList))
+        hooks = [
+            layers[0].register_forward_pre_hook(
+                lambda _m, given, named: kept.append(given[0] if given else named["hidden_states"]), with_kwargs=True
+            ),
+            layers[-1].register_forward_hook(
+                lambda _m, _i, output: kept.append(output[0] if isinstance(output, tuple) else output)
+            ),
+        ]
+        self.whole(ids, use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        return kept[0], kept[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.label)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    case: Case = request.param
+    path: Path = make_checkpoint(tmp_path_factory.mktemp("family"), case.config(), seed=case.seed)
+    connection: Any = InProcessConnection(path, SPANS, max_batch_tokens=7)
+    with SwarmModelForCausalLM.from_ends(load_ends(resolve(str(path))), connection) as mine:
+        yield Pair(case, mine, AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(), connection)
+
+
+def tokens(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(10, 250, (rows, columns), generator=torch.Generator().manual_seed(seed))
+
+
+def close(mine: torch.Tensor, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(mine, theirs, atol=2e-5 * max(1.0, float(theirs.abs().max())), rtol=0)
+
+
+@torch.no_grad()
+def test_logits(pair: Pair) -> None:
+    ids = tokens(2, 21)
+    close(pair.mine(ids).logits, pair.whole(ids).logits)
+
+
+def test_greedy_tokens(pair: Pair) -> None:
+    """A prompt longer than any window here, prefilled in pieces, then more tokens than a window."""
+    made = pair.same(tokens(1, 23), max_new_tokens=14)
+    assert len(set(made[0, 23:].tolist())) > 4  # or equality would say little
+
+
+def test_beams(pair: Pair) -> None:
+    pair.same(tokens(1, 9), max_new_tokens=5, num_beams=3)
+
+
+def test_sessions_of_different_lengths_in_one_batch(pair: Pair) -> None:
+    cuts = {5: (3, 1, 1), 11: (8, 2, 1), 26: (22, 1, 3)}  # columns in all: those of each step
+    given = [pair.states(tokens(1, columns, seed=columns)) for columns in cuts]
+    states = [before for before, _ in given]
+    for engine in pair.connection.engines:
+        together = Engine(engine.span, cache_tokens=512, page_size=4, max_batch_tokens=32)
+        together._running = True  # what is queued before the thread starts is packed together for certain
+        queued = []
+        for hidden, steps in zip(states, cuts.values(), strict=True):
+            session = together.open(rows=1, first=engine.span.start, last=engine.span.end)
+            parts = hidden.split(steps, dim=1)
+            starts = [sum(steps[:number]) for number in range(len(steps))]
+            queued.append([together.step(session, part, start=at) for part, at in zip(parts, starts, strict=True)])
+        together.start()
+        states = [torch.cat([step.result(timeout=60) for step in steps], dim=1) for steps in queued]
+        assert together.stats().batches < sum(len(steps) for steps in queued)
+        together.stop()
+    for mine, (_, expected) in zip(states, given, strict=True):
+        close(mine, expected)
+
+
+@pytest.mark.parametrize(
+    "pair", [case for case in CASES if case.label in GRADIENTS], indirect=True, ids=lambda case: case.label
+)
+def test_gradients(pair: Pair) -> None:
+    """Of those that have attention, or something beside it, of their own."""
+    ids = tokens(2, 19)
+    embeddings = pair.whole.get_input_embeddings()(ids).detach()
+    mine, theirs = (
+        torch.autograd.grad(model(inputs_embeds=given).logits.square().mean(), given)[0]
+        for model in (pair.mine, pair.whole)
+        for given in [embeddings.clone().requires_grad_()]
+    )
+    close(mine, theirs)

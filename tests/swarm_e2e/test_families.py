@@ -1,0 +1,62 @@
+"""Families that depart from the plain path, over real nodes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from swarm.client import SwarmModelForCausalLM
+from tests.families.table import CASES, OVER_NODES
+from tests.models import make_checkpoint
+from tests.swarm_e2e.nodes import run_swarm
+from tests.swarm_e2e.test_failover import at_token
+
+OPTIONS: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize("label", OVER_NODES)
+def test_same_text(label: str, tmp_path: Path) -> None:
+    case = next(case for case in CASES if case.label == label)
+    path = make_checkpoint(tmp_path / "model", case.config(), seed=case.seed)
+    whole = AutoModelForCausalLM.from_pretrained(path)
+    ids = torch.randint(10, 250, (2, 17), generator=torch.Generator().manual_seed(4))
+    with (
+        run_swarm(path, ("0:2", "1:4", "4:5")) as swarm,
+        SwarmModelForCausalLM.from_pretrained(str(path), initial_peers=swarm.initial_peers) as model,
+    ):
+        expected = whole.generate(ids, max_new_tokens=8, **OPTIONS)
+        assert torch.equal(model.generate(ids, max_new_tokens=8, **OPTIONS), expected)
+        with model.session(max_length=64):
+            assert torch.equal(model.generate(ids, max_new_tokens=8, **OPTIONS), expected)
+            # another end than what the session has: it goes back, which nodes with recurrent states can't
+            changed = torch.cat([expected[:, :20], torch.full((2, 2), 77)], 1)
+            again = model.generate(changed, max_new_tokens=6, **OPTIONS)
+            assert torch.equal(again, whole.generate(changed, max_new_tokens=6, **OPTIONS))
+
+
+def test_recurrent_states_after_a_failure(tmp_path: Path) -> None:
+    """The node that takes over gets the session played in as one prefill; the others' states stay as they are."""
+    case = next(case for case in CASES if case.label == "qwen3_next")
+    path = make_checkpoint(tmp_path / "model", case.config(), seed=case.seed)
+    ids = torch.randint(10, 250, (1, 17), generator=torch.Generator().manual_seed(4))
+    expected = AutoModelForCausalLM.from_pretrained(path).generate(ids, max_new_tokens=12, **OPTIONS)
+    with (
+        run_swarm(path, ("0:2", "2:5", "2:5")) as swarm,
+        SwarmModelForCausalLM.from_pretrained(str(path), initial_peers=swarm.initial_peers) as model,
+        model.session(max_length=64) as session,
+    ):
+        killed: list[Any] = []
+
+        def kill() -> None:
+            assert session.cache.session is not None
+            killed.append(session.cache.session.route[1].peer_id)
+            swarm.node_of(killed[0]).kill()
+
+        made = model.generate(ids, max_new_tokens=12, stopping_criteria=[at_token(5, kill)], **OPTIONS)
+        assert torch.equal(made, expected)
+        assert killed
+        assert model.last_route[1].peer_id != killed[0]
