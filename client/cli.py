@@ -62,7 +62,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with text, speed and route.")] = False,
 ) -> None:
     """Continue a prompt. The text goes to stdout as it comes; speed and route go to stderr."""
-    with _errors():
+    with errors():
         if prompt is None:
             if sys.stdin.isatty():
                 raise UsageError('give a text to continue: --prompt "…", or pipe it in')
@@ -107,7 +107,7 @@ def chat(
     wait_timeout: WaitTimeout = 60.0,
 ) -> None:
     """Talk to the model. An empty line, /exit or Ctrl-D ends; /reset forgets the conversation."""
-    with _errors():
+    with errors():
         model_, tokenizer = _load(model, initial_peers, dht_prefix, wait_timeout)
         options = _sampling(temperature, top_p, top_k, seed)
         limit = min(max_length, getattr(model_.config, "max_position_embeddings", max_length))
@@ -203,7 +203,7 @@ def _sampling(temperature: float, top_p: float, top_k: int, seed: int | None) ->
 
 
 @contextmanager
-def _errors() -> Iterator[None]:
+def errors() -> Iterator[None]:
     """Errors that the user can mend are one line and exit code 2; others of the swarm, one line and 1."""
     try:
         yield
@@ -217,5 +217,8 @@ def _errors() -> Iterator[None]:
 
 def main() -> None:
     """Entry point of ``swarm``."""
+    from swarm.client.gateway.cli import gateway  # takes its options' types from here
+
+    app.add_typer(gateway, name="gateway")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for nodes on this machine; see swarm-node
     app()

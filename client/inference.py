@@ -289,7 +289,13 @@ class Inference:
             legs = await self._view.route(
                 first, last, cache_tokens=self._rows * self._max_length, left_padding=any(left_padding)
             )
-            opened = await asyncio.gather(*(self._open(leg, left_padding) for leg in legs), return_exceptions=True)
+            opening = [asyncio.ensure_future(self._open(leg, left_padding)) for leg in legs]
+            try:
+                opened = await asyncio.gather(*opening, return_exceptions=True)
+            except asyncio.CancelledError:
+                for task in opening:  # nobody else knows those that are open by now
+                    task.add_done_callback(_abandon)
+                raise
             errors = [
                 (leg, result) for leg, result in zip(legs, opened, strict=True) if isinstance(result, BaseException)
             ]
@@ -333,3 +339,8 @@ class Inference:
             self._view.full(peer_id)
         else:
             self._view.failed(peer_id)
+
+
+def _abandon(opening: asyncio.Future[Hop]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().abandon()

@@ -67,6 +67,14 @@ class SwarmConnection:
         Raises:
             UsageError: the model was not made for so many positions.
         """
+        return Session(self._runtime, self.inference(max_length=max_length, first=first, last=last), max_length)
+
+    def inference(self, *, max_length: int, first: int = 0, last: int | None = None) -> Inference:
+        """The asynchronous side of :meth:`session`, for work in the runtime's event loop.
+
+        Raises:
+            UsageError: the model was not made for so many positions.
+        """
         positions = self._source.max_positions
         if positions is not None and max_length > positions:
             raise UsageError(
@@ -74,7 +82,7 @@ class SwarmConnection:
                 "shorten the prompt or ask for fewer tokens"
             )
         end = self.num_blocks if last is None else last
-        inference = Inference(
+        return Inference(
             self._view,
             self._settings,
             first=first,
@@ -82,12 +90,25 @@ class SwarmConnection:
             max_length=max_length,
             hidden_size=self._source.hidden_size,
         )
-        return Session(self._runtime, inference, max_length)
 
     def forward(self, hidden: torch.Tensor, *, first: int, last: int) -> torch.Tensor:
         """``hidden`` ``[B, T, H]`` after the blocks ``first:last``, computed without a cache."""
         output, _ = self._runtime.run(parallel.forward(self._view, self._settings, hidden.detach().cpu(), first, last))
         return output.to(device=hidden.device, dtype=hidden.dtype)
+
+    async def forward_async(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``hidden`` ``[B, T, H]`` after all blocks, for work in the runtime's event loop."""
+        output, _ = await parallel.forward(self._view, self._settings, hidden, 0, self.num_blocks)
+        return output
+
+    def longest_session(self) -> int | None:
+        """How many columns a session may have at most: what the model was made for and what the nodes hold.
+
+        None if neither is known.
+        """
+        limits = [] if self._source.max_positions is None else [self._source.max_positions]
+        held = self._view.cache_tokens()
+        return min(limits if held is None else [*limits, held], default=None)
 
     def backward(self, hidden: torch.Tensor, grad: torch.Tensor, *, first: int, last: int) -> torch.Tensor:
         """The gradient with respect to ``hidden``, given that of the blocks' output; both ``[B, T, H]``."""
