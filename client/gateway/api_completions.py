@@ -88,8 +88,6 @@ def _logprobs(
     return {
         "tokens": texts,
         "token_logprobs": [each.logprobs.logprob for each in tokens],
-        "top_logprobs": [
-            {model.token_text(token): value for token, value in each.logprobs.top} for each in tokens
-        ],
+        "top_logprobs": [{model.token_text(token): value for token, value in each.logprobs.top} for each in tokens],
         "text_offset": [offset + sum(map(len, texts[:at])) for at in range(len(texts))],
     }

@@ -136,15 +136,15 @@ def may_be_call(text: str) -> bool:
 def parse_call(text: str, tools: Sequence[Tool]) -> tuple[str, str] | None:
     """Name and arguments (as JSON) if ``text`` is a call of one of ``tools``, else None.
 
-    Understood are a JSON object with ``name`` and ``arguments`` or ``parameters``, as Llama 3 writes it, and one between
-    ``<tool_call>`` tags, as Qwen and Hermes write it.
+    Understood are a JSON object with ``name`` and ``arguments`` or ``parameters``, as Llama 3 writes it, and one
+    between ``<tool_call>`` tags, as Qwen and Hermes write it.
     """
     tagged = _TAGGED.match(text)
     try:
         call = json.loads(tagged[1] if tagged else text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    if not isinstance(call, dict) or call.get("name") not in {tool.function.name for tool in tools}:
+    if not isinstance(call, dict) or call.get("name") not in [tool.function.name for tool in tools]:
         return None
     arguments = call.get("arguments", call.get("parameters"))
     return (call["name"], json.dumps(arguments)) if isinstance(arguments, dict) else None

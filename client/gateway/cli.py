@@ -47,16 +47,12 @@ _KEYS_FILE = Path("~/.swarm/gateway.sqlite")
 
 @gateway.command()
 def serve(
-    models: Annotated[
-        list[str], typer.Argument(metavar="MODEL…", help="Directories, Hugging Face Hub ids, or demo.")
-    ],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL…", help="Directories, Hugging Face Hub ids, or demo.")],
     initial_peers: InitialPeers = None,
     local: Annotated[
         bool, typer.Option("--local", help="Start a private swarm for MODEL beside it.", rich_help_panel=NETWORK)
     ] = False,
-    local_nodes: Annotated[
-        int, typer.Option(min=1, help="With --local: how many nodes.", rich_help_panel=NETWORK)
-    ] = 2,
+    local_nodes: Annotated[int, typer.Option(min=1, help="With --local: how many nodes.", rich_help_panel=NETWORK)] = 2,
     host: Annotated[
         str, typer.Option(envvar="SWARM_GATEWAY_HOST", help="Address to listen on.", rich_help_panel=NETWORK)
     ] = "127.0.0.1",

@@ -1,9 +1,9 @@
 """The decode loop: many sessions, one computation of the ends for all that are back from the swarm.
 
-Each turn takes the sessions whose step has come back, runs final norm and head over them as one batch, samples, embeds
-the next tokens, and sends the next steps on their way before anybody is told of the tokens. The idea of deciding anew at
-every token who is in the batch is Orca's (Yu et al., OSDI 2022); here it only concerns the ends, as the nodes do the same
-for the blocks.
+Each turn takes the sessions whose step has come back, runs final norm and head over them as one batch, samples,
+embeds the next tokens, and sends the next steps on their way before anybody is told of the tokens. To decide anew at
+every token who is in the batch is an idea of Orca's (Yu et al., OSDI 2022). Here it only concerns the ends: the nodes do
+the same for the blocks.
 """
 
 from __future__ import annotations
@@ -70,9 +70,7 @@ class GatewayEngine:
         """The mean of the last hidden states of each prompt, of length one: ``[H]`` float32 each."""
         return list(await asyncio.gather(*(self._embed_text(prompt) for prompt in prompts)))
 
-    async def generate(
-        self, job: Job, timing: Timing, route: list[str]
-    ) -> AsyncIterator[Sampled]:
+    async def generate(self, job: Job, timing: Timing, route: list[str]) -> AsyncIterator[Sampled]:
         """The tokens of ``job`` as they come. Closing the iterator ends the session at every hop.
 
         Args:
@@ -205,17 +203,18 @@ class GatewayEngine:
         chosen = sample(logits, [generation.row() for generation in batch])
         told = self._logprobs(batch, logits, chosen)
         tokens = chosen.tolist()
-        results = [generation.take(token, told.get(index)) for index, (generation, token) in enumerate(zip(batch, tokens))]
+        results = [each.take(token, told.get(at)) for at, (each, token) in enumerate(zip(batch, tokens, strict=True))]
         positions = torch.tensor([[len(each.job.prompt) + len(each.tokens) - 1] for each in batch])
         return results, self._ends.embed(chosen[:, None], positions)
 
     @staticmethod
     def _logprobs(batch: list[Generation], logits: Tensor, chosen: Tensor) -> dict[int, TokenLogprobs]:
-        asking = [(index, each.job.top_logprobs) for index, each in enumerate(batch) if each.job.top_logprobs is not None]
+        wanted = ((index, each.job.top_logprobs) for index, each in enumerate(batch))
+        asking = [(index, count) for index, count in wanted if count is not None]
         if not asking:
             return {}
         rows = [index for index, _ in asking]
-        most = min(max(count for _, count in asking if count is not None), logits.shape[-1])
+        most = min(max(count for _, count in asking), logits.shape[-1])
         own, ids, values = (part.tolist() for part in top_logprobs(logits[rows], chosen[rows], most))
         return {
             index: TokenLogprobs(own[at], tuple(zip(ids[at][:count], values[at][:count], strict=True)))

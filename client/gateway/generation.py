@@ -63,7 +63,8 @@ class TokenLogprobs:
 class Sampled:
     """A token. ``finish`` is why it is the last one.
 
-    ``end``: it says that the text ends, and is no part of it; ``complete``: the grammar lets nothing follow; ``length``.
+    ``end``: it says that the text ends, and is no part of it; ``complete``: the grammar lets nothing follow;
+    ``length``: it is as long as asked for.
     """
 
     token: int

@@ -57,9 +57,7 @@ class ModelEnds:
     def norm(self, hidden: Tensor) -> Tensor:
         """``hidden`` ``[rows, tokens, H]`` after the final norm: transformers' ``last_hidden_state``, in float32."""
         rows, tokens, _ = hidden.shape
-        output = self._trunk(
-            input_ids=self._nothing(rows, tokens), past_key_values=_Blocks(hidden), use_cache=False
-        )
+        output = self._trunk(input_ids=self._nothing(rows, tokens), past_key_values=_Blocks(hidden), use_cache=False)
         last: Tensor = output[0].float().cpu()
         return last
 

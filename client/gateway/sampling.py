@@ -128,6 +128,7 @@ def distribution(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     if any(each.min_p > 0 for each in params):
         least = probabilities.amax(dim=-1, keepdim=True) * _column([each.min_p for each in params], scores)
         probabilities = probabilities.masked_fill(probabilities < least, 0.0)
+        probabilities /= probabilities.sum(dim=-1, keepdim=True)
     return probabilities
 
 

@@ -32,7 +32,6 @@ class ServedModel:
     def __init__(self, name: str, facade: Any, tokenizer: Any, admission: Admission) -> None:
         self.id = Path(name).name if Path(name).expanduser().is_dir() else name
         self.created = int(time.time())
-        self.admission = admission
         self.tokenizer = tokenizer
         self._facade = facade
         self._text = ThreadPoolExecutor(1, thread_name_prefix="gateway-text")

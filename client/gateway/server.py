@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import signal
 import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,42 +77,66 @@ def run(settings: GatewaySettings) -> None:
     """Serves until SIGINT or SIGTERM.
 
     Raises:
-        UsageError: what was asked for can't be done; the message says what to do.
-        SwarmError: the swarm can't be reached, or a node of the local one did not start.
+        UsageError, SwarmError: as :func:`running`.
     """
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
-        # while it starts there is much that can be waited for, and an exception ends all of it
+        # while it starts there is much that may be waited for, and an exception ends all of it
         signal.signal(number, signal.default_int_handler)
+    with running(settings) as gateway:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+        print_event({"event": "ready", "url": gateway.url, "models": gateway.models})
+        while not stop.wait(0.2) and not gateway.serving.done():
+            pass
+    print_event({"event": "stopped"})
+
+
+@dataclass(frozen=True)
+class Running:
+    """A gateway that is up. ``url`` is the API's base URL, ``serving`` ends when the server does."""
+
+    url: str
+    models: list[str]
+    serving: Future[None]
+
+
+@contextmanager
+def running(settings: GatewaySettings, log: Callable[[dict[str, Any]], None] | None = None) -> Iterator[Running]:
+    """A gateway for as long as the ``with`` is open, in this process's client runtime.
+
+    Args:
+        log: gets the fields of each request; default: prints them.
+
+    Raises:
+        UsageError: what was asked for can't be done; the message says what to do.
+        SwarmError: the swarm can't be reached, or a node of the local one did not start.
+    """
     access = access_for(settings)
     with ExitStack() as stack:
         listening = stack.enter_context(_listen(settings.host, settings.port))
-        peers = settings.initial_peers
-        if settings.local_nodes:
-            peers = _start_swarm(settings, stack)
-        models = {model.id: model for model in _load(settings, peers, stack)}
-        admission = next(iter(models.values())).admission
-        gateway = Gateway(models, Metrics(admission), access, _print_event, log_prompts=settings.log_prompts)
-        config = uvicorn.Config(
-            make_app(gateway),
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            ws="none",
-            timeout_graceful_shutdown=_STOP_SECONDS,
+        peers = _start_swarm(settings, stack) if settings.local_nodes else settings.initial_peers
+        admission = Admission(settings.max_sessions, settings.max_queue)
+        models = {model.id: model for model in _load(settings, peers, admission, stack)}
+        gateway = Gateway(models, Metrics(admission), access, log or print_event, log_prompts=settings.log_prompts)
+        server = uvicorn.Server(
+            uvicorn.Config(
+                make_app(gateway),
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                ws="none",
+                timeout_graceful_shutdown=_STOP_SECONDS,
+            )
         )
-        server = uvicorn.Server(config)
         serving = Runtime.get().start(_serve(server, listening, models.values()))
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.set())
         address, port = listening.getsockname()[:2]
         host = f"[{address}]" if ":" in address else address
-        _print_event({"event": "ready", "url": f"http://{host}:{port}/v1", "models": list(models)})
-        while not stop.wait(0.2) and not serving.done():
-            pass
-        server.should_exit = True
-        serving.result()
-    _print_event({"event": "stopped"})
+        try:
+            yield Running(f"http://{host}:{port}/v1", list(models), serving)
+        finally:
+            server.should_exit = True
+            serving.result()
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -133,7 +159,7 @@ def _start_swarm(settings: GatewaySettings, stack: ExitStack) -> tuple[str, ...]
     edges = [blocks * number // count for number in range(count + 1)]
     workdir = stack.enter_context(tempfile.TemporaryDirectory(prefix="swarm-gateway-"))
     swarm = stack.enter_context(LocalSwarm(name, Path(workdir)))
-    spans = [f"{start}:{end}" for start, end in zip(edges, edges[1:], strict=False)]
+    spans = [f"{start}:{end}" for start, end in itertools.pairwise(edges)]
     print(f"Starting a private swarm of {count} nodes on this machine…", file=sys.stderr, flush=True)
     first = swarm.start(spans[0], name="node-1")
     swarm.wait([first])
@@ -141,8 +167,7 @@ def _start_swarm(settings: GatewaySettings, stack: ExitStack) -> tuple[str, ...]
     return tuple(swarm.peers)
 
 
-def _load(settings: GatewaySettings, peers: Sequence[str], stack: ExitStack) -> list[ServedModel]:
-    admission = Admission(settings.max_sessions, settings.max_queue)
+def _load(settings: GatewaySettings, peers: Sequence[str], admission: Admission, stack: ExitStack) -> list[ServedModel]:
     models = []
     for name in settings.models:
         facade = SwarmModelForCausalLM.from_pretrained(
@@ -160,7 +185,7 @@ def _load(settings: GatewaySettings, peers: Sequence[str], stack: ExitStack) -> 
     return models
 
 
-async def _serve(server: uvicorn.Server, listening: socket.socket, models: Any) -> None:
+async def _serve(server: uvicorn.Server, listening: socket.socket, models: Iterable[ServedModel]) -> None:
     for model in models:
         model.engine.start()
     try:
@@ -169,5 +194,6 @@ async def _serve(server: uvicorn.Server, listening: socket.socket, models: Any) 
         await asyncio.gather(*(model.engine.stop() for model in models))
 
 
-def _print_event(fields: dict[str, Any]) -> None:
+def print_event(fields: dict[str, Any]) -> None:
+    """One JSON object on a line of stdout."""
     print(json.dumps(fields, ensure_ascii=False, default=lambda value: value.model_dump(exclude_none=True)), flush=True)
