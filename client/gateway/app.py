@@ -125,6 +125,7 @@ def make_app(gateway: Gateway, pages: Path = PAGES) -> Starlette:
         _endpoint("/v1/completions", CompletionRequest, complete, "prompt"),
         _endpoint("/v1/embeddings", EmbeddingRequest, embed, "input"),
         _endpoint("/v1/responses", ResponsesRequest, respond, "input"),
+        Route("/v1/{rest:path}", _nothing, methods=["GET", "POST", "PUT", "PATCH", "DELETE"]),
         Mount("/", StaticFiles(directory=pages, html=True)),
     ]
     access = gateway.access
@@ -202,6 +203,10 @@ async def _models(request: Request) -> Response:
 
 async def _model(request: Request) -> Response:
     return JSONResponse(request.app.state.gateway.model(request.path_params["name"]).describe())
+
+
+async def _nothing(request: Request) -> Response:
+    raise HTTPException(404, "there is no such endpoint")
 
 
 async def _api_error(request: Request, error: Exception) -> Response:

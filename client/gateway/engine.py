@@ -2,7 +2,7 @@
 
 Each turn takes the sessions whose step has come back, runs final norm and head over them as one batch, samples,
 embeds the next tokens, and sends the next steps on their way before anybody is told of the tokens. To decide anew at
-every token who is in the batch is an idea of Orca's (Yu et al., OSDI 2022). Here it only concerns the ends: the nodes do
+every token who is in the batch is an idea of Orca's (Yu et al., OSDI 2022). Here it only concerns the ends: nodes do
 the same for the blocks.
 """
 
