@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Any
@@ -80,8 +80,8 @@ def _choice(
 
 
 async def _stream(
-    model: ServedModel, request: ChatRequest, call: Call, plan: ToolPlan, choices: Sequence[AsyncIterator[Delta]]
-) -> AsyncIterator[bytes]:
+    model: ServedModel, request: ChatRequest, call: Call, plan: ToolPlan, choices: Sequence[AsyncGenerator[Delta, None]]
+) -> AsyncGenerator[bytes, None]:
     head = _head(model, call, "chat.completion.chunk")
     usage = {"usage": None} if request.include_usage else {}
 
@@ -92,7 +92,7 @@ async def _stream(
     # what may be a tool call is held back until it is clear whether it is one
     held = [Whole() if plan.watch else None for _ in choices]
     begun = [False] * len(choices)
-    async with aclosing(merge(choices)) as deltas:  # type: ignore[type-var]
+    async with aclosing(merge(choices)) as deltas:
         async for index, delta in deltas:
             if not begun[index]:
                 begun[index] = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -53,13 +53,13 @@ async def _stream(
     model: ServedModel,
     request: CompletionRequest,
     call: Call,
-    choices: Sequence[AsyncIterator[Delta]],
+    choices: Sequence[AsyncGenerator[Delta, None]],
     echoes: list[str],
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     head = _head(model, call)
     usage = {"usage": None} if request.include_usage else {}
     offsets = [0] * len(choices)
-    async with aclosing(merge(choices)) as deltas:  # type: ignore[type-var]
+    async with aclosing(merge(choices)) as deltas:
         async for index, delta in deltas:
             text, echoes[index] = echoes[index] + delta.text, ""
             choice = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import partial
 from typing import Any
@@ -46,7 +46,8 @@ def _messages(request: ResponsesRequest) -> list[Message]:
         for item in given:
             if item.get("type", "message") != "message":
                 raise invalid(f"input items of type {item.get('type')!r} are not supported", "input")
-            messages.append(Message(role=item.get("role", "user"), content=item.get("content")))
+            fields = {"role": item.get("role", "user"), "content": item.get("content")}
+            messages.append(Message.model_validate(fields))
     except ValidationError as error:
         raise invalid(f"input: {error.errors()[0]['msg']}", "input") from error
     if not given:
@@ -103,8 +104,8 @@ def _part(text: str) -> dict[str, Any]:
 
 
 async def _stream(
-    model: ServedModel, request: ResponsesRequest, call: Call, choice: AsyncIterator[Delta]
-) -> AsyncIterator[bytes]:
+    model: ServedModel, request: ResponsesRequest, call: Call, choice: AsyncGenerator[Delta, None]
+) -> AsyncGenerator[bytes, None]:
     number = -1
 
     def say(name: str, **fields: Any) -> bytes:
@@ -114,7 +115,7 @@ async def _stream(
 
     place = {"item_id": f"msg_{call.id}", "output_index": 0, "content_index": 0}
     whole = Whole()
-    async with aclosing(choice) as deltas:  # type: ignore[type-var]
+    async with aclosing(choice) as deltas:
         async for delta in deltas:
             if number < 0:
                 yield say("response.created", response=_response(model, request, call, None))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from swarm.client.gateway.access import Access
 from swarm.client.gateway.api_chat import chat
 from swarm.client.gateway.api_completions import complete
 from swarm.client.gateway.api_embeddings import embed
@@ -27,7 +27,6 @@ from swarm.client.gateway.api_responses import respond
 from swarm.client.gateway.call import Call
 from swarm.client.gateway.errors import ApiError, as_api_error, invalid
 from swarm.client.gateway.guard import Guard
-from swarm.client.gateway.keys import KeyStore
 from swarm.client.gateway.metrics import Metrics
 from swarm.client.gateway.rate_limits import RateLimits
 from swarm.client.gateway.reply import Answer, Reply
@@ -38,15 +37,6 @@ PAGES = Path(__file__).with_name("pages")
 _MAX_BODY_BYTES = 16 * 2**20
 R = TypeVar("R", bound=BaseModel)
 Handler = Callable[[ServedModel, R, Call], Awaitable[Answer]]
-
-
-@dataclass(frozen=True)
-class Access:
-    """Who may use the gateway; see :class:`swarm.client.gateway.guard.Guard`."""
-
-    keys: KeyStore | None = None
-    hosts: frozenset[str] | None = None
-    cors_origins: Sequence[str] = ()
 
 
 class Gateway:
@@ -129,9 +119,7 @@ def make_app(gateway: Gateway, pages: Path = PAGES) -> Starlette:
         Mount("/", StaticFiles(directory=pages, html=True)),
     ]
     access = gateway.access
-    guard = Middleware(
-        Guard, keys=access.keys, limits=gateway.limits, hosts=access.hosts, origins=tuple(access.cors_origins)
-    )
+    guard = Middleware(Guard, access=access, limits=gateway.limits)
     cors = Middleware(
         CORSMiddleware,
         allow_origins=list(access.cors_origins),
@@ -149,7 +137,7 @@ def make_app(gateway: Gateway, pages: Path = PAGES) -> Starlette:
 
 
 def _endpoint(path: str, schema: type[R], handler: Handler[R], prompt_field: str) -> Route:
-    async def answer(request: Request) -> Response:
+    async def answer(request: Request) -> Reply:
         gateway: Gateway = request.app.state.gateway
         key = request.state.key
         call = Call(path, None if key is None else key.name)

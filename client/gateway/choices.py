@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -45,7 +45,7 @@ class Whole:
         self.finish = delta.finish or self.finish
 
 
-async def run_choice(model: ServedModel, job: Job, stops: Sequence[str], call: Call) -> AsyncIterator[Delta]:
+async def run_choice(model: ServedModel, job: Job, stops: Sequence[str], call: Call) -> AsyncGenerator[Delta, None]:
     """The text of one job. Pieces are never empty, except the last."""
     timing = Timing()
     call.timings.append(timing)
@@ -75,19 +75,19 @@ def _new_text(text: Detokenizer, sampled: Sampled) -> str:
     return new if sampled.finish is None else new + text.finish()
 
 
-async def merge(choices: Sequence[AsyncIterator[Delta]]) -> AsyncIterator[tuple[int, Delta]]:
+async def merge(choices: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[tuple[int, Delta], None]:
     """The pieces of all ``choices`` with their numbers, as they come. An error of one ends all."""
     if len(choices) == 1:
-        async with aclosing(choices[0]) as only:  # type: ignore[type-var]
+        async with aclosing(choices[0]) as only:
             async for delta in only:
                 yield 0, delta
         return
     queue: asyncio.Queue[tuple[int, Delta | BaseException | None]] = asyncio.Queue()
 
-    async def pump(index: int, choice: AsyncIterator[Delta]) -> None:
+    async def pump(index: int, choice: AsyncGenerator[Delta, None]) -> None:
         end: BaseException | None = None
         try:
-            async with aclosing(choice) as deltas:  # type: ignore[type-var]
+            async with aclosing(choice) as deltas:
                 async for delta in deltas:
                     queue.put_nowait((index, delta))
         except Exception as error:
@@ -111,10 +111,10 @@ async def merge(choices: Sequence[AsyncIterator[Delta]]) -> AsyncIterator[tuple[
         await asyncio.wait(tasks)
 
 
-async def collect(choices: Sequence[AsyncIterator[Delta]]) -> list[Whole]:
+async def collect(choices: Sequence[AsyncGenerator[Delta, None]]) -> list[Whole]:
     """All choices to their ends."""
     wholes = [Whole() for _ in choices]
-    async with aclosing(merge(choices)) as deltas:  # type: ignore[type-var]
+    async with aclosing(merge(choices)) as deltas:
         async for index, delta in deltas:
             wholes[index].add(delta)
     return wholes

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
@@ -70,7 +70,7 @@ class GatewayEngine:
         """The mean of the last hidden states of each prompt, of length one: ``[H]`` float32 each."""
         return list(await asyncio.gather(*(self._embed_text(prompt) for prompt in prompts)))
 
-    async def generate(self, job: Job, timing: Timing, route: list[str]) -> AsyncIterator[Sampled]:
+    async def generate(self, job: Job, timing: Timing, route: list[str]) -> AsyncGenerator[Sampled, None]:
         """The tokens of ``job`` as they come. Closing the iterator ends the session at every hop.
 
         Args:

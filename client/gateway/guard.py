@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from swarm.client.gateway.access import Access
 from swarm.client.gateway.errors import ApiError
-from swarm.client.gateway.keys import Key, KeyStore
+from swarm.client.gateway.keys import Key
 from swarm.client.gateway.rate_limits import RateLimits
-
-LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 class Guard:
@@ -21,22 +19,11 @@ class Guard:
 
     Without keys a web page elsewhere must not be able to use the gateway through its visitor's browser: neither by a
     request across origins (checked by Origin), nor after pointing a name of its own at this machine (checked by Host).
-
-    Args:
-        keys: None if no keys are asked for.
-        hosts: names by which the gateway may be asked for; None for any.
-        origins: web origins that may use it, besides itself.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        keys: KeyStore | None,
-        limits: RateLimits,
-        hosts: frozenset[str] | None,
-        origins: Sequence[str],
-    ) -> None:
-        self._app, self._keys, self._limits, self._hosts, self._origins = app, keys, limits, hosts, origins
+    def __init__(self, app: ASGIApp, access: Access, limits: RateLimits) -> None:
+        self._app, self._limits = app, limits
+        self._keys, self._hosts, self._origins = access.keys, access.hosts, access.cors_origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":

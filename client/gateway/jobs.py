@@ -34,7 +34,7 @@ def make_jobs(
         raise invalid(f"token ids of this model are below {model.vocabulary}", "logit_bias")
     params = request.params(model.defaults)
     seed = random.getrandbits(62) if request.seed is None else request.seed
-    jobs = []
+    jobs: list[Job] = []
     for prompt in prompts:
         room = model.room(prompt, max_tokens, param)
         for _ in range(request.n or 1):

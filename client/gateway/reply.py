@@ -5,18 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from swarm.client.gateway.call import Call
 from swarm.client.gateway.errors import ApiError, as_api_error
 
 logger = logging.getLogger(__name__)
-Answer = dict[str, Any] | AsyncIterator[bytes]
+Answer = dict[str, Any] | AsyncGenerator[bytes, None]
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 CLIENT_CLOSED = 499  # what nginx logs for it
 
@@ -30,8 +30,8 @@ def event(data: dict[str, Any], name: str | None = None) -> bytes:
 DONE = b"data: [DONE]\n\n"
 
 
-class Reply(Response):
-    """Runs ``work`` and sends what it gives. If the client hangs up, ``work`` is cancelled at once.
+class Reply:
+    """A response for Starlette: runs ``work`` and sends what it gives. ``work`` is cancelled if the client hangs up.
 
     The headers wait for the first event, so that what fails before it is answered with its own status code.
     """
@@ -61,7 +61,7 @@ class Reply(Response):
                 self.status = 200
                 await JSONResponse(answer, headers=self._headers())(scope, receive, send)
                 return
-            async with aclosing(answer) as events:  # type: ignore[type-var]
+            async with aclosing(answer) as events:
                 await self._stream(await anext(events), events, send)
         except Exception as error:
             api_error = self._explain(error)
@@ -69,7 +69,7 @@ class Reply(Response):
                 scope, receive, send
             )
 
-    async def _stream(self, first: bytes, events: AsyncIterator[bytes], send: Send) -> None:
+    async def _stream(self, first: bytes, events: AsyncGenerator[bytes, None], send: Send) -> None:
         headers = {**self._headers(), **_STREAM_HEADERS, "Content-Type": "text/event-stream; charset=utf-8"}
         raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": 200, "headers": raw})

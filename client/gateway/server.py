@@ -15,22 +15,21 @@ from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import llguidance  # noqa: F401  # what is missing of the extra is to be known at once
+import starlette  # noqa: F401
 import uvicorn
-from transformers import AutoTokenizer
 
+from swarm.client.gateway.access import LOOPBACK, Access
 from swarm.client.gateway.admission import Admission
-from swarm.client.gateway.app import Access, Gateway, make_app
-from swarm.client.gateway.guard import LOOPBACK
 from swarm.client.gateway.keys import KeyStore
 from swarm.client.gateway.metrics import Metrics
-from swarm.client.gateway.served_model import ServedModel
-from swarm.client.local_swarm import LocalSwarm
-from swarm.client.model import SwarmModelForCausalLM
-from swarm.client.runtime import Runtime
+from swarm.client.local_swarm import LocalNode, LocalSwarm
 from swarm.errors import ConnectError, UsageError
-from swarm.source import resolve
+
+if TYPE_CHECKING:
+    from swarm.client.gateway.served_model import ServedModel
 
 _STOP_SECONDS = 5
 
@@ -115,7 +114,12 @@ def running(settings: GatewaySettings, log: Callable[[dict[str, Any]], None] | N
     access = access_for(settings)
     with ExitStack() as stack:
         listening = stack.enter_context(_listen(settings.host, settings.port))
-        peers = _start_swarm(settings, stack) if settings.local_nodes else settings.initial_peers
+        finish_swarm = _start_swarm(settings, stack) if settings.local_nodes else None
+        # Takes seconds, in which the first node of a local swarm starts.
+        from swarm.client.gateway.app import Gateway, make_app
+        from swarm.client.runtime import Runtime
+
+        peers = settings.initial_peers if finish_swarm is None else finish_swarm()
         admission = Admission(settings.max_sessions, settings.max_queue)
         models = {model.id: model for model in _load(settings, peers, admission, stack)}
         gateway = Gateway(models, Metrics(admission), access, log or print_event, log_prompts=settings.log_prompts)
@@ -152,7 +156,10 @@ def _listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _start_swarm(settings: GatewaySettings, stack: ExitStack) -> tuple[str, ...]:
+def _start_swarm(settings: GatewaySettings, stack: ExitStack) -> Callable[[], tuple[str, ...]]:
+    """Starts the first node; the rest by the function returned, which waits for all and gives the initial peers."""
+    from swarm.source import resolve
+
     (name,) = settings.models
     blocks = resolve(name).num_blocks
     count = min(settings.local_nodes, blocks)
@@ -162,12 +169,25 @@ def _start_swarm(settings: GatewaySettings, stack: ExitStack) -> tuple[str, ...]
     spans = [f"{start}:{end}" for start, end in itertools.pairwise(edges)]
     print(f"Starting a private swarm of {count} nodes on this machine…", file=sys.stderr, flush=True)
     first = swarm.start(spans[0], name="node-1")
-    swarm.wait([first])
-    swarm.wait([swarm.start(span, name=f"node-{number}") for number, span in enumerate(spans[1:], start=2)])
-    return tuple(swarm.peers)
+
+    def finish() -> tuple[str, ...]:
+        swarm.wait([first])
+        others: list[LocalNode] = []
+        for number, span in enumerate(spans[1:], start=2):
+            others.append(swarm.start(span, name=f"node-{number}"))
+        swarm.wait(others)
+        return tuple(swarm.peers)
+
+    return finish
 
 
 def _load(settings: GatewaySettings, peers: Sequence[str], admission: Admission, stack: ExitStack) -> list[ServedModel]:
+    from transformers import AutoTokenizer
+
+    from swarm.client.gateway.served_model import ServedModel
+    from swarm.client.model import SwarmModelForCausalLM
+    from swarm.source import resolve
+
     models = []
     for name in settings.models:
         facade = SwarmModelForCausalLM.from_pretrained(

@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from swarm.client.gateway.access import LOOPBACK, Access
 from swarm.client.gateway.admission import Admission
 from swarm.client.gateway.chat import PLAIN_TEMPLATE, may_be_call, parse_call, plan_tools, render
 from swarm.client.gateway.errors import ApiError, as_api_error
 from swarm.client.gateway.grammar import GrammarFactory
-from swarm.client.gateway.guard import LOOPBACK, Guard
+from swarm.client.gateway.guard import Guard
 from swarm.client.gateway.keys import Key, KeyStore
 from swarm.client.gateway.rate_limits import RateLimits, Window
 from swarm.client.gateway.schemas import Message, NamedTool, Tool
@@ -145,7 +146,7 @@ def test_a_window_says_when_there_is_room_again(uses: list[tuple[float, int]], l
 # who is let in
 
 
-def _status(guard: dict[str, Any], path: str, **headers: str) -> int:
+def _status(access: Access, path: str, **headers: str) -> int:
     """What a request is answered with, 200 if it is let in."""
     sent: list[Any] = []
 
@@ -157,8 +158,7 @@ def _status(guard: dict[str, Any], path: str, **headers: str) -> int:
 
     raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     scope = {"type": "http", "path": path, "headers": raw}
-    options = {"keys": None, "limits": RateLimits(), "hosts": None, "origins": (), **guard}
-    asyncio.run(Guard(app, **options)(scope, None, send))  # type: ignore[arg-type]
+    asyncio.run(Guard(app, access, RateLimits())(scope, None, send))  # type: ignore[arg-type]
     return int(sent[0]["status"])
 
 
@@ -178,14 +178,14 @@ def _status(guard: dict[str, Any], path: str, **headers: str) -> int:
     ],
 )
 def test_an_open_gateway_is_not_open_to_pages_of_others(headers: dict[str, str], status: int) -> None:
-    guard = {"hosts": LOOPBACK, "origins": ("https://friend.example",)}
+    guard = Access(hosts=LOOPBACK, cors_origins=("https://friend.example",))
     assert _status(guard, "/v1/models", **headers) == status
 
 
 def test_keys_are_asked_for(tmp_path: Path) -> None:
     store = KeyStore(tmp_path / "keys")
     key = store.add("alice")
-    guard = {"keys": store}
+    guard = Access(store)
     assert _status(guard, "/v1/models") == 401
     assert _status(guard, "/v1/models", Authorization="Bearer wrong") == 401
     assert _status(guard, "/v1/models", Authorization=f"Basic {key}") == 401

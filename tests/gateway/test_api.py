@@ -67,7 +67,9 @@ def test_a_text_that_ends_by_itself(api: Api, whole: Whole) -> None:
     options: Any = {"logit_bias": {str(eos): 100}}
     made = api.client.completions.create(model="demo", prompt=PROMPT, temperature=0, **options)
     assert (made.choices[0].text, made.choices[0].finish_reason) == ("", "stop")
-@@    assert forced["choices"][0]["finish_reason"] == "length"
+    body = {"model": "demo", "prompt": PROMPT, "max_tokens": 3, "ignore_eos": True, "temperature": 0, **options}
+    forced = api.post("/completions", body).json()
+    assert forced["choices"][0]["finish_reason"] == "length"
     assert forced["usage"]["completion_tokens"] == 3
 
 
