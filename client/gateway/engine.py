@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
@@ -28,23 +28,30 @@ from swarm.client.swarm_connection import SwarmConnection
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 MAX_BATCH = 64
-_GATHER_SECONDS = 0.004
-_QUIET_SECONDS = 0.0005
+_LEAST_GATHER_SECONDS = 0.002
+_MOST_GATHER_SECONDS = 0.02
+_LOOKS = 4  # during a wait
 
 
 class GatewayEngine:
-    """Runs jobs of one model. Lives in the client runtime's event loop."""
+    """Runs jobs of one model. Lives in the client runtime's event loop.
 
-    def __init__(self, ends: ModelEnds, connection: SwarmConnection, admission: Admission) -> None:
+    Args:
+        on_batch: is told of the rows of each batch.
+    """
+
+    def __init__(
+        self, ends: ModelEnds, connection: SwarmConnection, admission: Admission, on_batch: Callable[[int], None]
+    ) -> None:
         self._ends, self._connection, self._admission = ends, connection, admission
+        self._on_batch = on_batch
         self._torch = ThreadPoolExecutor(1, thread_name_prefix="gateway-torch")
         self._arrived: list[Generation] = []
+        self._turn_seconds = _LEAST_GATHER_SECONDS  # recently
         self._decoding = 0  # generations whose one-token step is under way
         self._wake = asyncio.Event()
         self._background: set[asyncio.Task[Any]] = set()
         self._loop_task: asyncio.Task[None] | None = None
-        self.batches = 0
-        self.tokens = 0
 
     def start(self) -> None:
         """Begins to work."""
@@ -155,18 +162,21 @@ class GatewayEngine:
                 await self._turn(batch)
 
     async def _gather(self) -> None:
-        """Nodes answer sessions that they computed together one right after the other: wait for those."""
+        """Waits for sessions that nodes computed together, as their answers come one right after the other.
+
+        As long as a turn takes, but no longer than they keep coming: a turn for each of two would take twice that.
+        """
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + _GATHER_SECONDS
-        here = -1
-        while here != len(self._arrived) < MAX_BATCH and self._decoding and loop.time() < deadline:
+        begin, here = loop.time(), -1
+        while here != len(self._arrived) < MAX_BATCH and self._decoding and loop.time() < begin + self._turn_seconds:
             here = len(self._arrived)
-            await asyncio.sleep(_QUIET_SECONDS)
+            await asyncio.sleep(self._turn_seconds / _LOOKS)
 
     async def _turn(self, batch: list[Generation]) -> None:
         batch = [generation for generation in batch if not generation.closed]
         if not batch:
             return
+        begin = time.monotonic()
         hidden = [generation.step.result()[:, -1] for generation in batch if generation.step is not None]
         try:
             results, embedded = await self.compute(partial(self._compute, batch, hidden))
@@ -175,9 +185,10 @@ class GatewayEngine:
             for generation in batch:
                 generation.results.put_nowait(error)
             return
-        self.batches += 1
-        self.tokens += len(batch)
+        self._on_batch(len(batch))
         now = time.monotonic()
+        usual = 0.9 * self._turn_seconds + 0.1 * (now - begin)
+        self._turn_seconds = min(max(usual, _LEAST_GATHER_SECONDS), _MOST_GATHER_SECONDS)
         for index, (generation, result) in enumerate(zip(batch, results, strict=True)):
             generation.timing.first = generation.timing.first or now
             generation.timing.last = now

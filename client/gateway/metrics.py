@@ -29,6 +29,12 @@ class Metrics:
         self._queued = Histogram(
             "swarm_gateway_queue_seconds", "Time in the queue", buckets=_SECONDS, registry=registry
         )
+        self.batch_rows = Histogram(
+            "swarm_gateway_batch_rows",
+            "Sessions that a token is sampled for together",
+            buckets=(1, 2, 4, 8, 16, 32, 64),
+            registry=registry,
+        )
         running = Gauge("swarm_gateway_sessions", "Sessions under way", registry=registry)
         running.set_function(lambda: admission.running)
         waiting = Gauge("swarm_gateway_queue_depth", "Sessions that wait for their turn", registry=registry)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,9 @@ class ServedModel:
         defaults: sampling options of the model's ``generation_config.json``; OpenAI's where it has none.
     """
 
-    def __init__(self, name: str, facade: Any, tokenizer: Any, admission: Admission) -> None:
+    def __init__(
+        self, name: str, facade: Any, tokenizer: Any, admission: Admission, on_batch: Callable[[int], None]
+    ) -> None:
         self.id = Path(name).name if Path(name).expanduser().is_dir() else name
         self.created = int(time.time())
         self.tokenizer = tokenizer
@@ -40,7 +43,7 @@ class ServedModel:
         self.vocabulary = facade.config.vocab_size
         self.eos = _eos_of(facade, tokenizer)
         self.defaults = _defaults_of(facade.generation_config)
-        self.engine = GatewayEngine(ModelEnds(facade), facade._connection, admission)
+        self.engine = GatewayEngine(ModelEnds(facade), facade._connection, admission, on_batch)
 
     @property
     def grammars(self) -> GrammarFactory:

@@ -121,8 +121,9 @@ def running(settings: GatewaySettings, log: Callable[[dict[str, Any]], None] | N
 
         peers = settings.initial_peers if finish_swarm is None else finish_swarm()
         admission = Admission(settings.max_sessions, settings.max_queue)
-        models = {model.id: model for model in _load(settings, peers, admission, stack)}
-        gateway = Gateway(models, Metrics(admission), access, log or print_event, log_prompts=settings.log_prompts)
+        metrics = Metrics(admission)
+        models = {model.id: model for model in _load(settings, peers, admission, metrics, stack)}
+        gateway = Gateway(models, metrics, access, log or print_event, log_prompts=settings.log_prompts)
         server = uvicorn.Server(
             uvicorn.Config(
                 make_app(gateway),
@@ -181,7 +182,13 @@ def _start_swarm(settings: GatewaySettings, stack: ExitStack) -> Callable[[], tu
     return finish
 
 
-def _load(settings: GatewaySettings, peers: Sequence[str], admission: Admission, stack: ExitStack) -> list[ServedModel]:
+def _load(
+    settings: GatewaySettings,
+    peers: Sequence[str],
+    admission: Admission,
+    metrics: Metrics,
+    stack: ExitStack,
+) -> list[ServedModel]:
     from transformers import AutoTokenizer
 
     from swarm.client.gateway.served_model import ServedModel
@@ -199,7 +206,7 @@ def _load(settings: GatewaySettings, peers: Sequence[str], admission: Admission,
             tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=source.is_local)
         except (OSError, ValueError) as error:
             raise UsageError(f"{name} has no tokenizer that can be loaded: {error}") from error
-        models.append(ServedModel(name, facade, tokenizer, admission))
+        models.append(ServedModel(name, facade, tokenizer, admission, metrics.batch_rows.observe))
     if len({model.id for model in models}) < len(models):
         raise UsageError("two of the models have the same name")
     return models
