@@ -96,11 +96,6 @@ class SwarmConnection:
         output, _ = self._runtime.run(parallel.forward(self._view, self._settings, hidden.detach().cpu(), first, last))
         return output.to(device=hidden.device, dtype=hidden.dtype)
 
-    async def forward_async(self, hidden: torch.Tensor) -> torch.Tensor:
-        """``hidden`` ``[B, T, H]`` after all blocks, for work in the runtime's event loop."""
-        output, _ = await parallel.forward(self._view, self._settings, hidden, 0, self.num_blocks)
-        return output
-
     def longest_session(self) -> int | None:
         """How many columns a session may have at most: what the model was made for and what the nodes hold.
 

@@ -32,7 +32,6 @@ async def chat(model: ServedModel, request: ChatRequest, call: Call) -> Answer:
     if limit is None:
         limit, param = request.max_tokens, "messages" if request.max_tokens is None else "max_tokens"
     jobs = make_jobs(model, request, [prompt], limit, param, told, grammar)
-    model.engine.check_room(len(jobs))
     choices = [run_choice(model, job, request.stops, call) for job in jobs]
     if request.stream:
         return _stream(model, request, call, plan, choices)

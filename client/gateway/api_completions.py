@@ -29,7 +29,6 @@ async def complete(model: ServedModel, request: CompletionRequest, call: Call) -
     call.prompt_tokens = sum(map(len, prompts))
     jobs = make_jobs(model, request, prompts, request.max_tokens or _DEFAULT_TOKENS, "max_tokens", request.logprobs)
     echoes = [model.tokenizer.decode(job.prompt, skip_special_tokens=True) if request.echo else "" for job in jobs]
-    model.engine.check_room(len(jobs))
     choices = [run_choice(model, job, request.stops, call) for job in jobs]
     if request.stream:
         return _stream(model, request, call, choices, echoes)

@@ -31,7 +31,6 @@ async def respond(model: ServedModel, request: ResponsesRequest, call: Call) -> 
     call.prompt_tokens = len(prompt)
     sampling = Sampling(model=request.model, temperature=request.temperature, top_p=request.top_p)
     (job,) = make_jobs(model, sampling, [prompt], request.max_output_tokens, "max_output_tokens", None)
-    model.engine.check_room(1)
     choice = run_choice(model, job, (), call)
     if request.stream:
         return _stream(model, request, call, choice)

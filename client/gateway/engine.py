@@ -22,11 +22,13 @@ from torch import Tensor
 from swarm.client.gateway.admission import Admission
 from swarm.client.gateway.generation import Generation, Job, Sampled, Timing, TokenLogprobs
 from swarm.client.gateway.model_ends import ModelEnds
-from swarm.client.gateway.sampling import sample, top_logprobs
+from swarm.client.gateway.sampling import Row, SamplingParams, sample, top_logprobs
+from swarm.client.inference import Inference
 from swarm.client.swarm_connection import SwarmConnection
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+_ANY = Row(SamplingParams(temperature=0))
 MAX_BATCH = 64
 _LEAST_GATHER_SECONDS = 0.002
 _MOST_GATHER_SECONDS = 0.02
@@ -73,9 +75,17 @@ class GatewayEngine:
         """Runs ``function`` in the thread that all torch work is done in."""
         return await asyncio.get_running_loop().run_in_executor(self._torch, function)
 
-    async def embed_texts(self, prompts: list[tuple[int, ...]]) -> list[Tensor]:
-        """The mean of the last hidden states of each prompt, of length one: ``[H]`` float32 each."""
-        return list(await asyncio.gather(*(self._embed_text(prompt) for prompt in prompts)))
+    async def embed_texts(self, prompts: list[tuple[int, ...]], route: list[str]) -> list[Tensor]:
+        """The mean of the last hidden states of each prompt, of length one: ``[H]`` float32 each.
+
+        ``route`` as for :meth:`generate`.
+        """
+        embedding = [asyncio.ensure_future(self._embed_text(prompt, route)) for prompt in prompts]
+        try:
+            return list(await asyncio.gather(*embedding))
+        finally:
+            for task in embedding:  # if one failed, the others are of no use
+                task.cancel()
 
     async def generate(self, job: Job, timing: Timing, route: list[str]) -> AsyncGenerator[Sampled, None]:
         """The tokens of ``job`` as they come. Closing the iterator ends the session at every hop.
@@ -99,8 +109,7 @@ class GatewayEngine:
                 result = await generation.results.get()
                 if isinstance(result, BaseException):
                     raise result
-                if not route:
-                    route += [f"{hop.peer_id}[{hop.start}:{hop.end}]" for hop in inference.hops]
+                _describe(inference, route)
                 yield result
                 if result.finish is not None:
                     return
@@ -108,24 +117,31 @@ class GatewayEngine:
             # not awaited here: whoever leaves may be in the middle of being cancelled
             if generation is not None:
                 generation.closed = True
-            self._in_background(self._end(generation))
+                self._in_background(self._end(generation.inference, generation.step))
+            else:
+                self._admission.release()
 
-    async def _embed_text(self, prompt: tuple[int, ...]) -> Tensor:
+    async def _embed_text(self, prompt: tuple[int, ...], route: list[str]) -> Tensor:
         await self._admission.acquire()
+        inference: Inference | None = None
         try:
+            inference = self._connection.inference(max_length=len(prompt))
             hidden = await self.compute(partial(self._embed_prompt, prompt))
-            output = await self._connection.forward_async(hidden)
+            output = await inference.step(hidden, None, None)
+            _describe(inference, route)
             return await self.compute(partial(self._pool, output))
         finally:
-            self._admission.release()
+            if inference is not None:
+                self._in_background(self._end(inference, None))
+            else:
+                self._admission.release()
 
-    async def _end(self, generation: Generation | None) -> None:
+    async def _end(self, inference: Inference, step: asyncio.Task[Tensor] | None) -> None:
         try:
-            if generation is not None:
-                if generation.step is not None:
-                    generation.step.cancel()
-                    await asyncio.wait({generation.step})
-                await generation.inference.close()
+            if step is not None:
+                step.cancel()
+                await asyncio.wait({step})
+            await inference.close()
         finally:
             self._admission.release()
 
@@ -192,7 +208,7 @@ class GatewayEngine:
         for index, (generation, result) in enumerate(zip(batch, results, strict=True)):
             generation.timing.first = generation.timing.first or now
             generation.timing.last = now
-            if result.finish is None and not generation.closed:
+            if isinstance(result, Sampled) and result.finish is None and not generation.closed:
                 self._send(generation, embedded[index : index + 1], decoding=True)
         await asyncio.sleep(0)  # the steps go out first
         for generation, result in zip(batch, results, strict=True):
@@ -208,13 +224,20 @@ class GatewayEngine:
         return torch.nn.functional.normalize(mean, dim=0)
 
     @torch.inference_mode()
-    def _compute(self, batch: list[Generation], hidden: list[Tensor]) -> tuple[list[Sampled], Tensor]:
-        """A token for each, and the embeddings of all tokens ``[rows, 1, H]``."""
+    def _compute(self, batch: list[Generation], hidden: list[Tensor]) -> tuple[list[Sampled | Exception], Tensor]:
+        """A token for each, and the embeddings of all tokens ``[rows, 1, H]``.
+
+        A grammar may fail, by a schema that is too much for it. That is the end of its own text alone.
+        """
         logits = self._ends.logits(torch.cat(hidden))
-        chosen = sample(logits, [generation.row() for generation in batch])
+        rows = [_attempt(generation.row) for generation in batch]
+        chosen = sample(logits, [_ANY if isinstance(row, Exception) else row for row in rows])
         told = self._logprobs(batch, logits, chosen)
         tokens = chosen.tolist()
-        results = [each.take(token, told.get(at)) for at, (each, token) in enumerate(zip(batch, tokens, strict=True))]
+        results: list[Sampled | Exception] = [
+            row if isinstance(row, Exception) else _attempt(partial(each.take, token, told.get(at)))
+            for at, (each, row, token) in enumerate(zip(batch, rows, tokens, strict=True))
+        ]
         positions = torch.tensor([[len(each.job.prompt) + len(each.tokens) - 1] for each in batch])
         return results, self._ends.embed(chosen[:, None], positions)
 
@@ -231,3 +254,15 @@ class GatewayEngine:
             index: TokenLogprobs(own[at], tuple(zip(ids[at][:count], values[at][:count], strict=True)))
             for at, (index, count) in enumerate(asking)
         }
+
+
+def _attempt(work: Callable[[], T]) -> T | Exception:
+    try:
+        return work()
+    except Exception as error:
+        return error
+
+
+def _describe(inference: Inference, route: list[str]) -> None:
+    if not route:
+        route += [f"{hop.peer_id}[{hop.start}:{hop.end}]" for hop in inference.hops]

@@ -24,20 +24,29 @@ class JsonGrammar:
         self._matcher, self._vocabulary = matcher, vocabulary
 
     def allowed(self) -> Tensor:
-        """``[vocabulary]`` bool."""
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        mask = np.unpackbits(bits, bitorder="little", count=self._vocabulary)
-        return torch.from_numpy(mask).bool()
+        """``[vocabulary]`` bool.
+
+        Raises:
+            ApiError: the schema is more than llguidance's limits let it keep track of.
+        """
+        mask = self._matcher.compute_bitmask()
+        self._check()
+        bits = np.frombuffer(mask, dtype=np.uint8)
+        return torch.from_numpy(np.unpackbits(bits, bitorder="little", count=self._vocabulary)).bool()
 
     def accept(self, token: int) -> None:
         """``token`` was taken."""
-        if not self._matcher.consume_token(token):
-            raise RuntimeError(f"the grammar failed: {self._matcher.get_error()}")
+        self._matcher.consume_token(token)
+        self._check()
 
     @property
     def finished(self) -> bool:
         """Nothing can come any more."""
         return bool(self._matcher.is_stopped())
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise invalid(f"the JSON schema can't be held to: {self._matcher.get_error()}")
 
 
 class GrammarFactory:

@@ -28,8 +28,9 @@ def make_jobs(
         grammar: makes one for each job.
 
     Raises:
-        ApiError: a prompt is too long, or an option names a token that isn't there.
+        ApiError: the queue has no room for so many, a prompt is too long, or an option names a token that isn't there.
     """
+    model.engine.check_room(len(prompts) * (request.n or 1))
     if any(token >= model.vocabulary for token in request.logit_bias or ()):
         raise invalid(f"token ids of this model are below {model.vocabulary}", "logit_bias")
     params = request.params(model.defaults)

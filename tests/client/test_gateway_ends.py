@@ -9,7 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from swarm.client import SwarmModelForCausalLM
+from swarm.client.gateway.admission import Admission
+from swarm.client.gateway.engine import GatewayEngine
+from swarm.client.gateway.generation import Generation, Job, Sampled, Timing
 from swarm.client.gateway.model_ends import ModelEnds
+from swarm.client.gateway.sampling import SamplingParams
 from swarm.skeleton import load_ends
 from swarm.source import resolve
 from tests.client.in_process import InProcessConnection
@@ -47,3 +51,31 @@ def test_rows_at_different_positions_in_one_batch(family: str) -> None:
             embedded = ends.embed(tokens, positions)
             hidden = [session.step(embedded[row : row + 1]) for row, session in enumerate(sessions)]
             texts = [torch.cat([text, tokens[row : row + 1]], dim=1) for row, text in enumerate(texts)]
+
+
+class TooMuch:
+    """A grammar that can't say what comes next."""
+
+    finished = False
+
+    def allowed(self) -> torch.Tensor:
+        raise RuntimeError("too much")
+
+    def accept(self, token: int) -> None:
+        raise AssertionError
+
+
+def test_a_grammar_that_fails_ends_its_own_text_alone() -> None:
+    path = tiny_model("llama-gqa")
+    connection: Any = InProcessConnection(path)
+    with SwarmModelForCausalLM.from_ends(load_ends(resolve(str(path))), connection) as model:
+        engine = GatewayEngine(ModelEnds(model), connection, Admission(2, 2), lambda rows: None)
+        greedy, inference = SamplingParams(temperature=0), None
+        jobs = [Job((1, 2), 5, greedy, 0, grammar=TooMuch()), Job((1, 2), 5, greedy, 0)]
+        batch = [Generation(job, inference, Timing()) for job in jobs]  # type: ignore[arg-type]
+        hidden = torch.randn(1, model.config.hidden_size)
+        (failed, other), embedded = engine._compute(batch, [hidden, hidden])
+        assert str(failed) == "too much"
+        assert isinstance(other, Sampled)
+        assert other.token == int(ModelEnds(model).logits(hidden).argmax())
+        assert embedded.shape == (2, 1, model.config.hidden_size)
