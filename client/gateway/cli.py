@@ -93,6 +93,8 @@ def serve(
             raise UsageError("--local starts a swarm of its own, for one model: leave out --initial-peers")
         if not local and not peers:
             raise UsageError("say which swarm: --initial-peers MADDR, or start one on this machine with --local")
+        if dht_prefix is not None and len(models) > 1:
+            raise UsageError("--dht-prefix is the name of one model: leave it out, or start a gateway for each model")
         try:
             from swarm.client.gateway.server import GatewaySettings, run
         except ModuleNotFoundError as error:
