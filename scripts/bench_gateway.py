@@ -55,6 +55,7 @@ def through_gateway(url: str, model: str, streams: int, tokens: int) -> int:
         options = {"stream": True, "stream_options": {"include_usage": True}}
         usage = 0
         with httpx.stream("POST", f"{url}/completions", json={**body, **options}, timeout=600) as answer:
+            answer.raise_for_status()
             for line in answer.iter_lines():
                 if '"usage":{' in line:
                     usage = json.loads(line.removeprefix("data: "))["usage"]["completion_tokens"]
@@ -141,9 +142,9 @@ def main(
 
             facade = SwarmModelForCausalLM.from_pretrained(model, initial_peers=swarm.peers)
             tokenizer = AutoTokenizer.from_pretrained(resolve(model).path)
-            name = Path(model).name if Path(model).is_dir() else model
+            served = Path(model).name if Path(model).is_dir() else model
             runs: dict[str, Callable[[], int]] = {
-                "gateway": lambda: through_gateway(url, name, streams, tokens),
+                "gateway": lambda: through_gateway(url, served, streams, tokens),
                 "threads": lambda: by_threads(facade, tokenizer, streams, tokens),
             }
             if processes:
