@@ -54,14 +54,15 @@ def through_gateway(url: str, model: str, streams: int, tokens: int) -> int:
         body = {"model": model, "prompt": prompt(number), "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
         options = {"stream": True, "stream_options": {"include_usage": True}}
         usage = 0
-        with httpx.stream("POST", f"{url}/completions", json={**body, **options}, timeout=600) as answer:
+        with client.stream("POST", f"{url}/completions", json={**body, **options}) as answer:
             answer.raise_for_status()
             for line in answer.iter_lines():
                 if '"usage":{' in line:
                     usage = json.loads(line.removeprefix("data: "))["usage"]["completion_tokens"]
         return usage
 
-    with ThreadPoolExecutor(streams) as pool:
+    # one client for all: to make one reads certificates, which takes as long as some tokens
+    with httpx.Client(timeout=600) as client, ThreadPoolExecutor(streams) as pool:
         return sum(pool.map(stream, range(streams)))
 
 
