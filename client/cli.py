@@ -86,7 +86,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with text, speed and route.")] = False,
 ) -> None:
     """Continue a prompt. The text goes to stdout as it comes; speed and route go to stderr."""
-    with _errors():
+    with errors():
         if prompt is None:
             if sys.stdin.isatty():
                 raise UsageError('give a text to continue: --prompt "…", or pipe it in')
@@ -123,7 +123,7 @@ def chat(
     api_key: ApiKey = None,
 ) -> None:
     """Talk to the model. /help lists the commands; /exit or Ctrl-D ends."""
-    with _errors():
+    with errors():
         where = _Where(model, split_list(initial_peers), dht_prefix, wait_timeout, api, api_key)
         with _backend(where, (temperature, top_p, top_k, seed), max_length=max_length) as backend:
             from swarm.client.talk import Talk, make_reader
@@ -144,7 +144,7 @@ def status(
     interval: Interval = 2.0,
 ) -> None:
     """Show who serves which blocks of MODEL, what is free, and where blocks are missing."""
-    with _errors():
+    with errors():
         where = _Where(model, split_list(initial_peers), dht_prefix, 0.0, api, api_key)
         _watch(where, interval, as_json=as_json, once=once, top=False)
 
@@ -159,7 +159,7 @@ def top(
     interval: Interval = 1.0,
 ) -> None:
     """Show live what each node does: tokens a second, sessions, queue, KV cache. Ctrl-C ends."""
-    with _errors():
+    with errors():
         where = _Where(model, split_list(initial_peers), dht_prefix, 0.0, api, api_key)
         _watch(where, interval, as_json=False, once=False, top=True)
 
@@ -245,7 +245,7 @@ def _nowhere(text: str) -> None:
 
 
 @contextmanager
-def _errors() -> Iterator[None]:
+def errors() -> Iterator[None]:
     """Errors that the user can mend are one line and exit code 2; others of the swarm, one line and 1."""
     try:
         yield
@@ -259,5 +259,8 @@ def _errors() -> Iterator[None]:
 
 def main() -> None:
     """Entry point of ``swarm``."""
+    from swarm.client.gateway.cli import gateway  # takes its options' types from here
+
+    app.add_typer(gateway, name="gateway")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for nodes on this machine; see swarm-node
     app()

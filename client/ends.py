@@ -37,7 +37,7 @@ class StackOfBlocks(nn.Module):
         if past is None:
             past = kwargs.get("layer_past")  # BLOOM and Falcon
         if past is None:
-            past = next(given for given in args if isinstance(given, SwarmCache | SinglePass | _Echo))  # GPT-2
+            past = next(given for given in args if isinstance(given, SwarmCache | SinglePass | Echo))  # GPT-2
         hidden = past.run(hidden_states)
         return (hidden, None) if self.gives_tuple else hidden
 
@@ -56,8 +56,8 @@ class _NoPositions(nn.Module):
         return None, None
 
 
-class _Echo(Cache):
-    """Blocks that do nothing, to find out what a family's loop expects of a layer."""
+class Echo(Cache):
+    """Blocks that do nothing, to find out what a family's loop expects of a layer, or to run the ends alone."""
 
     def __init__(self) -> None:
         super().__init__(layers=[])
@@ -121,6 +121,8 @@ class _Entry:
         rows, columns = given.shape[:2]
         mask = kwargs.get("attention_mask")
         past = kwargs.get("past_key_values")
+        if isinstance(past, Echo):
+            return args, kwargs
         if isinstance(past, SwarmCache):
             past.begin(rows, columns, mask, ids if embeds is None else None)
             padding = past.left_padding or ()
@@ -203,7 +205,7 @@ def _expects_tuple(trunk: nn.Module, stack: StackOfBlocks) -> bool:
         stack.gives_tuple = gives_tuple
         try:
             with torch.no_grad():
-                hidden = trunk(ids, past_key_values=_Echo(), use_cache=False)[0]
+                hidden = trunk(ids, past_key_values=Echo(), use_cache=False)[0]
         except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, StopIteration):
             continue
         if isinstance(hidden, Tensor) and hidden.ndim == 3 and hidden.shape[:2] == (2, 1):

@@ -406,7 +406,7 @@ class Inference:
             ways = [partial(self._open, leg, left_padding, prefix) for leg, prefix in zip(legs, prefixes, strict=True)]
             opened: list[Any]
             if crowded.isdisjoint(leg.peer_id for leg in legs):
-                opened = await asyncio.gather(*(way() for way in ways), return_exceptions=True)
+                opened = await self._open_together(ways)
             else:
                 wait = max(1.0, deadline - asyncio.get_running_loop().time())
                 opened = await self._open_in_order(legs, ways, wait)
@@ -434,6 +434,16 @@ class Inference:
                 if asyncio.get_running_loop().time() > deadline:
                     raise full
                 await asyncio.sleep(_FULL_RETRY_SECONDS * random.random())
+
+    async def _open_together(self, ways: Sequence[Callable[..., Awaitable[Hop]]]) -> list[Any]:
+        """Opens all hops at once: for each the hop, or the error."""
+        opening = [asyncio.ensure_future(way()) for way in ways]
+        try:
+            return await asyncio.gather(*opening, return_exceptions=True)
+        except asyncio.CancelledError:
+            for task in opening:  # nobody else knows those that are open by now
+                task.add_done_callback(_abandon)
+            raise
 
     async def _open_in_order(
         self, legs: Sequence[Leg], ways: Sequence[Callable[..., Awaitable[Hop]]], wait: float
@@ -492,3 +502,8 @@ class Inference:
             self._view.full(peer_id)
         elif not isinstance(error, EvictedError):
             self._view.failed(peer_id)
+
+
+def _abandon(opening: asyncio.Future[Hop]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().abandon()

@@ -68,6 +68,15 @@ class SwarmConnection:
         Raises:
             UsageError: the model was not made for so many positions.
         """
+        inference = self.inference(max_length=max_length, first=first, last=last)
+        return Session(self._runtime, inference, max_length, shares=self._salt is not None)
+
+    def inference(self, *, max_length: int, first: int = 0, last: int | None = None) -> Inference:
+        """The asynchronous side of :meth:`session`, for work in the runtime's event loop.
+
+        Raises:
+            UsageError: the model was not made for so many positions.
+        """
         positions = self._source.max_positions
         if positions is not None and max_length > positions:
             raise UsageError(
@@ -75,7 +84,7 @@ class SwarmConnection:
                 "shorten the prompt or ask for fewer tokens"
             )
         end = self.num_blocks if last is None else last
-        inference = Inference(
+        return Inference(
             self._view,
             self._settings,
             first=first,
@@ -85,12 +94,20 @@ class SwarmConnection:
             salt=self._salt,
             croppable=not self._source.keeps_states,
         )
-        return Session(self._runtime, inference, max_length, shares=self._salt is not None)
 
     def forward(self, hidden: torch.Tensor, *, first: int, last: int) -> torch.Tensor:
         """``hidden`` ``[B, T, H]`` after the blocks ``first:last``, computed without a cache."""
         output, _ = self._runtime.run(parallel.forward(self._view, self._settings, hidden.detach().cpu(), first, last))
         return output.to(device=hidden.device, dtype=hidden.dtype)
+
+    def longest_session(self) -> int | None:
+        """How many columns a session may have at most: what the model was made for and what the nodes hold.
+
+        None if neither is known.
+        """
+        limits = [] if self._source.max_positions is None else [self._source.max_positions]
+        held = self._view.cache_tokens()
+        return min(limits if held is None else [*limits, held], default=None)
 
     def backward(self, hidden: torch.Tensor, grad: torch.Tensor, *, first: int, last: int) -> torch.Tensor:
         """The gradient with respect to ``hidden``, given that of the blocks' output; both ``[B, T, H]``."""

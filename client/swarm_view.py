@@ -78,6 +78,16 @@ class SwarmView:
         """A peer answered well."""
         self._bans.succeeded(peer_id)
 
+    def cache_tokens(self) -> int | None:
+        """The largest session for which every block has a node with a KV cache that large; None if they don't say."""
+        held: dict[int, int] = {}
+        for span in self._spans:
+            total = None if span.info.offer is None else span.info.offer.cache_tokens_total
+            if total:
+                for block in range(span.start, span.end):
+                    held[block] = max(held.get(block, 0), total)
+        return min(held.values(), default=None)
+
     async def route(
         self, first: int, last: int, *, cache_tokens: int = 0, left_padding: bool = False
     ) -> tuple[Leg, ...]:

@@ -5,20 +5,20 @@ Run it by ``scripts/demo.sh``, which sets everything up.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from swarm.client.local_swarm import LocalNode, LocalSwarm
+from swarm.errors import SwarmError
 
 if TYPE_CHECKING:
     from swarm.client.model_session import ModelSession
@@ -26,78 +26,6 @@ if TYPE_CHECKING:
 MODEL = "demo"
 SPANS = ("0:3", "3:6", "6:8")
 PROMPT = "This method returns"
-
-
-@dataclass
-class Node:
-    """A ``swarm-node serve`` process."""
-
-    blocks: str
-    process: subprocess.Popen[str]
-    ready: dict[str, Any] | None = None
-    errors: list[str] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        """For people: blocks and process."""
-        return f"node {self.blocks} (pid {self.process.pid})"
-
-
-class Swarm:
-    """The processes of the demo; all of them end with the ``with``."""
-
-    def __init__(self, workdir: Path) -> None:
-        self._workdir = workdir
-        self.nodes: list[Node] = []
-        self.peers: list[str] = []
-
-    def __enter__(self) -> Swarm:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for node in self.nodes:
-            if node.process.poll() is None:
-                node.process.send_signal(signal.SIGTERM)
-        for node in self.nodes:
-            try:
-                node.process.wait(timeout=12)
-            except subprocess.TimeoutExpired:
-                node.process.kill()
-
-    def start(self, blocks: str, *, name: str) -> Node:
-        """Starts a node; the first one is the swarm, the others join it."""
-        command = [str(Path(sys.executable).with_name("swarm-node")), "serve", MODEL, "--blocks", blocks]
-        command += ["--host", "127.0.0.1", "--log-format", "json", "--name", name]
-        for peer in self.peers:
-            command += ["--initial-peers", peer]
-        log = (self._workdir / f"{name}.log").open("w")
-        # a session of its own, so that Ctrl-C comes to this script alone, which ends the nodes in order
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
-        node = Node(blocks, process)
-        self.nodes.append(node)
-        threading.Thread(target=_follow, args=(node,), daemon=True).start()
-        return node
-
-    def wait(self, nodes: list[Node], timeout: float = 120.0) -> None:
-        """Waits until the nodes serve."""
-        deadline = time.monotonic() + timeout
-        for node in nodes:
-            while node.ready is None:
-                if node.process.poll() is not None or time.monotonic() > deadline:
-                    why = "; ".join(node.errors) or f"see {self._workdir}"
-                    raise SystemExit(f"Error: {node.name} did not start: {why}")
-                time.sleep(0.05)
-            print(f"  {node.name} serves, peer …{node.ready['peer_id'][-6:]}", flush=True)
-
-
-def _follow(node: Node) -> None:
-    assert node.process.stdout is not None
-    for line in node.process.stdout:
-        event = json.loads(line)
-        if event["event"] == "ready":
-            node.ready = event
-        elif event["event"] == "error":
-            node.errors.append(event["message"])
 
 
 def main(
@@ -111,21 +39,29 @@ def main(
     """Start a private swarm of three nodes on this machine and generate text through them."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     begin = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="swarm-demo-") as workdir, Swarm(Path(workdir)) as swarm:
+    with tempfile.TemporaryDirectory(prefix="swarm-demo-") as workdir, LocalSwarm(MODEL, Path(workdir)) as swarm:
         print(f"Starting a private swarm: {len(SPANS)} nodes, each with a third of the model…", flush=True)
         first = swarm.start(SPANS[0], name="node-1")
         import_client = threading.Thread(target=_import_client)
         import_client.start()
-        swarm.wait([first])
-        assert first.ready is not None
-        swarm.peers = first.ready["maddrs"][:1]
+        _wait(swarm, [first])
         others = [swarm.start(blocks, name=f"node-{number}") for number, blocks in enumerate(SPANS[1:], start=2)]
         if kill_one:
             others.append(swarm.start(SPANS[1], name="spare"))
         import_client.join()
-        swarm.wait(others)
+        _wait(swarm, others)
         print(f"Every block is served, after {time.monotonic() - begin:.1f} s.\n", flush=True)
         _generate(swarm, prompt, max_new_tokens, chat=chat, kill_one=kill_one)
+
+
+def _wait(swarm: LocalSwarm, nodes: list[LocalNode]) -> None:
+    try:
+        swarm.wait(nodes)
+    except SwarmError as error:
+        raise SystemExit(f"Error: {error}") from error
+    for node in nodes:
+        assert node.ready is not None
+        print(f"  {node.name} serves, peer …{node.ready['peer_id'][-6:]}", flush=True)
 
 
 def _import_client() -> None:
@@ -133,7 +69,7 @@ def _import_client() -> None:
     import swarm.client.terminal  # noqa: F401
 
 
-def _generate(swarm: Swarm, prompt: str, max_new_tokens: int, *, chat: bool, kill_one: bool) -> None:
+def _generate(swarm: LocalSwarm, prompt: str, max_new_tokens: int, *, chat: bool, kill_one: bool) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from swarm.client import SwarmModelForCausalLM
@@ -176,7 +112,7 @@ def _generate(swarm: Swarm, prompt: str, max_new_tokens: int, *, chat: bool, kil
             run(line, kill_one=False)
 
 
-def _kill_at(step: int, swarm: Swarm, session: ModelSession) -> Callable[..., Any]:
+def _kill_at(step: int, swarm: LocalSwarm, session: ModelSession) -> Callable[..., Any]:
     """A stopping criterion that never stops, but kills the node in use for the middle blocks after ``step`` tokens."""
     import torch
 

@@ -20,5 +20,5 @@ def test_the_text_is_identical_although_a_node_dies() -> None:
 
 def test_nothing_is_left_running() -> None:
     shown = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout
-    left = [line for line in shown.splitlines() if "swarm-node serve demo" in line and "node-" in line]
+    left = [line for line in shown.splitlines() if "serve demo --blocks" in line and "--name node-" in line]
     assert left == []

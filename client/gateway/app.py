@@ -1,0 +1,209 @@
+"""The web application: which path is answered by what."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from swarm.client.gateway.access import Access
+from swarm.client.gateway.api_chat import chat
+from swarm.client.gateway.api_completions import complete
+from swarm.client.gateway.api_embeddings import embed
+from swarm.client.gateway.api_responses import respond
+from swarm.client.gateway.call import Call
+from swarm.client.gateway.errors import ApiError, as_api_error, invalid
+from swarm.client.gateway.guard import Guard
+from swarm.client.gateway.metrics import Metrics
+from swarm.client.gateway.rate_limits import RateLimits
+from swarm.client.gateway.reply import Answer, Reply
+from swarm.client.gateway.schemas import ChatRequest, CompletionRequest, EmbeddingRequest, ResponsesRequest
+from swarm.client.gateway.served_model import ServedModel
+
+PAGES = Path(__file__).with_name("pages")
+_MAX_BODY_BYTES = 16 * 2**20
+R = TypeVar("R", bound=BaseModel)
+Handler = Callable[[ServedModel, R, Call], Awaitable[Answer]]
+
+
+class Gateway:
+    """Everything that requests share.
+
+    Args:
+        log: is called with the fields of each request that is done.
+        log_prompts: whether prompts are among the fields.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, ServedModel],
+        metrics: Metrics,
+        access: Access,
+        log: Callable[[dict[str, Any]], None],
+        *,
+        log_prompts: bool = False,
+    ) -> None:
+        self.models, self.metrics, self.access = models, metrics, access
+        self.limits = RateLimits()
+        self._log, self._log_prompts = log, log_prompts
+        self._counting: set[asyncio.Future[None]] = set()
+
+    def model(self, name: str) -> ServedModel:
+        """The model of this name.
+
+        Raises:
+            ApiError: 404.
+        """
+        if name not in self.models:
+            known = ", ".join(self.models)
+            raise ApiError(
+                404, f"The model {name!r} does not exist: there is {known}", param="model", code="model_not_found"
+            )
+        return self.models[name]
+
+    def done(self, call: Call, status: int) -> None:
+        """Counts and logs a request."""
+        self.metrics.count(call, status)
+        keys = self.access.keys
+        if call.key is not None and keys is not None:
+            self.limits.used(call.key, call.prompt_tokens + call.completion_tokens)
+            counting = asyncio.ensure_future(
+                asyncio.to_thread(keys.count, call.key, call.prompt_tokens, call.completion_tokens)
+            )
+            self._counting.add(counting)
+            counting.add_done_callback(self._counting.discard)
+        fields: dict[str, Any] = {
+            "event": "request",
+            "time": round(time.time(), 3),
+            "id": call.id,
+            "key": call.key,
+            "endpoint": call.endpoint,
+            "model": call.model,
+            "status": status,
+            "seconds": round(time.monotonic() - call.begin, 4),
+            "prompt_tokens": call.prompt_tokens,
+            "completion_tokens": call.completion_tokens,
+            **call.times(),
+            "route": call.route_text(),
+        }
+        if self._log_prompts:
+            fields["prompt"] = call.prompt
+        self._log(fields)
+
+
+def make_app(gateway: Gateway, pages: Path = PAGES) -> Starlette:
+    """The ASGI application. Whatever has no other path is looked for in ``pages``."""
+    routes = [
+        Route("/healthz", _health),
+        Route("/metrics", _metrics),
+        Route("/v1/models", _models),
+        Route("/v1/models/{name:path}", _model),
+        _endpoint("/v1/chat/completions", ChatRequest, chat, "messages"),
+        _endpoint("/v1/completions", CompletionRequest, complete, "prompt"),
+        _endpoint("/v1/embeddings", EmbeddingRequest, embed, "input"),
+        _endpoint("/v1/responses", ResponsesRequest, respond, "input"),
+        Route("/v1/{rest:path}", _nothing, methods=["GET", "POST", "PUT", "PATCH", "DELETE"]),
+        Mount("/", StaticFiles(directory=pages, html=True)),
+    ]
+    access = gateway.access
+    guard = Middleware(Guard, access=access, limits=gateway.limits)
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=list(access.cors_origins),
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["x-swarm-route", "x-request-id", "retry-after"],
+    )
+    app = Starlette(
+        routes=routes,
+        middleware=[cors, guard] if access.cors_origins else [guard],
+        exception_handlers={ApiError: _api_error, HTTPException: _http_error, Exception: _api_error},
+    )
+    app.state.gateway = gateway
+    return app
+
+
+def _endpoint(path: str, schema: type[R], handler: Handler[R], prompt_field: str) -> Route:
+    async def answer(request: Request) -> Reply:
+        gateway: Gateway = request.app.state.gateway
+        key = request.state.key
+        call = Call(path, None if key is None else key.name)
+        try:
+            body = _checked(schema, await _read(request))
+            call.prompt = getattr(body, prompt_field)
+            model = gateway.model(body.model)  # type: ignore[attr-defined]
+            call.model = model.id
+        except ApiError as error:
+            gateway.done(call, error.status)
+            raise
+        return Reply(call, handler(model, body, call), gateway.done)
+
+    return Route(path, answer, methods=["POST"])
+
+
+async def _read(request: Request) -> bytes:
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > _MAX_BODY_BYTES:
+            raise ApiError(413, f"the request is larger than {_MAX_BODY_BYTES >> 20} MiB")
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _checked(schema: type[R], body: bytes) -> R:
+    try:
+        return schema.model_validate(json.loads(body))
+    except ValidationError as error:
+        first = error.errors()[0]
+        param = ".".join(str(part) for part in first["loc"])
+        name = str(first["loc"][0]) if first["loc"] else None
+        raise invalid(f"{param}: {first['msg']}" if param else "the body has to be a JSON object", name) from error
+    except (ValueError, RecursionError) as error:
+        raise invalid(f"the body is not JSON: {error}") from error
+
+
+async def _health(request: Request) -> Response:
+    return JSONResponse({"status": "ok", "models": list(request.app.state.gateway.models)})
+
+
+async def _metrics(request: Request) -> Response:
+    return Response(request.app.state.gateway.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+async def _models(request: Request) -> Response:
+    models = request.app.state.gateway.models.values()
+    return JSONResponse({"object": "list", "data": [model.describe() for model in models]})
+
+
+async def _model(request: Request) -> Response:
+    return JSONResponse(request.app.state.gateway.model(request.path_params["name"]).describe())
+
+
+async def _nothing(request: Request) -> Response:
+    raise HTTPException(404, "there is no such endpoint")
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
+    answer = as_api_error(error)
+    return JSONResponse(answer.body, answer.status, headers=answer.headers)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    code = {404: "unknown_url", 405: "method_not_supported"}.get(error.status_code)
+    return JSONResponse(ApiError(error.status_code, message, code=code).body, error.status_code, headers=error.headers)

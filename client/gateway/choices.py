@@ -1,0 +1,120 @@
+"""Jobs to text: the choices of a request, merged as their pieces come."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from swarm.client.gateway.call import Call
+from swarm.client.gateway.generation import Job, Sampled, Timing, TokenLogprobs
+from swarm.client.gateway.served_model import ServedModel
+from swarm.client.gateway.text import Detokenizer, StopStrings
+
+
+@dataclass(frozen=True)
+class TokenText:
+    """A token with its log-probabilities, for those who asked."""
+
+    token: int
+    logprobs: TokenLogprobs
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A piece of a choice. ``finish``, in the last one: ``stop`` or ``length``."""
+
+    text: str
+    tokens: tuple[TokenText, ...] = ()
+    finish: str | None = None
+
+
+@dataclass
+class Whole:
+    """All pieces of a choice."""
+
+    text: str = ""
+    tokens: list[TokenText] = field(default_factory=list)
+    finish: str = ""
+
+    def add(self, delta: Delta) -> None:
+        """One more piece."""
+        self.text += delta.text
+        self.tokens += delta.tokens
+        self.finish = delta.finish or self.finish
+
+
+async def run_choice(model: ServedModel, job: Job, stops: Sequence[str], call: Call) -> AsyncGenerator[Delta, None]:
+    """The text of one job. Pieces are never empty, except the last."""
+    timing = Timing()
+    call.timings.append(timing)
+    text, stop = Detokenizer(model.tokenizer), StopStrings(stops)
+    told: list[TokenText] = []
+    async with aclosing(model.engine.generate(job, timing, call.route)) as tokens:
+        async for sampled in tokens:
+            if sampled.finish != "end":
+                call.completion_tokens += 1
+                if sampled.logprobs is not None:
+                    told.append(TokenText(sampled.token, sampled.logprobs))
+            piece = stop.push(_new_text(text, sampled))
+            if piece.stopped:
+                yield Delta(piece.text, tuple(told), "stop")
+                return
+            if sampled.finish is not None:
+                rest = "" if piece.stopped else stop.finish()
+                yield Delta(piece.text + rest, tuple(told), "length" if sampled.finish == "length" else "stop")
+                return
+            if piece.text:
+                yield Delta(piece.text, tuple(told))
+                told = []
+
+
+def _new_text(text: Detokenizer, sampled: Sampled) -> str:
+    new = "" if sampled.finish == "end" else text.push(sampled.token)
+    return new if sampled.finish is None else new + text.finish()
+
+
+async def merge(choices: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[tuple[int, Delta], None]:
+    """The pieces of all ``choices`` with their numbers, as they come. An error of one ends all."""
+    if len(choices) == 1:
+        async with aclosing(choices[0]) as only:
+            async for delta in only:
+                yield 0, delta
+        return
+    queue: asyncio.Queue[tuple[int, Delta | BaseException | None]] = asyncio.Queue()
+
+    async def pump(index: int, choice: AsyncGenerator[Delta, None]) -> None:
+        end: BaseException | None = None
+        try:
+            async with aclosing(choice) as deltas:
+                async for delta in deltas:
+                    queue.put_nowait((index, delta))
+        except Exception as error:
+            end = error
+        queue.put_nowait((index, end))
+
+    tasks = [asyncio.ensure_future(pump(index, choice)) for index, choice in enumerate(choices)]
+    left = len(tasks)
+    try:
+        while left:
+            index, item = await queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                left -= 1
+            else:
+                yield index, item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
+async def collect(choices: Sequence[AsyncGenerator[Delta, None]]) -> list[Whole]:
+    """All choices to their ends."""
+    wholes = [Whole() for _ in choices]
+    async with aclosing(merge(choices)) as deltas:
+        async for index, delta in deltas:
+            wholes[index].add(delta)
+    return wholes

@@ -1,0 +1,72 @@
+"""Who is let in: by API key, or on an open gateway by the address that the request was made to."""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from swarm.client.gateway.access import Access
+from swarm.client.gateway.errors import ApiError
+from swarm.client.gateway.keys import Key
+from swarm.client.gateway.rate_limits import RateLimits
+
+
+class Guard:
+    """ASGI middleware. Pages and ``/healthz`` need no key.
+
+    Without keys a web page elsewhere must not be able to use the gateway through its visitor's browser: neither by a
+    request across origins (checked by Origin), nor after pointing a name of its own at this machine (checked by Host).
+    """
+
+    def __init__(self, app: ASGIApp, access: Access, limits: RateLimits) -> None:
+        self._app, self._limits = app, limits
+        self._keys, self._hosts, self._origins = access.keys, access.hosts, access.cors_origins
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                key = self._admit(scope["path"], Headers(scope=scope))
+            except ApiError as error:
+                await JSONResponse(error.body, error.status, headers=error.headers)(scope, receive, send)
+                return
+            scope.setdefault("state", {})["key"] = key
+        await self._app(scope, receive, send)
+
+    def _admit(self, path: str, headers: Headers) -> Key | None:
+        if self._keys is None:
+            self._check_browser(headers)
+            return None
+        if not path.startswith("/v1/") and path != "/metrics":
+            return None
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not token:
+            raise ApiError(401, "You didn't provide an API key: send it as Authorization: Bearer KEY.")
+        key = self._keys.find(token.strip())
+        if key is None:
+            raise ApiError(401, "Incorrect API key provided.", code="invalid_api_key")
+        if path.startswith("/v1/") and not path.startswith("/v1/models"):
+            self._limits.admit(key)
+        return key
+
+    def _check_browser(self, headers: Headers) -> None:
+        host = headers.get("host", "")
+        if self._hosts is not None and _name(host) not in self._hosts:
+            raise ApiError(403, f"this gateway is not known as {host!r}: ask it by its own address", code="wrong_host")
+        origin = headers.get("origin")
+        if origin is None or origin in self._origins or "*" in self._origins:
+            return
+        if urlsplit(origin).netloc != host:
+            raise ApiError(
+                403, f"pages of {origin} may not use this gateway: see --cors-origin", code="origin_not_allowed"
+            )
+
+
+def _name(host: str) -> str:
+    """A Host header without its port."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""

@@ -1,0 +1,130 @@
+"""A model that the gateway serves: its engine, its tokenizer, and what it says of itself."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from swarm.client.gateway.admission import Admission
+from swarm.client.gateway.engine import GatewayEngine
+from swarm.client.gateway.errors import invalid
+from swarm.client.gateway.grammar import GrammarFactory
+from swarm.client.gateway.model_ends import ModelEnds
+from swarm.client.gateway.sampling import SamplingParams
+
+T = TypeVar("T")
+
+
+class ServedModel:
+    """Made over a loaded facade and its tokenizer.
+
+    Attributes:
+        id: its name in the API: MODEL as typed, a directory by its own name.
+        eos: tokens that end a text.
+        defaults: sampling options of the model's ``generation_config.json``; OpenAI's where it has none.
+    """
+
+    def __init__(
+        self, name: str, facade: Any, tokenizer: Any, admission: Admission, on_batch: Callable[[int], None]
+    ) -> None:
+        self.id = Path(name).name if Path(name).expanduser().is_dir() else name
+        self.created = int(time.time())
+        self.tokenizer = tokenizer
+        self._facade = facade
+        self._text = ThreadPoolExecutor(1, thread_name_prefix="gateway-text")
+        self._grammars: GrammarFactory | None = None
+        self._grammars_lock = threading.Lock()
+        self.vocabulary = facade.config.vocab_size
+        self.eos = _eos_of(facade, tokenizer)
+        self.defaults = _defaults_of(facade.generation_config)
+        self.engine = GatewayEngine(ModelEnds(facade), facade._connection, admission, on_batch)
+
+    @property
+    def grammars(self) -> GrammarFactory:
+        """Makes grammars for this tokenizer; the first call takes about a second."""
+        with self._grammars_lock:
+            if self._grammars is None:
+                self._grammars = GrammarFactory(self.tokenizer, self.vocabulary, self.eos)
+            return self._grammars
+
+    async def in_thread(self, work: partial[T]) -> T:
+        """Runs work on text, in one thread: tokenizers are not made for several at once."""
+        return await asyncio.get_running_loop().run_in_executor(self._text, work)
+
+    async def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of ``text``, with the special tokens that the tokenizer puts in front."""
+        encoded = await self.in_thread(partial(self.tokenizer, text))
+        return tuple(encoded["input_ids"])
+
+    def token_text(self, token: int) -> str:
+        """A token by itself."""
+        text: str = self.tokenizer.decode([token])
+        return text
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for, which need not be whole characters."""
+        return self.grammars.token_bytes(token)
+
+    async def prompts(self, given: str | list[Any], param: str) -> list[tuple[int, ...]]:
+        """The prompts of a request: text, texts, token ids, or lists of them.
+
+        Raises:
+            ApiError: one of them is empty, or has tokens that the model doesn't know.
+        """
+        many: list[Any] = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
+        prompts = [await self.encode(each) if isinstance(each, str) else tuple(each) for each in many]
+        if not prompts or not all(prompts):
+            raise invalid(f"{param} is empty", param)
+        if any(token >= self.vocabulary for prompt in prompts for token in prompt):
+            raise invalid(f"token ids of this model are below {self.vocabulary}", param)
+        return prompts
+
+    def room(self, prompt: tuple[int, ...], max_tokens: int | None, param: str) -> int:
+        """How many tokens to generate at most.
+
+        Raises:
+            ApiError: the model, or the nodes that serve it, can't hold so many.
+        """
+        limit = self._facade._connection.longest_session()
+        if limit is None:
+            return max_tokens or 2048
+        wanted = len(prompt) + (max_tokens or 1)
+        if wanted > limit:
+            raise invalid(
+                f"This model's maximum context length is {limit} tokens. However, you requested {wanted} tokens "
+                f"({len(prompt)} in the prompt, {max_tokens or 1} in the completion). Please reduce the length of the "
+                "prompt or completion.",
+                param,
+                "context_length_exceeded",
+            )
+        return max_tokens or limit - len(prompt)
+
+    def describe(self) -> dict[str, Any]:
+        """For ``/v1/models``."""
+        return {
+            "id": self.id,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "swarm",
+            "max_model_len": self._facade._connection.longest_session(),
+        }
+
+
+def _eos_of(facade: Any, tokenizer: Any) -> frozenset[int]:
+    eos = facade.generation_config.eos_token_id
+    if eos is None:
+        eos = tokenizer.eos_token_id
+    return frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
+
+
+def _defaults_of(config: Any) -> SamplingParams:
+    """transformers' names and ours are the same."""
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    given = {name: getattr(config, name, None) for name in names} if config.do_sample else {}
+    return SamplingParams(**{name: value for name, value in given.items() if value is not None})

@@ -1,0 +1,226 @@
+"""The gateway's process: joins the swarm, loads the ends of its models, and serves HTTP until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import llguidance  # noqa: F401  # what is missing of the extra is to be known at once
+import starlette  # noqa: F401
+import uvicorn
+
+from swarm.client.gateway.access import LOOPBACK, Access
+from swarm.client.gateway.admission import Admission
+from swarm.client.gateway.keys import KeyStore
+from swarm.client.gateway.metrics import Metrics
+from swarm.client.local_swarm import LocalNode, LocalSwarm
+from swarm.errors import ConnectError, UsageError
+
+if TYPE_CHECKING:
+    from swarm.client.gateway.served_model import ServedModel
+
+_STOP_SECONDS = 5
+
+
+@dataclass(frozen=True)
+class GatewaySettings:
+    """What the command line says. ``local_nodes`` is 0 for a swarm that others serve."""
+
+    models: tuple[str, ...]
+    initial_peers: tuple[str, ...]
+    host: str
+    port: int
+    keys_file: Path
+    max_sessions: int
+    max_queue: int
+    no_auth: bool = False
+    cors_origins: tuple[str, ...] = ()
+    local_nodes: int = 0
+    dht_prefix: str | None = None
+    wait_timeout: float = 60.0
+    log_prompts: bool = False
+
+
+def access_for(settings: GatewaySettings) -> Access:
+    """Keys are asked for everywhere but on loopback.
+
+    Raises:
+        UsageError: they are asked for, and there are none.
+    """
+    loopback = settings.host in LOOPBACK
+    if settings.no_auth or loopback:
+        return Access(None, LOOPBACK if loopback else None, settings.cors_origins)
+    keys = KeyStore(settings.keys_file)
+    if not keys.list():
+        keys.close()
+        raise UsageError(
+            f"{settings.host} can be reached from other machines, and there are no API keys: make one with "
+            "swarm gateway keys add NAME, or let everybody in with --no-auth"
+        )
+    return Access(keys, None, settings.cors_origins)
+
+
+def run(settings: GatewaySettings) -> None:
+    """Serves until SIGINT or SIGTERM.
+
+    Raises:
+        UsageError, SwarmError: as :func:`running`.
+    """
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # while it starts there is much that may be waited for, and an exception ends all of it
+        signal.signal(number, signal.default_int_handler)
+    with running(settings) as gateway:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+        print_event({"event": "ready", "url": gateway.url, "models": gateway.models})
+        while not stop.wait(0.2) and not gateway.serving.done():
+            pass
+    print_event({"event": "stopped"})
+
+
+@dataclass(frozen=True)
+class Running:
+    """A gateway that is up. ``url`` is the API's base URL, ``serving`` ends when the server does."""
+
+    url: str
+    models: list[str]
+    serving: Future[None]
+
+
+@contextmanager
+def running(settings: GatewaySettings, log: Callable[[dict[str, Any]], None] | None = None) -> Iterator[Running]:
+    """A gateway for as long as the ``with`` is open, in this process's client runtime.
+
+    Args:
+        log: gets the fields of each request; default: prints them.
+
+    Raises:
+        UsageError: what was asked for can't be done; the message says what to do.
+        SwarmError: the swarm can't be reached, or a node of the local one did not start.
+    """
+    access = access_for(settings)
+    with ExitStack() as stack:
+        listening = stack.enter_context(_listen(settings.host, settings.port))
+        finish_swarm = _start_swarm(settings, stack) if settings.local_nodes else None
+        # Takes seconds, in which the first node of a local swarm starts.
+        from swarm.client.gateway.app import Gateway, make_app
+        from swarm.client.runtime import Runtime
+
+        peers = settings.initial_peers if finish_swarm is None else finish_swarm()
+        admission = Admission(settings.max_sessions, settings.max_queue)
+        metrics = Metrics(admission)
+        models = {model.id: model for model in _load(settings, peers, admission, metrics, stack)}
+        gateway = Gateway(models, metrics, access, log or print_event, log_prompts=settings.log_prompts)
+        server = uvicorn.Server(
+            uvicorn.Config(
+                make_app(gateway),
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                ws="none",
+                timeout_graceful_shutdown=_STOP_SECONDS,
+            )
+        )
+        serving = Runtime.get().start(_serve(server, listening, models.values()))
+        address, port = listening.getsockname()[:2]
+        host = f"[{address}]" if ":" in address else address
+        try:
+            yield Running(f"http://{host}:{port}/v1", list(models), serving)
+        finally:
+            server.should_exit = True
+            serving.result()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+        listening.listen(512)
+    except OSError as error:
+        listening.close()
+        raise ConnectError(f"can't listen on {host} port {port} ({error.strerror}): choose another --port") from error
+    return listening
+
+
+def _start_swarm(settings: GatewaySettings, stack: ExitStack) -> Callable[[], tuple[str, ...]]:
+    """Starts the first node; the rest by the function returned, which waits for all and gives the initial peers."""
+    from swarm.source import resolve
+
+    (name,) = settings.models
+    blocks = resolve(name).num_blocks
+    count = min(settings.local_nodes, blocks)
+    edges = [blocks * number // count for number in range(count + 1)]
+    workdir = stack.enter_context(tempfile.TemporaryDirectory(prefix="swarm-gateway-"))
+    swarm = stack.enter_context(LocalSwarm(name, Path(workdir)))
+    spans = [f"{start}:{end}" for start, end in itertools.pairwise(edges)]
+    print(f"Starting a private swarm of {count} nodes on this machine…", file=sys.stderr, flush=True)
+    first = swarm.start(spans[0], name="node-1")
+
+    def finish() -> tuple[str, ...]:
+        swarm.wait([first])
+        others: list[LocalNode] = []
+        for number, span in enumerate(spans[1:], start=2):
+            others.append(swarm.start(span, name=f"node-{number}"))
+        swarm.wait(others)
+        return tuple(swarm.peers)
+
+    return finish
+
+
+def _load(
+    settings: GatewaySettings,
+    peers: Sequence[str],
+    admission: Admission,
+    metrics: Metrics,
+    stack: ExitStack,
+) -> list[ServedModel]:
+    from transformers import AutoTokenizer
+
+    from swarm.client.gateway.served_model import ServedModel
+    from swarm.client.model import SwarmModelForCausalLM
+    from swarm.source import resolve
+
+    models = []
+    for name in settings.models:
+        facade = SwarmModelForCausalLM.from_pretrained(
+            name, initial_peers=peers, dht_prefix=settings.dht_prefix, wait_timeout=settings.wait_timeout
+        )
+        stack.callback(facade.close)
+        source = resolve(name)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=source.is_local)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{name} has no tokenizer that can be loaded: {error}") from error
+        models.append(ServedModel(name, facade, tokenizer, admission, metrics.batch_rows.observe))
+    if len({model.id for model in models}) < len(models):
+        raise UsageError("two of the models have the same name")
+    return models
+
+
+async def _serve(server: uvicorn.Server, listening: socket.socket, models: Iterable[ServedModel]) -> None:
+    for model in models:
+        model.engine.start()
+    try:
+        await server.serve(sockets=[listening])
+    finally:
+        await asyncio.gather(*(model.engine.stop() for model in models))
+
+
+def print_event(fields: dict[str, Any]) -> None:
+    """One JSON object on a line of stdout."""
+    print(json.dumps(fields, ensure_ascii=False, default=lambda value: value.model_dump(exclude_none=True)), flush=True)
