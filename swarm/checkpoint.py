@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from swarm.downloads import download
 from swarm.errors import ModelError
-from swarm.hub import HubRepo
+from swarm.hub import HubRepo, NoSuchFileError
+from swarm.hub_file import HubFile
 
 if TYPE_CHECKING:
     from swarm.source import ModelSource
@@ -73,23 +75,29 @@ class Checkpoint:
         self.listing = listing
         self._directory = directory
         self._hub = hub
+        self._remote: dict[str, HubFile] = {}
+        self._here: set[str] = set()  # tensors of a Hub model that have been downloaded
         self._handles: dict[tuple[str, bool], Any] = {}
         self._lock = threading.Lock()  # transformers' loader reads from several threads
 
     @classmethod
     def open(cls, source: ModelSource) -> Checkpoint:
-        """The checkpoint of ``source``. A Hub model without an index is one file, which is downloaded here.
+        """The checkpoint of ``source``. A Hub model without an index is one file, whose header is downloaded here.
 
         Raises:
             ModelError: no safetensors weights, or an index or header that can't be read.
         """
         directory, hub = source.path, source.hub
         if hub is not None:
-            if (index := hub.fetch(INDEX)) is not None:
+            remote = HubFile(hub, directory, SINGLE)
+            # What is here first: without a network, the Hub can't be asked whether there is an index.
+            if remote.path() is None and (index := hub.fetch(INDEX)) is not None:
                 return cls(directory, hub, _read_index(index), index)
-            if (single := hub.fetch(SINGLE)) is not None:
-                return cls(directory, hub, _read_headers([single]), single)
-            raise ModelError(_no_weights(hub.name, has_bin=hub.fetch("pytorch_model.bin.index.json") is not None))
+            try:
+                return cls(directory, hub, dict.fromkeys(remote.ranges(), SINGLE), directory / SINGLE)
+            except NoSuchFileError:
+                has_bin = any(hub.has(name) for name in ("pytorch_model.bin.index.json", "pytorch_model.bin"))
+                raise ModelError(_no_weights(hub.name, has_bin=has_bin)) from None
         require_safetensors(directory)
         single, index = directory / SINGLE, directory / INDEX
         if single.is_file():  # before the index, as transformers does: an index may be left over
@@ -102,18 +110,22 @@ class Checkpoint:
         return name in self.files
 
     def fetch(self, names: Iterable[str], progress: Callable[[int, int], None] | None = None) -> None:
-        """Download the files that hold ``names``, unless they are here. ``progress(files done, files in all)``.
+        """Download what is missing of ``names``, several files at a time. ``progress(bytes done, bytes to download)``.
 
         Raises:
             ModelError: a file is missing, or the Hub can't be reached.
         """
-        wanted = sorted({self.files[name] for name in names})
-        for done, file in enumerate(wanted):
-            if progress is not None:
-                progress(done, len(wanted))
-            self._locate(file)
-        if progress is not None:
-            progress(len(wanted), len(wanted))
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.files[name], []).append(name)
+        if self._hub is None:
+            for file in by_file:
+                self._locate(file)
+        else:
+            with self._lock:
+                remote = {file: self._remote_file(file) for file in by_file}
+            download([(remote[file], wanted) for file, wanted in by_file.items()], progress or (lambda *_: None))
+            self._here.update(*by_file.values())
 
     def info(self, name: str) -> TensorInfo:
         """File, shape and dtype of a tensor, from its file's header.
@@ -148,6 +160,8 @@ class Checkpoint:
         Raises:
             ModelError: the file is missing, cut short, or does not hold the tensor.
         """
+        if self._hub is not None and name not in self._here:
+            self.fetch([name])  # or holes of a file that is here in part would be read as zeros
         handle, path = self._handle(self.files[name], mapped=mapped)
         try:
             return handle.get_tensor(name)
@@ -169,16 +183,32 @@ class Checkpoint:
             if not path.is_file():
                 raise ModelError(f"{path} is missing, though {self.listing.name} lists it: copy or download it again")
             return path
-        fetched = self._hub.fetch(file)
-        if fetched is None:
-            raise ModelError(f"{file} is missing from {self._hub.name!r} on the Hub, though {INDEX} lists it")
-        return fetched
+        remote = self._remote_file(file)
+        try:
+            remote.ranges()
+        except NoSuchFileError:
+            raise ModelError(f"{file} is missing from {self._hub.name!r} on the Hub, though {INDEX} lists it") from None
+        found = remote.path()
+        if found is None:
+            raise ModelError(f"{file} of {self._hub.name!r} is gone from the cache: start again")
+        return found
+
+    def _remote_file(self, file: str) -> HubFile:
+        assert self._hub is not None
+        return self._remote.setdefault(file, HubFile(self._hub, self._directory, file))
 
     def _handle(self, file: str, *, mapped: bool) -> tuple[Any, Path]:
         with self._lock:
             path = self._locate(file) if (file, mapped) not in self._handles else None
             if path is not None:
-                self._handles[file, mapped] = (_open(path, mapped=mapped), path)
+                try:
+                    handle = _open(path, mapped=mapped)
+                except ModelError:
+                    if path.exists():
+                        raise
+                    path = self._locate(file)  # a part, which another process has just made whole
+                    handle = _open(path, mapped=mapped)
+                self._handles[file, mapped] = (handle, path)
             return self._handles[file, mapped]
 
 
