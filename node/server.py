@@ -85,6 +85,9 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
                 dht_prefix=settings.dht_prefix,
             )
         )
+    if source.quantization is not None:
+        text = f"The checkpoint is quantized ({source.quantization.title}): each block is dequantized when it is loaded"
+        output.event("dequantize", text, format=source.quantization.title)
     dtype = choose_dtype(settings.dtype, source.dtype, device)
     if settings.blocks is not None:
         parse_blocks(settings.blocks, source.num_blocks)  # before the network is touched

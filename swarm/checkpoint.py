@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from swarm.dequantize import PackedTensor, find_packed
 from swarm.downloads import download
 from swarm.errors import ModelError
 from swarm.hub import HubRepo, NoSuchFileError
@@ -38,6 +39,8 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+if hasattr(torch, "float8_e8m0fnu"):  # torch 2.7
+    _DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ class Checkpoint:
         self.listing = listing
         self._directory = directory
         self._hub = hub
+        self._packed: Mapping[str, PackedTensor] = {}
+        self._dtype = torch.float32  # of weights that are computed
         self._remote: dict[str, HubFile] = {}
         self._here: set[str] = set()  # tensors of a Hub model that have been downloaded
         self._handles: dict[tuple[str, bool], Any] = {}
@@ -84,9 +89,22 @@ class Checkpoint:
     def open(cls, source: ModelSource) -> Checkpoint:
         """The checkpoint of ``source``. A Hub model without an index is one file, whose header is downloaded here.
 
+        The weights of a quantized one are there under their ordinary names, as if they were stored in ``source.dtype``.
+
         Raises:
             ModelError: no safetensors weights, or an index or header that can't be read.
         """
+        checkpoint = cls._open(source)
+        if source.quantization is not None:
+            checkpoint._dtype = source.dtype
+            checkpoint._packed = find_packed(checkpoint.files, source.quantization.formats)
+            checkpoint.files |= {
+                name: checkpoint.files[packed.parts[packed.format.main]] for name, packed in checkpoint._packed.items()
+            }
+        return checkpoint
+
+    @classmethod
+    def _open(cls, source: ModelSource) -> Checkpoint:
         directory, hub = source.path, source.hub
         if hub is not None:
             remote = HubFile(hub, directory, SINGLE)
@@ -116,6 +134,7 @@ class Checkpoint:
             ModelError: a file is missing, or the Hub can't be reached.
         """
         by_file: dict[str, list[str]] = {}
+        names = [stored for name in names for stored in self._stored(name)]
         for name in names:
             by_file.setdefault(self.files[name], []).append(name)
         if self._hub is None:
@@ -125,14 +144,15 @@ class Checkpoint:
             with self._lock:
                 remote = {file: self._remote_file(file) for file in by_file}
             download([(remote[file], wanted) for file, wanted in by_file.items()], progress or (lambda *_: None))
-            self._here.update(*by_file.values())
+            self._here.update(names)
 
     def info(self, name: str) -> TensorInfo:
-        """File, shape and dtype of a tensor, from its file's header.
+        """File, shape and dtype of a tensor, from its file's header (of a quantized one: of its numbers).
 
         Raises:
             ModelError: the file is missing, cut short, or does not hold the tensor.
         """
+        name = self._stored(name)[0]
         handle, path = self._handle(self.files[name], mapped=True)
         try:
             header = handle.get_slice(name)
@@ -150,7 +170,7 @@ class Checkpoint:
         return counts.most_common(1)[0][0]
 
     def read(self, name: str, *, mapped: bool = False) -> torch.Tensor:
-        """The tensor, on the CPU, in the dtype it has in the file.
+        """The tensor, on the CPU, in the dtype it has in the file, or the model's if it is computed.
 
         Args:
             mapped: share the memory-mapped file (pages are read when touched, and are the system's to drop) instead
@@ -158,8 +178,23 @@ class Checkpoint:
                 would count twice.
 
         Raises:
-            ModelError: the file is missing, cut short, or does not hold the tensor.
+            ModelError: the file is missing, cut short, or does not hold the tensor; or its parts don't fit together.
         """
+        if (packed := self._packed.get(name)) is None:
+            return self._read_stored(name, mapped=mapped)
+        parts = {suffix: self._read_stored(part, mapped=mapped) for suffix, part in packed.parts.items()}
+        try:
+            return packed.format.unpack(parts).to(self._dtype)
+        except (ValueError, KeyError, IndexError, RuntimeError, TypeError) as error:  # shapes that strangers chose
+            reason = str(error).splitlines()[0]
+            raise ModelError(f"can't compute {name} from its parts in {self.info(name).file}: {reason}") from error
+
+    def _stored(self, name: str) -> tuple[str, ...]:
+        """The names in the file of what makes the tensor."""
+        packed = self._packed.get(name)
+        return (name,) if packed is None else tuple(packed.parts.values())
+
+    def _read_stored(self, name: str, *, mapped: bool) -> torch.Tensor:
         if self._hub is not None and name not in self._here:
             self.fetch([name])  # or holes of a file that is here in part would be read as zeros
         handle, path = self._handle(self.files[name], mapped=mapped)
