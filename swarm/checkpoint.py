@@ -94,6 +94,10 @@ class Checkpoint:
         Raises:
             ModelError: no safetensors weights, or an index or header that can't be read.
         """
+        if source.path.is_file():
+            from swarm.gguf_file import GgufCheckpoint  # which needs this module
+
+            return GgufCheckpoint(source.path, source.config, source.dtype)
         checkpoint = cls._open(source)
         if source.quantization is not None:
             checkpoint._dtype = source.dtype

@@ -28,7 +28,7 @@ class ModelSource:
 
     Attributes:
         name: as the user typed it.
-        path: the directory that holds ``config.json``; for a local model the weights too.
+        path: the directory that holds ``config.json``; for a local model the weights too. Or a GGUF file.
         config: the transformers config of the (text) model. Shared: copy it before changing it.
         dht_prefix: the model's name in the DHT; block ``i`` is announced under ``{dht_prefix}.{i}``.
         dtype: of the checkpoint.
@@ -82,7 +82,8 @@ def resolve(
     cache_dir: str | Path | None = None,
     dht_prefix: str | None = None,
 ) -> ModelSource:
-    """The model that ``model`` names: a local directory, ``demo`` or ``demo-draft``, or a Hub id, tried in this order.
+    """The model that ``model`` names: a local directory or GGUF file, ``demo`` or ``demo-draft``, or a Hub id, tried in
+    this order.
 
     Only a Hub id touches the network, and only for the config (weights are fetched when they are loaded).
 
@@ -95,6 +96,8 @@ def resolve(
         >>> source.num_blocks, source.dht_prefix
         (32, 'Llama-3-1-8B-hf')
     """
+    if model.endswith(".gguf") and (file := Path(model).expanduser()).is_file():
+        return _gguf_source(model, file.resolve(), dht_prefix)
     directory = _local_directory(model)
     if directory is not None:
         hub = None
@@ -105,17 +108,30 @@ def resolve(
         hub, directory = _hub_directory(HubRepo(model, revision, token, cache_dir))
     config, quantization = _read_config(model, directory)
 
-    if dht_prefix is None:
-        dht_prefix = default_dht_prefix(directory.name if hub is None else model, config.model_type)
-    elif not dht_prefix or "." in dht_prefix or any(character.isspace() for character in dht_prefix):
-        raise UsageError(f"a DHT prefix can't be empty or hold dots or spaces; got {dht_prefix!r}")
-
-    source = ModelSource(model, directory, config, dht_prefix, torch.bfloat16, hub, quantization)
+    prefix = _dht_prefix(dht_prefix, directory.name if hub is None else model, config)
+    source = ModelSource(model, directory, config, prefix, torch.bfloat16, hub, quantization)
     if isinstance(config.dtype, torch.dtype):
         source = replace(source, dtype=config.dtype)
     elif quantization is None:  # or most tensors are integers
         source = replace(source, dtype=Checkpoint.open(source).main_dtype())
     return source
+
+
+def _gguf_source(model: str, file: Path, dht_prefix: str | None) -> ModelSource:
+    from swarm.gguf_file import read_gguf_config
+
+    config, dtype, kind = read_gguf_config(file)
+    prefix = _dht_prefix(dht_prefix, file.stem, config)
+    quantization = Quantization(f"GGUF {kind}", ()) if kind is not None else None
+    return ModelSource(model, file, config, prefix, dtype, quantization=quantization)
+
+
+def _dht_prefix(asked: str | None, name: str, config: PreTrainedConfig) -> str:
+    if asked is None:
+        return default_dht_prefix(name, config.model_type)
+    if not asked or "." in asked or any(character.isspace() for character in asked):
+        raise UsageError(f"a DHT prefix can't be empty or hold dots or spaces; got {asked!r}")
+    return asked
 
 
 def default_dht_prefix(model: str, model_type: str) -> str:
@@ -141,7 +157,7 @@ def _local_directory(model: str) -> Path | None:
             return bundled
         raise ModelError(f"model {model!r} is missing from this installation: install the package again")
     if model.startswith(("/", "./", "../", "~")) or not model:
-        raise ModelError(f"there is no directory {model!r}")
+        raise ModelError(f"there is no directory or GGUF file {model!r}")
     return None
 
 

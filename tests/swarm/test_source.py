@@ -108,7 +108,7 @@ def test_unusable_directories(
 
 
 def test_no_such_path(no_network: None) -> None:
-    with pytest.raises(ModelError, match="no directory '/no/such'"):
+    with pytest.raises(ModelError, match="no directory or GGUF file '/no/such'"):
         resolve("/no/such")
 
 
