@@ -18,12 +18,14 @@ from swarm.downloads import download
 from swarm.errors import ModelError
 from swarm.hub import HubRepo, NoSuchFileError
 from swarm.hub_file import HubFile
+from swarm.memory import trim
 
 if TYPE_CHECKING:
     from swarm.source import ModelSource
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_LARGE = 1 << 20
 
 _DTYPES = {
     "F64": torch.float64,
@@ -80,6 +82,7 @@ class Checkpoint:
         self._hub = hub
         self._packed: Mapping[str, PackedTensor] = {}
         self._dtype = torch.float32  # of weights that are computed
+        self._computing = threading.Lock()  # one at a time, as each needs memory for the while
         self._remote: dict[str, HubFile] = {}
         self._here: set[str] = set()  # tensors of a Hub model that have been downloaded
         self._handles: dict[tuple[str, bool], Any] = {}
@@ -186,9 +189,14 @@ class Checkpoint:
         """
         if (packed := self._packed.get(name)) is None:
             return self._read_stored(name, mapped=mapped)
-        parts = {suffix: self._read_stored(part, mapped=mapped) for suffix, part in packed.parts.items()}
         try:
-            return packed.format.unpack(parts).to(self._dtype)
+            with self._computing:
+                parts = {suffix: self._read_stored(part, mapped=mapped) for suffix, part in packed.parts.items()}
+                weight = packed.format.unpack(parts).to(self._dtype).contiguous()
+                parts.clear()
+                if weight.numel() >= _LARGE:
+                    trim()  # or what it took stays with this one of the loader's threads
+                return weight
         except (ValueError, KeyError, IndexError, RuntimeError, TypeError) as error:  # shapes that strangers chose
             reason = str(error).splitlines()[0]
             raise ModelError(f"can't compute {name} from its parts in {self.info(name).file}: {reason}") from error

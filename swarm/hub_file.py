@@ -188,6 +188,11 @@ class HubFile:
         """A commit's files never change; those of a mirror may."""
         try:
             return work()
+        except OSError as error:
+            raise ModelError(
+                f"can't keep {self.name} of {self._repo.name!r} in {self._folder.parent}: {error.strerror or error}; "
+                "make it writable, or set HF_HOME to a folder that is"
+            ) from error
         except FileChanged:
             if (remote := self._known()) is not None:
                 self._partial(remote).remove()

@@ -8,11 +8,14 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from huggingface_hub import constants, get_session
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import hf_raise_for_status, httpx
+
+T = TypeVar("T")
 
 TRIES = 6
 """In a row without a byte in between."""
@@ -87,8 +90,28 @@ def download_range(
         tries = 1 if at > before else tries + 1
         if tries >= TRIES:
             raise BrokenDownload(reason)
-        backoff = FIRST_WAIT * 2 ** (tries - 1) * random.uniform(0.75, 1.25)
-        _sleep(min(max(wait, backoff), LONGEST_WAIT), stopped)
+        _sleep(_waiting(wait, tries), stopped)
+
+
+def patiently(work: Callable[[], T]) -> T:
+    """Some other request, again while the server is busy or can't be reached. The last error is raised."""
+    for tries in range(1, TRIES):
+        wait = 0.0
+        try:
+            return work()
+        except HfHubHTTPError as error:
+            if error.response.status_code not in _BUSY:
+                raise
+            wait = _asked_to_wait(error.response.headers)
+        except httpx.TransportError:
+            pass
+        _sleep(_waiting(wait, tries), lambda: False)
+    return work()
+
+
+def _waiting(asked: float, tries: int) -> float:
+    """Seconds, at least what the server has asked for."""
+    return min(max(asked, FIRST_WAIT * 2 ** (tries - 1) * random.uniform(0.75, 1.25)), LONGEST_WAIT)
 
 
 def _objection(response: Any, remote: RemoteFile, start: int, stop: int) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from swarm.dequantize.format import Format, Parts
-from swarm.dequantize.packing import spread, unpack_words
+from swarm.dequantize.packing import by_blocks, unpack_words
 
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -29,8 +29,8 @@ def _unpack(parts: Parts) -> torch.Tensor:
     scales = parts[".scales"].float()
     if zeros.shape != scales.shape:
         raise ValueError(f"zeros {list(zeros.shape)} don't fit scales {list(scales.shape)}")
-    weight = (numbers - spread(zeros, numbers.shape)).float().mul_(spread(scales, numbers.shape))
-    return weight.T.contiguous()
+    weight = by_blocks(torch.Tensor.sub_, numbers.float(), zeros.float())
+    return by_blocks(torch.Tensor.mul_, weight, scales).T
 
 
 def _ordered(numbers: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from swarm.dequantize.format import Format, Parts
-from swarm.dequantize.packing import power_of_two, spread, unpack_fp4, unpack_words
+from swarm.dequantize.packing import by_blocks, power_of_two, unpack_fp4, unpack_words
 
 _KNOWN = {
     "dense",
@@ -46,11 +46,9 @@ def formats(config: Mapping[str, Any]) -> list[Format]:
         weight, scale = parts[""], parts["_scale"]
         if weight.dtype.itemsize > 1:
             raise ValueError(f"its weight is {weight.dtype}, though it has scales")
-        numbers = weight.float()
-        if (zero := parts.get("_zero_point")) is not None:
-            numbers = _grouped(numbers, zero.float(), parts.get("_g_idx"), block, torch.Tensor.sub_)
+        zero = parts["_zero_point"].float() if "_zero_point" in parts else None
         scale = power_of_two(scale) if scale.dtype is torch.uint8 else scale.float()
-        return _grouped(numbers, scale, parts.get("_g_idx"), block, torch.Tensor.mul_)
+        return _grouped(weight.float(), zero, scale, parts.get("_g_idx"), block)
 
     def integers(parts: Parts) -> torch.Tensor:
         rows, columns = (int(size) for size in parts["_shape"])
@@ -59,10 +57,9 @@ def formats(config: Mapping[str, Any]) -> list[Format]:
         if len(fitting) != 1 or words.shape[0] != rows:
             raise ValueError(f"{list(words.shape)} words can't hold {rows} x {columns} numbers of {bits} bits")
         numbers = _signed(words, fitting[0])[:, :columns]
-        if (packed := parts.get("_zero_point")) is not None:
-            zero = _signed(packed.T.contiguous(), fitting[0]).T[:rows]
-            numbers = _grouped(numbers, zero, group, None, torch.Tensor.sub_)
-        return _grouped(numbers, scale, group, None, torch.Tensor.mul_)
+        packed = parts.get("_zero_point")
+        zero = None if packed is None else _signed(packed.T.contiguous(), fitting[0]).T[:rows]
+        return _grouped(numbers, zero, scale, group, None)
 
     optional = ("_zero_point", "_g_idx", "_shape")
     return [
@@ -78,19 +75,20 @@ def _signed(words: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _nvfp4(parts: Parts) -> torch.Tensor:
-    numbers = unpack_fp4(parts["_packed"])
-    return numbers.mul_(spread(parts["_scale"].float() / parts["_global_scale"].float(), numbers.shape))
+    scale = parts["_scale"].float() / parts["_global_scale"].float()
+    return by_blocks(torch.Tensor.mul_, unpack_fp4(parts["_packed"]), scale)
 
 
 def _mxfp4(parts: Parts) -> torch.Tensor:
     if parts["_packed"].dtype is not torch.uint8:
         raise ValueError("packed numbers without their shape")
-    numbers = unpack_fp4(parts["_packed"])
-    return numbers.mul_(spread(power_of_two(parts["_scale"]), numbers.shape))
+    return by_blocks(torch.Tensor.mul_, unpack_fp4(parts["_packed"]), power_of_two(parts["_scale"]))
 
 
-def _grouped(numbers: torch.Tensor, by: torch.Tensor, group: torch.Tensor | None, block: Any, operation: Any) -> Any:
-    """Applies a zero or a scale a group; with ``group``, that of each column."""
-    if group is not None and by.ndim == 2 and by.shape[1] > 1 and bool((group >= 0).all()):
-        return operation(numbers, by[:, group.long()])
-    return operation(numbers, spread(by, numbers.shape, block))
+def _grouped(numbers: torch.Tensor, zero: torch.Tensor | None, scale: torch.Tensor, group: Any, block: Any) -> Any:
+    """``(numbers - zero) * scale``, in place; ``group`` is that of each column, if there are such."""
+    for operation, grid in ((torch.Tensor.sub_, zero), (torch.Tensor.mul_, scale)):
+        if grid is not None:
+            ordered = group is not None and grid.ndim == 2 and grid.shape[1] > 1 and bool((group >= 0).all())
+            by_blocks(operation, numbers, grid, block=block, columns=group.long() if ordered else None)
+    return numbers

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from swarm.dequantize.format import Format, Parts
-from swarm.dequantize.packing import unpack_words
+from swarm.dequantize.packing import by_blocks, unpack_words
 
 
 def formats(config: Mapping[str, Any]) -> list[Format]:
@@ -28,9 +28,8 @@ def formats(config: Mapping[str, Any]) -> list[Format]:
         if zeros.shape != scales.shape:
             raise ValueError(f"zeros {list(zeros.shape)} don't fit scales {list(scales.shape)}")
         group = parts.get(".g_idx")
-        if group is None:
-            group = torch.arange(inputs) // -(-inputs // len(scales))
-        group = group.long()
-        return (numbers - zeros.T[:, group]).float().mul_(scales.T[:, group])
+        columns = torch.arange(inputs) // -(-inputs // len(scales)) if group is None else group.long()
+        weight = by_blocks(torch.Tensor.sub_, numbers.float(), zeros.T.float(), columns=columns)
+        return by_blocks(torch.Tensor.mul_, weight, scales.T, columns=columns)
 
     return [Format(".qweight", (".qzeros", ".scales"), (".g_idx",), ".weight", unpack)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -43,30 +45,51 @@ def power_of_two(exponents: torch.Tensor) -> torch.Tensor:
     return torch.exp2(exponents.view(torch.uint8).float() - 127)
 
 
-def spread(scale: torch.Tensor, shape: torch.Size, block: tuple[int, int] | None = None) -> torch.Tensor:
-    """A scale for each element (or one that broadcasts to that) from one for each block.
+def by_blocks(
+    operation: Callable[[torch.Tensor, torch.Tensor], object],
+    numbers: torch.Tensor,
+    grid: torch.Tensor,
+    *,
+    block: tuple[int, int] | None = None,
+    columns: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Applies to all ``numbers``, in place, what belongs to their block: scales, or zeros.
+
+    It is done some rows at a time: a scale for each number would take as much memory as the numbers.
 
     Args:
-        scale: one number; one a row ``[rows]``; or a grid ``[..., R, C]``.
-        shape: of the weight, ``[..., rows, columns]``.
-        block: rows and columns of a block, where the last ones may be smaller; by default the grid divides the weight.
+        operation: such as ``torch.Tensor.mul_``.
+        numbers: ``[..., rows, columns]`` float32.
+        grid: one number; one a row ``[rows]``; or one a block ``[..., R, C]``.
+        block: rows and columns of a block, where the last ones may be smaller; by default the grid divides the numbers.
+        columns: ``[columns]``, for each column its column in the grid, if blocks' columns don't lie side by side.
+
+    Returns:
+        ``numbers``.
 
     Raises:
         ValueError: the grid does not fit.
     """
-    rows, columns = shape[-2:]
-    if scale.numel() == 1:
-        return scale.reshape(())
-    if scale.ndim == 1 and scale.shape[0] == rows:
-        scale = scale[:, None]
-    if scale.ndim != len(shape):
-        raise ValueError(f"scales of shape {list(scale.shape)} don't fit a weight {list(shape)}")
-    for dim, size, grid in ((-2, rows, scale.shape[-2]), (-1, columns, scale.shape[-1])):
-        if grid == 1:
-            continue
-        length = block[dim] if block is not None and -(-size // block[dim]) == grid else size // grid
-        if length * grid < size:
-            raise ValueError(f"scales of shape {list(scale.shape)} don't fit a weight {list(shape)}")
-        if length > 1:
-            scale = scale.repeat_interleave(length, dim).narrow(dim, 0, size)
-    return scale
+    rows, width = numbers.shape[-2:]
+    if grid.numel() == 1:
+        operation(numbers, grid.reshape(()))
+        return numbers
+    if grid.ndim == 1 and len(grid) == rows:
+        grid = grid[:, None]
+    misfit = ValueError(f"scales of shape {list(grid.shape)} don't fit a weight {list(numbers.shape)}")
+    if grid.ndim != numbers.ndim:
+        raise misfit
+    lengths = []
+    for dim, size in ((-2, rows), (-1, width)):
+        count = grid.shape[dim]
+        length = block[dim] if block is not None and -(-size // block[dim]) == count else max(1, size // count)
+        if count > 1 and (length * count < size or (length * (count - 1) >= size)):
+            raise misfit
+        lengths.append(size if count == 1 else length)
+    if columns is None:
+        columns = torch.arange(width) // lengths[1]
+    for start in range(0, rows, 1024):
+        stop = min(start + 1024, rows)
+        part = grid[..., torch.arange(start, stop) // lengths[0], :]
+        operation(numbers[..., start:stop, :], part[..., columns])
+    return numbers

@@ -33,6 +33,7 @@ class HubServer:
 
     Attributes:
         faults: each is used up by one GET of a range.
+        busy: statuses with which HEADs of weights are answered, each once.
         cdn: redirect large files to a second server, on another origin.
         gated: answer only to :data:`TOKEN`.
         asked: all GETs so far.
@@ -40,6 +41,7 @@ class HubServer:
 
     files: Path
     faults: list[Fault] = field(default_factory=list)
+    busy: list[int] = field(default_factory=list)
     ranges: bool = True
     cdn: bool = False
     gated: bool = False
@@ -87,6 +89,8 @@ class _Handler(BaseHTTPRequestHandler):
         asked = Asked(self.host, filename, self.headers.get("Range"), token)
         if body:
             self.hub.asked.append(asked)
+        if not body and self.hub.busy and filename.endswith(".safetensors"):
+            return self._send(self.hub.busy.pop(), {})
         if self.host == "hub" and self.hub.gated and token != TOKEN:
             return self._send(403, {"X-Error-Code": "GatedRepo"})
         if (owner, name, verb) != ("some", "model", "resolve") or revision not in ("main", COMMIT):

@@ -22,7 +22,7 @@ from transformers.quantizers import quantizer_finegrained_fp8
 
 from swarm.checkpoint import SINGLE, Checkpoint
 from swarm.dequantize import quantization_of
-from swarm.dequantize.packing import spread, unpack_words
+from swarm.dequantize.packing import by_blocks, unpack_words
 from swarm.errors import ModelError
 from swarm.skeleton import load_ends, load_span
 from swarm.source import resolve
@@ -298,7 +298,14 @@ def test_words(bits: int, rows: int, data: st.DataObject) -> None:
 
 def test_last_blocks_may_be_smaller() -> None:
     scale = torch.arange(6.0).view(2, 3)
-    full = spread(scale, torch.Size([5, 10]), (4, 4))
+    full = by_blocks(torch.Tensor.mul_, torch.ones(5, 10), scale, block=(4, 4))
     assert all(full[row, column] == scale[row // 4, column // 4] for row in range(5) for column in range(10))
     with pytest.raises(ValueError, match="don't fit"):
-        spread(scale, torch.Size([5, 10]))
+        by_blocks(torch.Tensor.mul_, torch.ones(5, 10), scale)
+
+
+@given(st.integers(1, 2500), st.integers(1, 6), st.integers(1, 3), st.integers(1, 1200))
+def test_blocks(rows: int, columns: int, wide: int, high: int) -> None:
+    grid = torch.randn(-(-rows // high), -(-columns // wide))
+    expected = grid.repeat_interleave(high, 0)[:rows].repeat_interleave(wide, 1)[:, :columns]
+    assert torch.equal(by_blocks(torch.Tensor.mul_, torch.ones(rows, columns), grid, block=(high, wide)), expected)

@@ -188,6 +188,15 @@ def test_a_server_that_never_gets_it_right_is_given_up(
     _read(source, expected, 2)
 
 
+def test_a_server_that_is_busy_from_the_start(
+    hub: HubServer, source: ModelSource, expected: dict[str, torch.Tensor]
+) -> None:
+    hub.busy = [503, 429]
+    checkpoint = Checkpoint.open(source)
+    assert torch.equal(checkpoint.read("t2"), expected["t2"])
+    assert not hub.busy
+
+
 def test_a_busy_server_is_waited_for(
     hub: HubServer, source: ModelSource, expected: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -290,6 +299,13 @@ def test_a_full_disk_is_said_before(hub: HubServer, source: ModelSource, monkeyp
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(ModelError, match="make room"):
         checkpoint.fetch(["t1"])
+
+
+def test_a_cache_that_cannot_be_written_is_named(hub: HubServer, source: ModelSource) -> None:
+    folder = source.path.parent.parent / "partial"
+    folder.write_text("in the way")
+    with pytest.raises(ModelError, match="make it writable"):
+        Checkpoint.open(source)
 
 
 def test_a_missing_shard_is_named(hub: HubServer, source: ModelSource) -> None:
