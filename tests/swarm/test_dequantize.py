@@ -187,7 +187,7 @@ FORMATS: dict[str, tuple[dict[str, Any], Packer]] = {
 }
 
 
-def _quantized(tmp_path: Path, original: Path, config: dict[str, Any], pack: Packer) -> tuple[Path, Path]:
+def quantized(tmp_path: Path, original: Path, config: dict[str, Any], pack: Packer) -> tuple[Path, Path]:
     """The model with the blocks' linear layers quantized, and the same with what these mean."""
     packed, plain = tmp_path / "packed", tmp_path / "plain"
     stored: Tensors = {}
@@ -222,21 +222,21 @@ def _same(packed: Path, plain: Path) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_quantized_span_is_the_dequantized_one(tmp_path: Path, name: str) -> None:
     config, pack = FORMATS[name]
-    packed, plain = _quantized(tmp_path, tiny_model("llama-gqa", dtype="bfloat16", layers=3), config, pack)
+    packed, plain = quantized(tmp_path, tiny_model("llama-gqa", dtype="bfloat16", layers=3), config, pack)
     assert (packed / SINGLE).stat().st_size != (plain / SINGLE).stat().st_size
     _same(packed, plain)
 
 
 def test_experts_are_dequantized_and_stacked(tmp_path: Path) -> None:
     config, pack = FORMATS["fp8"]
-    _same(*_quantized(tmp_path, tiny_model("mixtral", dtype="bfloat16", layers=3), config, pack))
+    _same(*quantized(tmp_path, tiny_model("mixtral", dtype="bfloat16", layers=3), config, pack))
 
 
 @pytest.mark.parametrize("like", ["llama-gqa", "mixtral"])
 def test_fp8_as_transformers_reads_it(tmp_path: Path, like: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # It asks for accelerate, and makes no use of it here.
     monkeypatch.setattr(quantizer_finegrained_fp8, "is_accelerate_available", lambda: True)
-    packed, _ = _quantized(tmp_path, tiny_model(like, dtype="bfloat16", layers=3), *FORMATS["fp8"])
+    packed, _ = quantized(tmp_path, tiny_model(like, dtype="bfloat16", layers=3), *FORMATS["fp8"])
     whole = AutoModelForCausalLM.from_pretrained(
         packed, quantization_config=FineGrainedFP8Config(dequantize=True, weight_block_size=(16, 32)), dtype="bfloat16"
     )
@@ -280,7 +280,7 @@ def test_what_cannot_be_read_is_named(config: dict[str, Any], message: str) -> N
 
 
 def test_parts_that_do_not_fit_are_named(tmp_path: Path) -> None:
-    packed, _ = _quantized(tmp_path, tiny_model("llama-gqa", dtype="bfloat16", layers=3), *FORMATS["fp8"])
+    packed, _ = quantized(tmp_path, tiny_model("llama-gqa", dtype="bfloat16", layers=3), *FORMATS["fp8"])
     tensors = load_file(packed / SINGLE)
     name = "model.layers.1.mlp.down_proj.weight_scale_inv"
     save_file({**tensors, name: tensors[name][:3].clone()}, packed / SINGLE)
