@@ -152,7 +152,7 @@ async def _load(
     source: ModelSource, start: int, end: int, dtype: torch.dtype, device: torch.device, output: Output
 ) -> Span:
     if source.hub is not None:
-        with output.stage("download", f"Downloading what is missing of blocks {start}:{end}") as fetched:
+        with output.stage("download", f"Downloading blocks {start}:{end}") as fetched:
             await in_thread(lambda: fetch_span(source, start, end, progress=lambda *done: fetched(*done)))
     with output.stage("load", f"Loading blocks {start}:{end}") as report:
         return await in_thread(

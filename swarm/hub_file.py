@@ -46,8 +46,8 @@ class HubFile:
         """Of the file, or else of the sparse file with a part of it; None if neither is here."""
         if self._whole.exists():
             return self._whole
-        remote = self._known()
-        if remote is not None and (partial := self._partial(remote)).present():
+        partial = self._known_partial()
+        if partial is not None and partial.present():
             return partial.path
         return self._whole if self._whole.exists() else None  # it may have become whole just now
 
@@ -126,8 +126,8 @@ class HubFile:
 
     def _download_whole(self, report: Report) -> None:
         self._fetch_whole(report)
-        if (remote := self._known()) is not None:
-            self._partial(remote).remove()
+        if (partial := self._known_partial()) is not None:
+            partial.remove()
 
     def _fetch_whole(self, report: Report | None) -> None:
         if self._repo.fetch(self.name, report) is None:
@@ -143,8 +143,6 @@ class HubFile:
                     self._ranges = read_ranges(file, self._whole.stat().st_size)
                 return
             remote = self._remote()
-            if not _SHA256.fullmatch(remote.etag):
-                raise RangesNotServed  # small files are not in large-file storage, and their ETag is no hash of ours
             partial = self._partial(remote)
             self._ensure(partial, (0, min(FIRST_READ, remote.size)))
             with self._open(partial) as file:
@@ -194,8 +192,8 @@ class HubFile:
                 "make it writable, or set HF_HOME to a folder that is"
             ) from error
         except FileChanged:
-            if (remote := self._known()) is not None:
-                self._partial(remote).remove()
+            if (partial := self._known_partial()) is not None:
+                partial.remove()
             self._pointer.unlink(missing_ok=True)
             self._ranges = None
         try:
@@ -221,4 +219,14 @@ class HubFile:
             return None
 
     def _partial(self, remote: RemoteFile) -> PartialFile:
+        # Not so of files outside large-file storage, which are small. Checked, as it becomes the name of a file.
+        if not _SHA256.fullmatch(remote.etag):
+            raise RangesNotServed
         return PartialFile(self._folder, remote.etag, remote.size)
+
+    def _known_partial(self) -> PartialFile | None:
+        remote = self._known()
+        try:
+            return None if remote is None else self._partial(remote)
+        except RangesNotServed:
+            return None
