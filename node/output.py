@@ -14,7 +14,15 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.text import Text
 
 
@@ -63,11 +71,13 @@ class TextOutput:
 
     @contextmanager
     def stage(self, name: str, text: str) -> Iterator[Stage]:
-        if name == "download":  # the Hub's library draws a bar a file, with rate and time left
-            self._console.print(text, markup=False)
-            yield lambda done, total: None
-            return
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+        columns: list[ProgressColumn] = [
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+        ]
+        if name == "download":  # the one stage that counts bytes
+            columns += [DownloadColumn(binary_units=True), TransferSpeedColumn()]
         with Progress(*columns, TimeRemainingColumn(), console=self._console) as progress:
             task = progress.add_task(text, total=1.0)
             yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -87,6 +87,9 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
                 dht_prefix=settings.dht_prefix,
             )
         )
+    if source.quantization is not None:
+        text = f"The checkpoint is quantized ({source.quantization.title}): each block is dequantized when it is loaded"
+        output.event("dequantize", text, format=source.quantization.title)
     dtype = choose_dtype(settings.dtype, source.dtype, devices[0])
     plan = await in_thread(lambda: _plan(settings, source, dtype, devices))  # before the network is touched
     scheme = None if plan.quantization == "none" else find_scheme(plan.quantization, devices[0], dtype)
@@ -178,7 +181,7 @@ async def _load(
     output: Output,
 ) -> Span:
     if source.hub is not None:
-        with output.stage("download", f"Downloading what is missing of blocks {start}:{end}") as fetched:
+        with output.stage("download", f"Downloading blocks {start}:{end}") as fetched:
             await in_thread(lambda: fetch_span(source, start, end, progress=lambda *done: fetched(*done)))
     with output.stage("load", f"Loading blocks {start}:{end}") as report:
         return await in_thread(

@@ -13,14 +13,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from swarm.dequantize import PackedTensor, find_packed
+from swarm.downloads import download
 from swarm.errors import ModelError
-from swarm.hub import HubRepo
+from swarm.hub import HubRepo, NoSuchFileError
+from swarm.hub_file import HubFile
+from swarm.memory import trim
 
 if TYPE_CHECKING:
     from swarm.source import ModelSource
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_LARGE = 1 << 20
 
 _DTYPES = {
     "F64": torch.float64,
@@ -36,6 +41,8 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+if hasattr(torch, "float8_e8m0fnu"):  # torch 2.7
+    _DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 
 
 @dataclass(frozen=True)
@@ -73,23 +80,49 @@ class Checkpoint:
         self.listing = listing
         self._directory = directory
         self._hub = hub
+        self._packed: Mapping[str, PackedTensor] = {}
+        self._dtype = torch.float32  # of weights that are computed
+        self._computing = threading.Lock()  # one at a time, as each needs memory for the while
+        self._remote: dict[str, HubFile] = {}
+        self._here: set[str] = set()  # tensors of a Hub model that have been downloaded
         self._handles: dict[tuple[str, bool], Any] = {}
         self._lock = threading.Lock()  # transformers' loader reads from several threads
 
     @classmethod
     def open(cls, source: ModelSource) -> Checkpoint:
-        """The checkpoint of ``source``. A Hub model without an index is one file, which is downloaded here.
+        """The checkpoint of ``source``. A Hub model without an index is one file, whose header is downloaded here.
+
+        The weights of a quantized one are there under their ordinary names, as if they were stored in ``source.dtype``.
 
         Raises:
             ModelError: no safetensors weights, or an index or header that can't be read.
         """
+        if source.path.is_file():
+            from swarm.gguf_file import GgufCheckpoint  # which needs this module
+
+            return GgufCheckpoint(source.path, source.config, source.dtype)
+        checkpoint = cls._open(source)
+        if source.quantization is not None:
+            checkpoint._dtype = source.dtype
+            checkpoint._packed = find_packed(checkpoint.files, source.quantization.formats)
+            checkpoint.files |= {
+                name: checkpoint.files[packed.parts[packed.format.main]] for name, packed in checkpoint._packed.items()
+            }
+        return checkpoint
+
+    @classmethod
+    def _open(cls, source: ModelSource) -> Checkpoint:
         directory, hub = source.path, source.hub
         if hub is not None:
-            if (index := hub.fetch(INDEX)) is not None:
+            remote = HubFile(hub, directory, SINGLE)
+            # What is here first: without a network, the Hub can't be asked whether there is an index.
+            if remote.path() is None and (index := hub.fetch(INDEX)) is not None:
                 return cls(directory, hub, _read_index(index), index)
-            if (single := hub.fetch(SINGLE)) is not None:
-                return cls(directory, hub, _read_headers([single]), single)
-            raise ModelError(_no_weights(hub.name, has_bin=hub.fetch("pytorch_model.bin.index.json") is not None))
+            try:
+                return cls(directory, hub, dict.fromkeys(remote.ranges(), SINGLE), directory / SINGLE)
+            except NoSuchFileError:
+                has_bin = any(hub.has(name) for name in ("pytorch_model.bin.index.json", "pytorch_model.bin"))
+                raise ModelError(_no_weights(hub.name, has_bin=has_bin)) from None
         require_safetensors(directory)
         single, index = directory / SINGLE, directory / INDEX
         if single.is_file():  # before the index, as transformers does: an index may be left over
@@ -102,25 +135,31 @@ class Checkpoint:
         return name in self.files
 
     def fetch(self, names: Iterable[str], progress: Callable[[int, int], None] | None = None) -> None:
-        """Download the files that hold ``names``, unless they are here. ``progress(files done, files in all)``.
+        """Download what is missing of ``names``, several files at a time. ``progress(bytes done, bytes to download)``.
 
         Raises:
             ModelError: a file is missing, or the Hub can't be reached.
         """
-        wanted = sorted({self.files[name] for name in names})
-        for done, file in enumerate(wanted):
-            if progress is not None:
-                progress(done, len(wanted))
-            self._locate(file)
-        if progress is not None:
-            progress(len(wanted), len(wanted))
+        by_file: dict[str, list[str]] = {}
+        names = [stored for name in names for stored in self._stored(name)]
+        for name in names:
+            by_file.setdefault(self.files[name], []).append(name)
+        if self._hub is None:
+            for file in by_file:
+                self._locate(file)
+        else:
+            with self._lock:
+                remote = {file: self._remote_file(file) for file in by_file}
+            download([(remote[file], wanted) for file, wanted in by_file.items()], progress or (lambda *_: None))
+            self._here.update(names)
 
     def info(self, name: str) -> TensorInfo:
-        """File, shape and dtype of a tensor, from its file's header.
+        """File, shape and dtype of a tensor, from its file's header (of a quantized one: of its numbers).
 
         Raises:
             ModelError: the file is missing, cut short, or does not hold the tensor.
         """
+        name = self._stored(name)[0]
         handle, path = self._handle(self.files[name], mapped=True)
         try:
             header = handle.get_slice(name)
@@ -138,7 +177,7 @@ class Checkpoint:
         return counts.most_common(1)[0][0]
 
     def read(self, name: str, *, mapped: bool = False) -> torch.Tensor:
-        """The tensor, on the CPU, in the dtype it has in the file.
+        """The tensor, on the CPU, in the dtype it has in the file, or the model's if it is computed.
 
         Args:
             mapped: share the memory-mapped file (pages are read when touched, and are the system's to drop) instead
@@ -146,8 +185,30 @@ class Checkpoint:
                 would count twice.
 
         Raises:
-            ModelError: the file is missing, cut short, or does not hold the tensor.
+            ModelError: the file is missing, cut short, or does not hold the tensor; or its parts don't fit together.
         """
+        if (packed := self._packed.get(name)) is None:
+            return self._read_stored(name, mapped=mapped)
+        try:
+            with self._computing:
+                parts = {suffix: self._read_stored(part, mapped=mapped) for suffix, part in packed.parts.items()}
+                weight = packed.format.unpack(parts).to(self._dtype).contiguous()
+                parts.clear()
+                if weight.numel() >= _LARGE:
+                    trim()  # or what it took stays with this one of the loader's threads
+                return weight
+        except (ValueError, KeyError, IndexError, RuntimeError, TypeError) as error:  # shapes that strangers chose
+            reason = str(error).splitlines()[0]
+            raise ModelError(f"can't compute {name} from its parts in {self.info(name).file}: {reason}") from error
+
+    def _stored(self, name: str) -> tuple[str, ...]:
+        """The names in the file of what makes the tensor."""
+        packed = self._packed.get(name)
+        return (name,) if packed is None else tuple(packed.parts.values())
+
+    def _read_stored(self, name: str, *, mapped: bool) -> torch.Tensor:
+        if self._hub is not None and name not in self._here:
+            self.fetch([name])  # or holes of a file that is here in part would be read as zeros
         handle, path = self._handle(self.files[name], mapped=mapped)
         try:
             return handle.get_tensor(name)
@@ -169,16 +230,32 @@ class Checkpoint:
             if not path.is_file():
                 raise ModelError(f"{path} is missing, though {self.listing.name} lists it: copy or download it again")
             return path
-        fetched = self._hub.fetch(file)
-        if fetched is None:
-            raise ModelError(f"{file} is missing from {self._hub.name!r} on the Hub, though {INDEX} lists it")
-        return fetched
+        remote = self._remote_file(file)
+        try:
+            remote.ranges()
+        except NoSuchFileError:
+            raise ModelError(f"{file} is missing from {self._hub.name!r} on the Hub, though {INDEX} lists it") from None
+        found = remote.path()
+        if found is None:
+            raise ModelError(f"{file} of {self._hub.name!r} is gone from the cache: start again")
+        return found
+
+    def _remote_file(self, file: str) -> HubFile:
+        assert self._hub is not None
+        return self._remote.setdefault(file, HubFile(self._hub, self._directory, file))
 
     def _handle(self, file: str, *, mapped: bool) -> tuple[Any, Path]:
         with self._lock:
             path = self._locate(file) if (file, mapped) not in self._handles else None
             if path is not None:
-                self._handles[file, mapped] = (_open(path, mapped=mapped), path)
+                try:
+                    handle = _open(path, mapped=mapped)
+                except ModelError:
+                    if path.exists():
+                        raise
+                    path = self._locate(file)  # a part, which another process has just made whole
+                    handle = _open(path, mapped=mapped)
+                self._handles[file, mapped] = (handle, path)
             return self._handles[file, mapped]
 
 

@@ -223,7 +223,7 @@ def _base_on(base: nn.Module, device: torch.device, first: torch.device) -> nn.M
 def fetch_span(
     source: ModelSource, start: int, end: int, *, progress: Callable[[int, int], None] | None = None
 ) -> None:
-    """Download the files that hold the blocks ``start:end``, unless they are here. ``progress(files done, in all)``.
+    """Download what is missing of the blocks ``start:end``. ``progress(bytes done, bytes to download)``.
 
     Raises:
         ModelError: a file is missing, or the Hub can't be reached.

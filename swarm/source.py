@@ -14,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from swarm.checkpoint import Checkpoint, require_safetensors
+from swarm.dequantize import Quantization, quantization_of
 from swarm.errors import ModelError, UsageError
 from swarm.hub import HubRepo
 
@@ -27,11 +28,13 @@ class ModelSource:
 
     Attributes:
         name: as the user typed it.
-        path: the directory that holds ``config.json``; for a local model the weights too.
+        path: the directory that holds ``config.json``; for a local model the weights too. Or a GGUF file.
         config: the transformers config of the (text) model. Shared: copy it before changing it.
         dht_prefix: the model's name in the DHT; block ``i`` is announced under ``{dht_prefix}.{i}``.
         dtype: of the checkpoint.
         hub: the Hub repository, pinned to one commit; None for a local model.
+        quantization: how the checkpoint is quantized; None if it isn't. ``config`` does not mention it: weights are
+            dequantized when they are read.
     """
 
     name: str
@@ -40,6 +43,7 @@ class ModelSource:
     dht_prefix: str
     dtype: torch.dtype
     hub: HubRepo | None = None
+    quantization: Quantization | None = None
 
     @property
     def is_local(self) -> bool:
@@ -84,7 +88,8 @@ def resolve(
     cache_dir: str | Path | None = None,
     dht_prefix: str | None = None,
 ) -> ModelSource:
-    """The model that ``model`` names: a local directory, ``demo`` or ``demo-draft``, or a Hub id, tried in this order.
+    """The model that ``model`` names: a local directory or GGUF file, ``demo`` or ``demo-draft``, or a Hub id, tried in
+    this order.
 
     Only a Hub id touches the network, and only for the config (weights are fetched when they are loaded).
 
@@ -97,6 +102,8 @@ def resolve(
         >>> source.num_blocks, source.dht_prefix
         (32, 'Llama-3-1-8B-hf')
     """
+    if model.endswith(".gguf") and (file := Path(model).expanduser()).is_file():
+        return _gguf_source(model, file.resolve(), dht_prefix)
     directory = _local_directory(model)
     if directory is not None:
         hub = None
@@ -105,16 +112,32 @@ def resolve(
         require_safetensors(directory)
     else:
         hub, directory = _hub_directory(HubRepo(model, revision, token, cache_dir))
-    config = _read_config(model, directory)
+    config, quantization = _read_config(model, directory)
 
-    if dht_prefix is None:
-        dht_prefix = default_dht_prefix(directory.name if hub is None else model, config.model_type)
-    elif not dht_prefix or "." in dht_prefix or any(character.isspace() for character in dht_prefix):
-        raise UsageError(f"a DHT prefix can't be empty or hold dots or spaces; got {dht_prefix!r}")
+    prefix = _dht_prefix(dht_prefix, directory.name if hub is None else model, config)
+    source = ModelSource(model, directory, config, prefix, torch.bfloat16, hub, quantization)
+    if isinstance(config.dtype, torch.dtype):
+        source = replace(source, dtype=config.dtype)
+    elif quantization is None:  # or most tensors are integers
+        source = replace(source, dtype=Checkpoint.open(source).main_dtype())
+    return source
 
-    source = ModelSource(model, directory, config, dht_prefix, torch.float32, hub)
-    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else Checkpoint.open(source).main_dtype()
-    return replace(source, dtype=dtype)
+
+def _gguf_source(model: str, file: Path, dht_prefix: str | None) -> ModelSource:
+    from swarm.gguf_file import read_gguf_config
+
+    config, dtype, kind = read_gguf_config(file)
+    prefix = _dht_prefix(dht_prefix, file.stem, config)
+    quantization = Quantization(f"GGUF {kind}", ()) if kind is not None else None
+    return ModelSource(model, file, config, prefix, dtype, quantization=quantization)
+
+
+def _dht_prefix(asked: str | None, name: str, config: PreTrainedConfig) -> str:
+    if asked is None:
+        return default_dht_prefix(name, config.model_type)
+    if not asked or "." in asked or any(character.isspace() for character in asked):
+        raise UsageError(f"a DHT prefix can't be empty or hold dots or spaces; got {asked!r}")
+    return asked
 
 
 def default_dht_prefix(model: str, model_type: str) -> str:
@@ -140,7 +163,7 @@ def _local_directory(model: str) -> Path | None:
             return bundled
         raise ModelError(f"model {model!r} is missing from this installation: install the package again")
     if model.startswith(("/", "./", "../", "~")) or not model:
-        raise ModelError(f"there is no directory {model!r}")
+        raise ModelError(f"there is no directory or GGUF file {model!r}")
     return None
 
 
@@ -153,7 +176,7 @@ def _hub_directory(repo: HubRepo) -> tuple[HubRepo, Path]:
     return replace(repo, revision=config_file.parent.name), config_file.parent
 
 
-def _read_config(model: str, directory: Path) -> PreTrainedConfig:
+def _read_config(model: str, directory: Path) -> tuple[PreTrainedConfig, Quantization | None]:
     file = directory / "config.json"
     try:
         raw: Any = json.loads(file.read_text(encoding="utf-8"))
@@ -174,6 +197,13 @@ def _read_config(model: str, directory: Path) -> PreTrainedConfig:
     config = config.get_text_config(decoder=True)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(f"model {model!r} is of type {model_type!r}, which is not a causal language model")
-    if getattr(config, "quantization_config", None) is not None or raw.get("quantization_config") is not None:
-        raise ModelError(f"model {model!r} is a quantized checkpoint, which can't be read: use the original weights")
-    return config
+    quantization = quantization_of(model, raw.get("quantization_config") or _quantization_config(config))
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # or the model's class would be built for packed weights
+    return config, quantization
+
+
+def _quantization_config(config: PreTrainedConfig) -> Any:
+    """Of a text model within another. A dictionary, or an object that can be made one."""
+    found: Any = getattr(config, "quantization_config", None)
+    return found.to_dict() if hasattr(found, "to_dict") else found

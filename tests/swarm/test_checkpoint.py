@@ -9,11 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from swarm import checkpoint as checkpoint_module
-from swarm import hub
 from swarm.checkpoint import INDEX, Checkpoint
 from swarm.errors import ModelError
-from swarm.hub import HubRepo
-from swarm.source import ModelSource, resolve
+from swarm.source import resolve
 from tests.models import tiny_model
 
 NAME = "model.layers.3.mlp.up_proj.weight"
@@ -120,42 +118,3 @@ def test_bad_index(sharded: Path, index: str) -> None:
     (sharded / INDEX).write_text(index)
     with pytest.raises(ModelError, match=r"index\.json"):
         Checkpoint.open(resolve(str(sharded)))
-
-
-def _hub_source(monkeypatch: pytest.MonkeyPatch, path: Path) -> tuple[ModelSource, list[str]]:
-    """``path`` as if it were on the Hub, and the list of files that get asked for."""
-    asked: list[str] = []
-
-    def fetch(self: HubRepo, filename: str) -> Path | None:
-        asked.append(filename)
-        return path / filename if (path / filename).is_file() else None
-
-    monkeypatch.setattr(hub.HubRepo, "fetch", fetch)
-    return resolve("someone/model"), asked
-
-
-def test_hub_fetches_only_the_shards_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tiny_model("llama-gqa", sharded=True)
-    source, asked = _hub_source(monkeypatch, path)
-    assert asked == ["config.json"]
-    checkpoint = Checkpoint.open(source)
-    steps: list[tuple[int, int]] = []
-    names = [name for name in checkpoint.files if name.startswith("model.layers.3.")]
-    checkpoint.fetch(names, lambda done, total: steps.append((done, total)))
-    needed = {checkpoint.files[name] for name in names}
-    assert set(asked) == {"config.json", INDEX} | needed
-    assert steps == [(done, len(needed)) for done in range(len(needed) + 1)]
-
-
-def test_hub_single_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    source, _ = _hub_source(monkeypatch, tiny_model("llama-gqa"))
-    assert NAME in Checkpoint.open(source)
-
-
-@pytest.mark.parametrize(("file", "message"), [("pytorch_model.bin.index.json", r"\.bin"), ("x", "no weights in")])
-def test_hub_without_safetensors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file: str, message: str) -> None:
-    shutil.copy(tiny_model("llama-gqa") / "config.json", tmp_path)
-    (tmp_path / file).touch()
-    source, _ = _hub_source(monkeypatch, tmp_path)
-    with pytest.raises(ModelError, match=message):
-        Checkpoint.open(source)

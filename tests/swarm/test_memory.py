@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.models import make_checkpoint, make_config
 
@@ -38,3 +41,25 @@ def test_the_peak_is_the_span_and_fifteen_percent(tmp_path: Path, like: str, opt
     weights, peak = map(int, done.stdout.split())
     assert weights > 120 << 20
     assert peak <= 1.15 * weights
+
+
+def test_the_peak_of_a_quantized_checkpoint(tmp_path: Path) -> None:
+    """One weight at a time is in memory as float32 besides."""
+    sizes = {"hidden": 1024, "heads": 16, "kv_heads": 4, "intermediate": 4096, "layers": 6}
+    path = make_checkpoint(tmp_path / "m", make_config("llama-gqa", dtype="bfloat16", **sizes))
+    tensors = load_file(path / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("proj.weight")]:
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = torch.ones(*(-(-size // 128) for size in tensors[name].shape))
+    save_file(tensors, path / "model.safetensors")
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (path / "config.json").write_text(json.dumps(config))
+    del tensors
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(path), "2", "5"], capture_output=True, text=True, check=True
+    )
+    weights, peak = map(int, done.stdout.split())
+    largest = 1024 * 4096
+    assert weights > 80 << 20
+    assert peak <= 1.15 * weights + largest * 4

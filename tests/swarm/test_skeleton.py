@@ -135,6 +135,30 @@ def test_tied_ends_share_one_tensor() -> None:
     assert bloom.lm_head.weight is bloom.transformer.word_embeddings.weight
 
 
+def test_tied_ends_of_a_checkpoint_that_has_both(tmp_path: Path) -> None:
+    """Some were saved with a head besides. As in transformers, the config decides."""
+    path = Path(shutil.copytree(tiny_model("llama-gqa", tie_word_embeddings=True), tmp_path / "model"))
+    tensors = load_file(path / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, path / "model.safetensors")
+    ends = load_ends(resolve(str(path)))
+    assert ends.lm_head.weight is ends.model.embed_tokens.weight
+    assert torch.equal(ends.lm_head.weight, tensors["model.embed_tokens.weight"])
+
+
+def test_names_as_the_model_has_them_now(tmp_path: Path) -> None:
+    """Experts that are stored fused, under transformers' own names of today, need no conversion."""
+    original = tiny_model("mixtral")
+    whole, expected = _whole(original)
+    shutil.copy(original / "config.json", tmp_path)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in whole.state_dict().items()}, tmp_path / "model.safetensors"
+    )
+    span = load_span(resolve(str(tmp_path)), 0, 2, dtype=torch.float32, device="cpu")
+    outputs, _ = _run(span, expected.hidden_states[0])
+    torch.testing.assert_close(outputs[1], expected.hidden_states[2], atol=1e-5, rtol=1e-5)
+
+
 def _mapped_from(tensor: torch.Tensor) -> str:
     for line in Path("/proc/self/maps").read_text().splitlines():
         low, high = (int(number, 16) for number in line.split()[0].split("-"))

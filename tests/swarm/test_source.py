@@ -96,7 +96,7 @@ def _directory(path: Path, config: object = None, files: tuple[str, ...] = ()) -
         ({"hidden_size": 4}, ("model.safetensors",), "no model_type"),
         ("{", ("model.safetensors",), "can't read .*config.json"),
         ({"model_type": "t5"}, ("model.safetensors",), "'t5', which is not a causal language model"),
-        ({"model_type": "llama", "quantization_config": {"quant_method": "fp8"}}, ("model.safetensors",), "quantized"),
+        ({"model_type": "llama", "quantization_config": {"quant_method": "aqlm"}}, ("model.safetensors",), "with aqlm"),
     ],
 )
 def test_unusable_directories(
@@ -108,7 +108,7 @@ def test_unusable_directories(
 
 
 def test_no_such_path(no_network: None) -> None:
-    with pytest.raises(ModelError, match="no directory '/no/such'"):
+    with pytest.raises(ModelError, match="no directory or GGUF file '/no/such'"):
         resolve("/no/such")
 
 

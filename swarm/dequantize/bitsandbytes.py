@@ -1,0 +1,59 @@
+"""What bitsandbytes stores: 4 bits (NF4 or FP4, absmax a block, which may be quantized too) and 8 bits (absmax a row).
+
+Source of the format: QLoRA (Dettmers et al. 2023) and LLM.int8() (2022); names as ``QuantState.as_dict(packed=True)``
+of bitsandbytes writes them. The package itself isn't needed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from swarm.dequantize.format import Format, Parts
+
+_STATE = ".weight.quant_state.bitsandbytes__"
+
+
+def formats(config: Mapping[str, Any]) -> list[Format]:
+    nested = (".weight.nested_absmax", ".weight.nested_quant_map")
+    four = [
+        Format(".weight", (".weight.absmax", ".weight.quant_map", _STATE + kind), nested, ".weight", _unpack_4bit)
+        for kind in ("nf4", "fp4")
+    ]
+    return [*four, Format(".weight", (".SCB",), (), ".weight", _unpack_8bit)]
+
+
+def _unpack_4bit(parts: Parts) -> torch.Tensor:
+    packed_state = next(tensor for name, tensor in parts.items() if name.startswith(_STATE))
+    state = json.loads(bytes(packed_state.tolist()))
+    absmax = parts[".weight.absmax"]
+    if ".weight.nested_absmax" in parts:
+        absmax = _blocks(
+            parts[".weight.nested_quant_map"][absmax.int()], parts[".weight.nested_absmax"], state["nested_blocksize"]
+        )
+        absmax = absmax + state["nested_offset"]
+    packed = parts[".weight"].reshape(-1)
+    numbers = torch.stack([packed >> 4, packed & 15], -1).flatten()[: math.prod(state["shape"])]
+    return _blocks(parts[".weight.quant_map"][numbers.int()], absmax.float(), state["blocksize"]).view(state["shape"])
+
+
+def _blocks(numbers: torch.Tensor, scale: torch.Tensor, size: int) -> torch.Tensor:
+    """``numbers`` times the scale of their block, which are ``size`` long, the last one perhaps less."""
+    if len(scale) != -(-len(numbers) // size):
+        raise ValueError(f"{len(scale)} scales don't fit {len(numbers)} numbers in blocks of {size}")
+    whole = len(numbers) // size * size
+    numbers[:whole].view(-1, size).mul_(scale[: whole // size, None])
+    if whole < len(numbers):
+        numbers[whole:].mul_(scale[-1])
+    return numbers
+
+
+def _unpack_8bit(parts: Parts) -> torch.Tensor:
+    weight = parts[".weight"]
+    if weight.dtype is not torch.int8:
+        raise ValueError(f"its weight is {weight.dtype}, not int8")
+    return weight.float().mul_(parts[".SCB"].float()[:, None] / 127)

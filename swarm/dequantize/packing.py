@@ -1,0 +1,95 @@
+"""Small numbers that are packed into larger words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def unpack_words(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """Unsigned numbers of ``bits`` bits from 32-bit words, the lowest bits first.
+
+    Args:
+        words: ``[..., N]`` int32. Where ``bits`` does not divide 32, numbers lie across the edges of words.
+
+    Returns:
+        ``[..., N * 32 // bits]`` int32.
+    """
+    if 32 % bits == 0:
+        shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+        return ((words[..., None] >> shifts) & ((1 << bits) - 1)).flatten(-2)
+    stream = ((words[..., None] >> torch.arange(32, dtype=torch.int32)) & 1).flatten(-2)
+    stream = stream[..., : stream.shape[-1] // bits * bits].unflatten(-1, (-1, bits))
+    return (stream << torch.arange(bits, dtype=torch.int32)).sum(-1, dtype=torch.int32)
+
+
+def unpack_fp4(packed: torch.Tensor) -> torch.Tensor:
+    """Two E2M1 floats (sign, two bits exponent, one bit mantissa) a byte, the lower four bits first.
+
+    Args:
+        packed: ``[..., N]`` uint8.
+
+    Returns:
+        ``[..., 2 * N]`` float32.
+    """
+    table = torch.tensor([*_E2M1, *(-value for value in _E2M1)])
+    packed = packed.view(torch.uint8)
+    return table[torch.stack([packed & 15, packed >> 4], -1).flatten(-2).int()]
+
+
+def power_of_two(exponents: torch.Tensor) -> torch.Tensor:
+    """E8M0 scales, a byte each: ``2 ** (byte - 127)`` as float32."""
+    return torch.exp2(exponents.view(torch.uint8).float() - 127)
+
+
+def by_blocks(
+    operation: Callable[[torch.Tensor, torch.Tensor], object],
+    numbers: torch.Tensor,
+    grid: torch.Tensor,
+    *,
+    block: tuple[int, int] | None = None,
+    columns: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Applies to all ``numbers``, in place, what belongs to their block: scales, or zeros.
+
+    It is done some rows at a time: a scale for each number would take as much memory as the numbers.
+
+    Args:
+        operation: such as ``torch.Tensor.mul_``.
+        numbers: ``[..., rows, columns]`` float32.
+        grid: one number; one a row ``[rows]``; or one a block ``[..., R, C]``.
+        block: rows and columns of a block, where the last ones may be smaller; by default the grid divides the numbers.
+        columns: ``[columns]``, for each column its column in the grid, if blocks' columns don't lie side by side.
+
+    Returns:
+        ``numbers``.
+
+    Raises:
+        ValueError: the grid does not fit.
+    """
+    rows, width = numbers.shape[-2:]
+    if grid.numel() == 1:
+        operation(numbers, grid.reshape(()))
+        return numbers
+    if grid.ndim == 1 and len(grid) == rows:
+        grid = grid[:, None]
+    misfit = ValueError(f"scales of shape {list(grid.shape)} don't fit a weight {list(numbers.shape)}")
+    if grid.ndim != numbers.ndim:
+        raise misfit
+    lengths = []
+    for dim, size in ((-2, rows), (-1, width)):
+        count = grid.shape[dim]
+        length = block[dim] if block is not None and -(-size // block[dim]) == count else max(1, size // count)
+        if count > 1 and (length * count < size or (length * (count - 1) >= size)):
+            raise misfit
+        lengths.append(size if count == 1 else length)
+    if columns is None:
+        columns = torch.arange(width) // lengths[1]
+    for start in range(0, rows, 1024):
+        stop = min(start + 1024, rows)
+        part = grid[..., torch.arange(start, stop) // lengths[0], :]
+        operation(numbers[..., start:stop, :], part[..., columns])
+    return numbers
