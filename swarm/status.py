@@ -39,17 +39,17 @@ async def show(
     overviews: AsyncIterator[Overview], *, as_json: bool, once: bool, top: bool, stop: asyncio.Event
 ) -> None:
     """Shows what comes until ``stop`` is set; with ``as_json`` or ``once``, the first only."""
-    draw = top_view if top else status_view
+    draw, console = top_view if top else status_view, Console()
     if as_json or once:
         overview = await anext(overviews)
         if as_json:
             print(json.dumps(overview.to_dict()))
         else:
-            Console().print(draw(overview))
+            console.print(draw(overview))
         await overviews.aclose()  # type: ignore[attr-defined]
         return
     stopping = asyncio.ensure_future(stop.wait())
-    with Live(console=Console(), auto_refresh=False, screen=top) as live:
+    with Live(console=console, auto_refresh=False, screen=top) as live:
         while not stop.is_set():
             coming = asyncio.ensure_future(anext(overviews))
             await asyncio.wait({coming, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -57,7 +57,10 @@ async def show(
                 coming.cancel()
                 await asyncio.wait({coming})
                 break
-            live.update(draw(coming.result()), refresh=True)
+            if console.is_terminal:
+                live.update(draw(coming.result()), refresh=True)
+            else:  # a pipe or a file: one after the other
+                console.print(draw(coming.result()))
     stopping.cancel()
     await overviews.aclose()  # type: ignore[attr-defined]
 

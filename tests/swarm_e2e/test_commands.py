@@ -285,12 +285,13 @@ def test_generate_and_status_with_the_built_in_model(tmp_path: Path) -> None:
             shown = subprocess.run(table, capture_output=True, text=True, check=True, env=wide)
             assert "Every block is served" in shown.stdout
         top = subprocess.Popen([str(BIN / "swarm"), "top", "demo", *peers], stdout=subprocess.PIPE, text=True, env=wide)
-        try:
-            subprocess.run([*command, "--prompt", "x"], capture_output=True, check=True)
-            time.sleep(2)
-        finally:
-            top.send_signal(signal.SIGINT)
-        assert top.communicate(timeout=20)[0].count("busy") > 1
+        assert top.stdout is not None
+        titles = (line for line in top.stdout if line.startswith("demo  2 nodes"))
+        assert "measuring" in next(titles)
+        assert "% busy" in next(titles)
+        top.send_signal(signal.SIGINT)
+        assert top.wait(timeout=20) == 130
+        top.stdout.close()
         swarm.nodes[1].kill()
 
 
