@@ -23,9 +23,9 @@ class Zygote:
     _process: subprocess.Popen[str] | None = None
 
     @classmethod
-    def start(cls, argv: Sequence[str], stdout: Path, stderr: Path) -> int:
-        """Starts ``swarm-node`` with these arguments; its PID."""
-        return cls._ask({"argv": list(argv), "stdout": str(stdout), "stderr": str(stderr)})
+    def start(cls, argv: Sequence[str], stdout: Path, stderr: Path, stdin: Path = Path(os.devnull)) -> int:
+        """Starts a command; its PID."""
+        return cls._ask({"argv": list(argv), "stdin": str(stdin), "stdout": str(stdout), "stderr": str(stderr)})
 
     @classmethod
     def wait(cls, pid: int) -> int:
@@ -69,7 +69,7 @@ class Node:
         self.stdout, self.stderr = workdir / f"{number}.out", workdir / f"{number}.err"
         self.stdout.touch()
         self.argv = list(argv)
-        self.pid = Zygote.start(self.argv, self.stdout, self.stderr)
+        self.pid = Zygote.start(["swarm-node", *self.argv], self.stdout, self.stderr)
 
     def events(self) -> list[dict[str, Any]]:
         """What it has said so far: every line of it is JSON."""
@@ -129,6 +129,15 @@ def run_to_end(argv: Sequence[str], workdir: Path) -> tuple[int, list[dict[str, 
     node = Node(argv, workdir)
     code = Zygote.wait(node.pid)
     return code, node.events(), node.stderr.read_text()
+
+
+def run_command(argv: Sequence[str], *, said: str = "") -> subprocess.CompletedProcess[str]:
+    """Runs ``swarm`` or ``swarm-node`` to its end, with ``said`` on its standard input."""
+    with tempfile.TemporaryDirectory(prefix="swarm-command-") as folder:
+        stdin, stdout, stderr = (Path(folder, name) for name in ("in", "out", "err"))
+        stdin.write_text(said)
+        code = Zygote.wait(Zygote.start(argv, stdout, stderr, stdin))
+        return subprocess.CompletedProcess([*argv], code, stdout.read_text(), stderr.read_text())
 
 
 class Swarm:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from swarm.client import SwarmModelForCausalLM
 from tests.models import tiny_model
-from tests.swarm_e2e.nodes import Node, Swarm, run_swarm, run_to_end
+from tests.swarm_e2e.nodes import Node, Swarm, run_command, run_swarm, run_to_end
 
 BIN = Path(sys.executable).parent
 HERE = ("--host", "127.0.0.1", "--log-format", "json")
@@ -192,8 +192,7 @@ def test_the_command_itself_from_start_to_sigterm(path: Path, tmp_path: Path) ->
     assert ready["model"] == str(path)
     assert ready["maddrs"] == [f"/ip4/127.0.0.1/tcp/{port}/p2p/{ready['peer_id']}"]
 
-    prompt = [str(BIN / "swarm"), "generate", str(path), "--initial-peers", ready["maddrs"][0], "--prompt", "x"]
-    failed = subprocess.run(prompt, capture_output=True, text=True)
+    failed = run_command(["swarm", "generate", str(path), "--initial-peers", ready["maddrs"][0], "--prompt", "x"])
     assert failed.returncode == 2
     assert "no tokenizer" in failed.stderr
 
@@ -223,13 +222,13 @@ def test_ctrl_c_reaches_the_whole_terminal_and_the_node_still_says_goodbye(path:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
         assert process.stdout is not None
         peer_id = next(event["peer_id"] for event in map(json.loads, process.stdout) if event["event"] == "ready")
-        status = [str(BIN / "swarm-node"), "status", str(path), "--json", "--initial-peers", swarm.initial_peers[0]]
-        assert peer_id in subprocess.run(status, capture_output=True, text=True, check=True).stdout
+        status = ["swarm-node", "status", str(path), "--json", "--initial-peers", swarm.initial_peers[0]]
+        assert peer_id in run_command(status).stdout
         os.killpg(process.pid, signal.SIGINT)
         rest, _ = process.communicate(timeout=30)
         assert [json.loads(line)["event"] for line in rest.splitlines()] == ["leaving", "stopped"]
         assert process.returncode == 0
-        assert peer_id not in subprocess.run(status, capture_output=True, text=True, check=True).stdout
+        assert peer_id not in run_command(status).stdout
 
 
 def test_generate_and_status_with_the_built_in_model(tmp_path: Path) -> None:
@@ -239,8 +238,8 @@ def test_generate_and_status_with_the_built_in_model(tmp_path: Path) -> None:
 
     with run_swarm("demo", ("0:4", "4:8")) as swarm:
         peers = ["--initial-peers", ",".join(swarm.initial_peers)]
-        command = [str(BIN / "swarm"), "generate", "demo", *peers, "--max-new-tokens", "12"]
-        made = subprocess.run([*command, "--json"], input="Return the", capture_output=True, text=True, check=True)
+        command = ["swarm", "generate", "demo", *peers, "--max-new-tokens", "12"]
+        made = run_command([*command, "--json"], said="Return the")
         answer = json.loads(made.stdout)
         tokenizer = AutoTokenizer.from_pretrained(resolve("demo").path)
         whole = AutoModelForCausalLM.from_pretrained(resolve("demo").path)
@@ -250,16 +249,16 @@ def test_generate_and_status_with_the_built_in_model(tmp_path: Path) -> None:
         assert answer["route"].startswith("0:4 …")
         assert " → 4:8 …" in answer["route"]
 
-        plain = subprocess.run([*command, "--prompt", "Return the"], capture_output=True, text=True, check=True)
+        plain = run_command([*command, "--prompt", "Return the"])
         assert plain.stdout.strip() == ("Return the" + answer["text"]).strip()
         assert "tokens/s" in plain.stderr
 
-        long = subprocess.run([*command, "--prompt", "x", "--max-new-tokens", "5000"], capture_output=True, text=True)
+        long = run_command([*command, "--prompt", "x", "--max-new-tokens", "5000"])
         assert long.returncode == 2
         assert long.stderr.strip().count("\n") == 0
         assert "made for 2048" in long.stderr
 
-        chat = [str(BIN / "swarm"), "chat", "demo", *peers, "--max-new-tokens", "8", "--temperature", "0"]
+        chat = ["swarm", "chat", "demo", *peers, "--max-new-tokens", "8", "--temperature", "0"]
         said = [
             "Hello \\",
             "world",
@@ -271,7 +270,7 @@ def test_generate_and_status_with_the_built_in_model(tmp_path: Path) -> None:
             "/nothing",
             "/exit",
         ]
-        talk = subprocess.run(chat, input="\n".join(said), capture_output=True, text=True, check=True)
+        talk = run_command(chat, said="\n".join(said))
         assert talk.stderr.count("tokens/s") == 3, "two replies, and /route"
         assert "There is no /nothing" in talk.stderr
         saved = json.loads((tmp_path / "talk.json").read_text())
@@ -281,9 +280,7 @@ def test_generate_and_status_with_the_built_in_model(tmp_path: Path) -> None:
 
         wide = {**os.environ, "COLUMNS": "200"}
         for program in ("swarm", "swarm-node"):
-            table = [str(BIN / program), "status", "demo", *peers, "--once"]
-            shown = subprocess.run(table, capture_output=True, text=True, check=True, env=wide)
-            assert "Every block is served" in shown.stdout
+            assert "Every block is served" in run_command([program, "status", "demo", *peers, "--once"]).stdout
         top = subprocess.Popen([str(BIN / "swarm"), "top", "demo", *peers], stdout=subprocess.PIPE, text=True, env=wide)
         assert top.stdout is not None
         titles = (line for line in top.stdout if line.startswith("demo  2 nodes"))

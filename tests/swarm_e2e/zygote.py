@@ -1,8 +1,8 @@
-"""Starts ``swarm-node`` processes in a fraction of a second: imports everything once, then forks for each.
+"""Starts ``swarm-node`` and ``swarm`` in a fraction of a second: imports everything once, then forks for each.
 
-Reads a JSON object a line, ``{"argv": […], "stdout": path, "stderr": path}``; answers with the PID, and
-``{"wait": pid}`` with the exit code. Only the time for importing torch and transformers is saved: the command line, the
-entry point and the process are a real node's.
+Reads a JSON object a line, ``{"argv": [command, …], "stdin": path, "stdout": path, "stderr": path}``; answers with the
+PID, and ``{"wait": pid}`` with the exit code. Only the time for importing torch and transformers is saved: the command
+line, the entry point and the process are real.
 """
 
 from __future__ import annotations
@@ -13,11 +13,16 @@ import sys
 
 
 def main() -> None:
+    import swarm.client.cli
+    import swarm.client.model
+    import swarm.client.talk
     import swarm.node.cli
     import swarm.node.output
     import swarm.node.server
+    import swarm.status
     from tests.swarm_e2e import modeling  # noqa: F401
 
+    commands = {"swarm": swarm.client.cli.main, "swarm-node": swarm.node.cli.main}
     for line in sys.stdin:
         order = json.loads(line)
         if "wait" in order:
@@ -28,12 +33,18 @@ def main() -> None:
             os.setsid()
             os.dup2(os.open(order["stdout"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 1)
             os.dup2(os.open(order["stderr"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 2)
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            sys.argv = ["swarm-node", *order["argv"]]
+            os.dup2(os.open(order["stdin"], os.O_RDONLY), 0)
+            sys.argv = order["argv"]
+            os.environ["COLUMNS"] = "200"
+            code = 70
             try:
-                swarm.node.cli.main()
+                commands[sys.argv[0]]()
+                code = 0
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else end.code is not None
             finally:
-                os._exit(70)
+                sys.stdout.flush()
+                os._exit(code)
         print(pid, flush=True)
 
 
