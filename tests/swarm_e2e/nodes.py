@@ -36,7 +36,8 @@ class Zygote:
     def _ask(cls, order: dict[str, Any]) -> int:
         if cls._process is None:
             # one thread a node: they are many, on few cores
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            # and the Hub, which is not there, is not asked: its library would try for twenty seconds
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
             cls._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.swarm_e2e.zygote"],
                 stdin=subprocess.PIPE,
