@@ -63,17 +63,22 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
-    """A page of a new visitor. What it writes to the console as an error, or throws, fails the test."""
+def console() -> list[str]:
+    """What the page throws, or writes to the console as an error or warning. What is left there fails the test."""
+    return []
+
+
+@pytest.fixture
+def page(browser: Browser, console: list[str]) -> Iterator[Page]:
+    """A page of a new visitor."""
     context = browser.new_context()
     page = context.new_page()
     page.set_default_timeout(20_000)
-    wrong: list[str] = []
-    page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda message: console.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: console.append(str(error)))
     yield page
     context.close()
-    assert not wrong
+    assert not console
 
 
 def ask_for(page: Page, **fields: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import httpx
@@ -15,7 +16,8 @@ QUESTION = "What is a list?"
 ATTACKS = """
 <script>window.hit = 1</script>
 
-<img src=x onerror="window.hit = 2"> <svg onload="window.hit = 3"></svg> <iframe srcdoc="<script>parent.hit = 4</script>"></iframe>
+<img src=x onerror="window.hit = 2"> <svg onload="window.hit = 3"></svg>
+<iframe srcdoc="<script>parent.hit = 4</script>"></iframe>
 
 [a link](javascript:window.hit=5) ![an image](https://evil.example/x.png) <a href="data:text/html,x" onclick="window.hit=6">b</a>
 
@@ -77,9 +79,9 @@ def test_a_conversation(page: Page, site: Site) -> None:
     page.get_by_role("button", name="New chat", exact=True).first.click()
     expect(page.locator(".message")).to_have_count(0)
     page.reload()
-    page.get_by_role("button", name=QUESTION, exact=True).click()
+    page.get_by_role("button", name="What is a dict?", exact=True).click()
     expect(replies(page)).to_have_count(1)
-    page.get_by_role("button", name=f"Delete {QUESTION}").click()
+    page.get_by_role("button", name="Delete What is a dict?").click()
     expect(page.locator(".message")).to_have_count(0)
 
 
@@ -94,13 +96,13 @@ def test_a_reply_streams_and_can_be_stopped(page: Page, site: Site) -> None:
     page.keyboard.press("Escape")
     expect(page.get_by_role("button", name="Send")).to_be_visible()
     expect(page.locator(".note")).to_contain_text("stopped")
-    assert complete(site, QUESTION, temperature=0, max_tokens=1500, ignore_eos=True).startswith(
-        kept(page)[1]["content"]
-    )
+    tokens = int(re.findall(r"(\d+) tokens ·", page.locator(".note").inner_text())[0])
+    whole = complete(site, QUESTION, temperature=0, max_tokens=tokens + 1, ignore_eos=True)
+    assert whole.startswith(kept(page)[1]["content"])
 
 
 def test_a_node_dies_in_mid_reply(page: Page, site: Site) -> None:
-    ask_for(page, temperature=0, max_tokens=600, ignore_eos=True)
+    ask_for(page, temperature=0, max_tokens=400, ignore_eos=True)
     page.goto(site.url)
     say(page, QUESTION)
     last = page.locator(".hop").nth(1)
@@ -112,9 +114,9 @@ def test_a_node_dies_in_mid_reply(page: Page, site: Site) -> None:
     assert page.locator(".message[aria-busy]").count() == 1, "the reply was over before the node was gone"
     assert page.locator(".hop").nth(1).get_attribute("title") != victim
     expect(page.get_by_role("button", name="Regenerate")).to_be_visible(timeout=60_000)
-    expect(page.locator(".note")).to_contain_text("600 tokens")
+    expect(page.locator(".note")).to_contain_text("400 tokens")
     expect(page.locator(".detour")).to_contain_text("went on at")
-    assert kept(page)[1]["content"] == complete(site, QUESTION, temperature=0, max_tokens=600, ignore_eos=True)
+    assert kept(page)[1]["content"] == complete(site, QUESTION, temperature=0, max_tokens=400, ignore_eos=True)
 
 
 def test_a_tokens_time(page: Page, site: Site) -> None:
@@ -129,9 +131,8 @@ def test_a_tokens_time(page: Page, site: Site) -> None:
     page.keyboard.press("ArrowRight")
     expect(dialog.locator(".token[aria-pressed=true]")).to_have_count(1)
     expect(dialog.locator(".token-detail > p").first).to_contain_text("Token 6")
-    widths = dialog.locator(".stacked >> nth=0").evaluate(
-        "bar => [...bar.querySelectorAll('rect')].map(r => +r.getAttribute('width'))"
-    )
+    bar = dialog.locator(".token-detail > .stacked")
+    widths = bar.evaluate("bar => [...bar.querySelectorAll('rect')].map(part => +part.getAttribute('width'))")
     assert len(widths) == 9
     assert sum(widths) == pytest.approx(1000, abs=1)
     assert axe_findings(page) == []
@@ -163,7 +164,8 @@ def test_what_a_model_writes_is_harmless(page: Page, site: Site) -> None:
 
 
 def test_markdown(page: Page, site: Site) -> None:
-    text = "# Title\n\n* **bold** and `code`\n\n| a | b |\n| - | - |\n| 1 | 2 |\n\n```python\ndef f():\n    return 1\n```\n"
+    table, code = "| a | b |\n| - | - |\n| 1 | 2 |", "```python\ndef f():\n    return 1\n```"
+    text = f"# Title\n\n* **bold** and `code`\n\n{table}\n\n{code}\n"
     body = f"data: {json.dumps({'choices': [{'delta': {'content': text}}]})}\n\ndata: [DONE]\n\n"
     page.route("**/v1/chat/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
@@ -178,12 +180,13 @@ def test_markdown(page: Page, site: Site) -> None:
     assert page.evaluate("navigator.clipboard.readText()") == "def f():\n    return 1\n"
 
 
-def test_errors_are_words(page: Page, site: Site) -> None:
+def test_errors_are_words(page: Page, site: Site, console: list[str]) -> None:
     ask_for(page, max_tokens=100_000)
     page.goto(site.url)
-    page.once("console", lambda message: None)
     say(page, QUESTION)
     expect(page.get_by_role("alert")).to_contain_text("maximum context length")
+    assert [line for line in console if "400 (Bad Request)" not in line] == []
+    console.clear()  # the browser's own note of the status
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("Temperature").fill("0.5")
     page.get_by_label("System prompt").fill("Be short.")

@@ -48,7 +48,7 @@ export class SwarmMap {
         this.front.append(bar.rect);
         this.labels.append(bar.label);
       }
-      const kind = `bar speed-${speedClass(node.throughput, fastest)} ${node.state === "online" ? "" : "away"}`;
+      const kind = `bar speed-${speedClass(node.throughput, fastest)} ${node.state === "online" && node.meter ? "" : "away"}`;
       const seen = `${node.start} ${node.end} ${lanes[index]} ${unit} ${kind} ${node.name}`;
       if (seen !== bar.seen) {
         bar.seen = seen;
@@ -76,6 +76,7 @@ function tip(node) {
     `${node.name || node.peer_id}, blocks ${node.start}:${node.end}, ${node.state}`,
     `${node.throughput.toFixed(0)} blocks/s, version ${node.version ?? "?"}`,
     rates && `${rates.decode.toFixed(1)} tokens/s, ${(100 * rates.busy).toFixed(0)} % busy`,
+    !meter && "does not answer, or is a server of Petals",
     meter && `${meter.sessions} sessions, ${meter.cache_tokens_free} of ${meter.cache_tokens} KV tokens free, ${(1e3 * meter.rtt).toFixed(1)} ms away`,
   ].filter(Boolean).join("\n");
 }
