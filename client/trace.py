@@ -48,15 +48,19 @@ def split_time(began: float, steps: Iterable[tuple[HopName, Sequence[Answered]]]
     """A step's time by hops, each with the answers to the step's parts, in order.
 
     A hop has the time from the answer of the hop before it to its own, as they arrive at the client; so what it takes
-    to pass on from one to the next counts for the latter. Where the hops work on several parts at the same time, the
-    sum of what they tell may be more than the time that passed, and then nothing is left for the network.
+    to pass on from one to the next counts for the latter. If that is less than the hop says that it took, the answer
+    before was late, and the difference was not that hop's. Where hops work on several parts at the same time, the sum
+    of what they tell may be more than the time that passed, and then nothing is left for the network.
     """
     times: list[HopTime] = []
     for hop, parts in steps:
         if not parts:
             continue
         queue, compute = sum(part.queue_s for part in parts), sum(part.compute_s for part in parts)
-        at = max(began, parts[-1].at)
-        times.append(HopTime(hop, queue, compute, max(0.0, at - began - queue - compute)))
-        began = at
+        times.append(HopTime(hop, queue, compute, parts[-1].at - began - queue - compute))
+        began = parts[-1].at
+    late = 0.0
+    for index in reversed(range(len(times))):
+        left = times[index].network_s + late
+        times[index], late = times[index]._replace(network_s=max(0.0, left)), min(0.0, left)
     return tuple(times)

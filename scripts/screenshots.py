@@ -7,12 +7,13 @@ Needs chromium (scripts/setup_browser.sh).
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -71,6 +72,8 @@ def use(browser: Browser, url: str, swarm: LocalSwarm) -> None:
     shoot(page, "token")
     page.keyboard.press("Escape")
 
+    page.route("**/v1/chat/completions", without_end)
+    page.get_by_role("button", name="Regenerate").click()
     other = browser.new_page(viewport={"width": 1100, "height": 760})
     other.goto(url + "swarm.html")
     expect(other.locator("svg.map rect.bar")).to_have_count(len(SPANS))
@@ -78,7 +81,10 @@ def use(browser: Browser, url: str, swarm: LocalSwarm) -> None:
     shoot(other, "swarm")
     other.get_by_role("link", name=busy).click()
     expect(other.locator("figure polyline").first).to_be_attached()
+    other.wait_for_timeout(6000)
     shoot(other, "node")
+    page.keyboard.press("Escape")
+    page.unroute("**/v1/chat/completions")
 
     page.get_by_role("button", name="New chat").click()
     say(page, "What does enumerate do?")
@@ -94,6 +100,12 @@ def use(browser: Browser, url: str, swarm: LocalSwarm) -> None:
     expect(phone.locator(".speed")).to_contain_text("tokens/s")
     phone.wait_for_timeout(500)
     shoot(phone, "phone")
+
+
+def without_end(route: Route) -> None:
+    """Has a reply be as long as there is room for, so that there is something to see."""
+    body = json.loads(route.request.post_data or "{}")
+    route.continue_(post_data=json.dumps({**body, "ignore_eos": True, "max_tokens": 1500}))
 
 
 def say(page: Page, text: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from swarm.client.gateway.keys import KeyStore
 from swarm.client.gateway.node_history import COLUMNS, NodeHistory
@@ -115,9 +116,13 @@ def test_a_steps_time_is_divided_among_its_hops() -> None:
     times = split_time(10.0, [(first, [Answered(10.5, 0.1, 0.25)]), (second, [Answered(11.5, 0.0, 0.5)])])
     assert [time.hop for time in times] == [first, second]
     assert [round(time.network_s, 6) for time in times] == [0.15, 0.5]
-    # an answer that overtakes the one of the hop before, and a hop that tells more than there was
-    late = split_time(0.0, [(first, [Answered(2.0, 0.0, 1.0)]), (second, [Answered(1.9, 3.0, 0.0)])])
-    assert [time.network_s for time in late] == [1.0, 0.0]
+    # the first answer was late, or even overtaken: the sum is still the time that passed
+    for at in (11.2, 11.6):
+        late = split_time(10.0, [(first, [Answered(at, 0.1, 0.25)]), (second, [Answered(11.5, 0.25, 0.5)])])
+        assert sum(time.queue_s + time.compute_s + time.network_s for time in late) == pytest.approx(1.5)
+        assert late[1].network_s == 0
+    # and hops that tell more than there was
+    assert [time.network_s for time in split_time(0.0, [(first, [Answered(1.0, 9.0, 9.0)])])] == [0.0]
     assert split_time(0.0, [(first, [])]) == ()
 
 

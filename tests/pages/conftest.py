@@ -33,6 +33,7 @@ class Site:
 
     url: str
     swarm: Swarm
+    settings: GatewaySettings
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +54,7 @@ def site(swarm: Swarm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sit
         max_queue=8,
     )
     with running(settings, lambda _: None) as gateway:
-        yield Site(gateway.url.removesuffix("v1"), swarm)
+        yield Site(gateway.url.removesuffix("v1"), swarm, settings)
 
 
 @pytest.fixture(scope="session")

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Browser, Page, expect
 
+from swarm.client.gateway.keys import KeyStore
+from swarm.client.gateway.server import running
 from tests.pages.conftest import Site, ask_for, axe_findings
 
 QUESTION = "What is a list?"
@@ -219,3 +223,25 @@ def test_accessible(page: Page, site: Site, theme: Any, width: int) -> None:
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing is wider than the screen"
     page.get_by_role("button", name="theme").click()
     assert axe_findings(page) == []
+
+
+def test_a_gateway_that_wants_a_key(browser: Browser, site: Site, tmp_path: Path) -> None:
+    keys = KeyStore(tmp_path / "keys.sqlite")
+    secret = keys.add("alice")
+    keys.close()
+    settings = replace(site.settings, host="0.0.0.0", keys_file=tmp_path / "keys.sqlite")
+    with running(settings, lambda _: None) as gateway:
+        url = gateway.url.removesuffix("v1").replace("0.0.0.0", "127.0.0.1")
+        page = browser.new_page()  # whose console may say that the first requests were refused
+        page.goto(url + "swarm.html")
+        expect(page.get_by_role("alert")).to_contain_text("API key")
+        page.goto(url)
+        expect(page.get_by_role("dialog")).to_be_visible()
+        expect(page.get_by_label("API key")).to_be_focused()
+        page.get_by_label("API key").fill(secret)
+        page.get_by_role("button", name="Done").click()
+        expect(page.get_by_label("Model")).to_have_value("demo")
+        expect(page.locator(".message.error")).to_have_count(0)
+        page.goto(url + "swarm.html")
+        expect(page.locator("svg.map rect.bar").first).to_be_visible()
+        page.close()

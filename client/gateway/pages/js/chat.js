@@ -195,10 +195,10 @@ async function loadModels() {
     const { data } = await (await ask("v1/models")).json();
     $("model").replaceChildren(...data.map(({ id }) => h("option", { value: id, textContent: id })));
     if (data.some(({ id }) => id === store.model.get())) $("model").value = store.model.get();
-    composer.disabled = false;
+    if (log.querySelector(".no-models")) drawMessages();
   } catch (error) {
     if (error.status === 401) openSettings($("key"));
-    log.replaceChildren(h("article", { className: "message error", role: "alert" }, h("p", { textContent: error.message }),
+    log.replaceChildren(h("article", { className: "message error no-models", role: "alert" }, h("p", { textContent: error.message }),
       h("div", { className: "actions" }, h("button", { type: "button", className: "small", textContent: "Try again", onclick: () => { drawMessages(); loadModels(); } }))));
   }
 }

@@ -49,7 +49,7 @@ export class Route {
       h("a", { className: down(hop) ? "hop down" : "hop", href: `swarm.html#${hop.peer}`, target: "_blank", title: hop.peer },
         h("b", { textContent: blocks(hop) }), ` ${peerName(hop)}`),
     ]);
-    const detours = this.detours.map(({ failed, by, at }) => h("li", { className: "detour" },
+    const detours = this.detours.map(({ failed, by, at, reason }) => h("li", { className: "detour", title: reason },
       `Detour at token ${at + 1}: ${peerName(failed)} failed; `,
       by ? `blocks ${blocks(failed)} went on at ${by.map(peerName).join(", ")}.` : `looking for another node with blocks ${blocks(failed)}…`));
     const many = this.tokens.length;
