@@ -49,6 +49,8 @@ class Events(Response):
             leaving.cancel()
             sending.cancel()
             await asyncio.wait({sending})
+        if not sending.cancelled():
+            sending.result()
 
     async def _send(self, send: Send) -> None:
         headers = [(name.lower().encode(), value.encode()) for name, value in _STREAM.items()]
