@@ -81,7 +81,6 @@ def test_commands_ask_a_gateway(api: Api, whole: Whole) -> None:
 
     status = json.loads(run("status", "demo", "--json").stdout)
     assert [node["blocks"] for node in status["nodes"]] == [[0, 4], [4, 8]]
-    assert "Every block is served" in run("status", "--once").stdout
     made = json.loads(run("generate", "--prompt", "Return the", "--max-new-tokens", "12", "--json").stdout)
     assert made["text"] == whole.greedy("Return the", 12)
     chat = run("chat", "--max-new-tokens", "8", "--temperature", "0", said="Hello\n/exit\n")

@@ -15,6 +15,11 @@ const log = $("log"), composer = $("composer");
 const atEnd = () => log.scrollHeight - log.scrollTop - log.clientHeight < 60;
 const toEnd = () => { log.scrollTop = log.scrollHeight; };
 
+/** The next key is for the message field; not where that brings up a keyboard over half of the screen. */
+function ready() {
+  if (matchMedia("(pointer: fine)").matches) composer.focus();
+}
+
 function drawChats() {
   $("conversations").replaceChildren(...store.chats.map((each) => h("li", {},
     h("button", { type: "button", className: "open", textContent: each.title, "aria-current": each === chat ? "true" : undefined,
@@ -56,7 +61,7 @@ function open(other) {
   chat = other;
   drawChats();
   drawMessages();
-  composer.focus();
+  ready();
 }
 
 function remove(other) {
@@ -124,6 +129,7 @@ async function reply() {
     frame = 0;
     const follow = atEnd();
     content.replaceChildren(render(text));
+    route.draw();
     if (follow) toEnd();
   };
   try {
@@ -141,6 +147,7 @@ async function reply() {
     else error = caught;
   }
   cancelAnimationFrame(frame);
+  route.draw();
   if (text || !error) {
     const detours = [...route.element.querySelectorAll(".detour")].map((each) => each.textContent);
     mine.chat.messages.push({ role: "assistant", content: text, note: note(route, finish), detours, trace: route.tokens });
@@ -150,6 +157,7 @@ async function reply() {
   replying = null;
   busy(false);
   if (mine.chat === chat) drawMessages();
+  if (document.activeElement === document.body) ready();
   $("status").textContent = error ? "The reply failed." : `The reply is there: ${route.tokens.length} tokens.`;
   if (error?.status === 401) openSettings($("key"));
 }

@@ -33,7 +33,6 @@ export class Route {
       this.first ||= this.last;
       this.tokens.push(...tokens);
     }
-    this.draw();
   }
 
   /** Tokens a second after the first; null before there are two. */
@@ -41,6 +40,7 @@ export class Route {
     return this.tokens.length > 1 && this.last > this.first ? (this.tokens.length - 1) / ((this.last - this.first) / 1e3) : null;
   }
 
+  /** Brings `element` up to date. */
   draw() {
     const down = (hop) => this.detours.some((detour) => !detour.by && same(detour.failed, hop));
     const speed = this.speed;

@@ -112,7 +112,7 @@ function drawJoin({ model: name }) {
 
 function drawLegend() {
   const box = (kind) => s("svg", { viewBox: "0 0 10 10", "aria-hidden": "true" }, s("rect", { width: 10, height: 10, class: kind }));
-  $("legend").replaceChildren(...[["speed-0", "slow"], ["speed-2", "a quarter of the fastest"], ["speed-4", "fast"], ["hole", "served by nobody"], ["served", "how many serve a block"]]
+  $("legend").replaceChildren(...[["speed-0", "slow"], ["speed-2", "a quarter of the fastest"], ["speed-4", "fast"], ["hole", "served by nobody"], ["used", "KV cache in use"], ["served", "how many serve a block"]]
     .map(([kind, text]) => h("span", {}, box(`bar ${kind}`), ` ${text}`)));
 }
 
