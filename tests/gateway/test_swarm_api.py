@@ -153,3 +153,5 @@ def test_history_has_a_point_every_five_seconds_for_ten_minutes() -> None:
     assert points is not None
     assert points[-1][1] == 1.0
     assert history.points("other") is None
+    history.add(1e9 + 2000, Overview("demo", "demo", 8, (), ((0, 8),)))
+    assert history.points("Qm") is None, "forgotten, or strangers could fill the memory"

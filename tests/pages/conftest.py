@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, Route
+from playwright.sync_api import Browser, Page, Route, expect
 
 from swarm.client.gateway.server import GatewaySettings, running
 from tests.pages.browser import chromium
 from tests.swarm_e2e.conftest import _zygote  # noqa: F401
 from tests.swarm_e2e.nodes import Swarm, run_swarm
 
+expect.set_options(timeout=20_000)
 AXE = Path(__file__).with_name("vendor") / "axe.min.js"
 
 
