@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 import torch
@@ -14,6 +14,7 @@ from hivemind.p2p import P2P, PeerID
 from swarm import rpc
 from swarm.client.history import History
 from swarm.client.routing import Leg
+from swarm.client.trace import Answered
 from swarm.codec import DTYPES, all_finite, decode, encode
 from swarm.errors import BadRequestError, OutOfCacheError, PeerLostError, RemoteError, SwarmError
 from swarm.records import span_uid
@@ -29,6 +30,7 @@ class Hop:
     def __init__(self, leg: Leg, model: str, session_id: str, stream: MessageStream, shape: tuple[int, int]) -> None:
         self.peer_id: PeerID = leg.peer_id
         self.start, self.end = leg.start, leg.end
+        self.name = leg.span.info.public_name
         self.session_id = session_id
         self.history = History()
         self.on_push_failed: Callable[[str], None] | None = None
@@ -41,6 +43,7 @@ class Hop:
         self._rows, self._hidden_size = shape
         self._order: deque[str] = deque()  # steps without an answer; Petals answers in order and names none
         self._replies: dict[str, asyncio.Future[torch.Tensor]] = {}
+        self._answered: dict[str, Answered] = {}
         self._failure: SwarmError | None = None
         self._reader: asyncio.Task[None] | None = None
 
@@ -173,8 +176,13 @@ class Hop:
             return None
         return reply.result()
 
+    def answered(self, step_id: str) -> Answered | None:
+        """When the answer to a step came, and what it says of its time; until it is forgotten."""
+        return self._answered.get(step_id)
+
     def forget(self, step_id: str) -> None:
         """Lets go of a step's answer."""
+        self._answered.pop(step_id, None)
         reply = self._replies.pop(step_id, None)
         if reply is not None and reply.done() and not reply.cancelled():
             reply.exception()  # seen, so that asyncio doesn't warn
@@ -219,6 +227,8 @@ class Hop:
         if reply is None or reply.done():
             return
         reply.set_result(self._check(response))
+        now = asyncio.get_running_loop().time()
+        self._answered[step_id] = Answered(now, _seconds(fields, "queue_s"), _seconds(fields, "compute_s"))
 
     def _check(self, response: Response) -> torch.Tensor:
         if len(response.tensors) != 1:
@@ -242,3 +252,9 @@ class Hop:
             if not reply.done():
                 reply.set_exception(self._failure)
                 reply.exception()  # seen, so that asyncio doesn't warn if nobody asks
+
+
+def _seconds(fields: Mapping[str, object], name: str) -> float:
+    """A time that a node tells; 0 if it doesn't, or not in earnest."""
+    value = fields.get(name)
+    return value if isinstance(value, float) and 0 <= value < 1e6 else 0.0

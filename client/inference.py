@@ -22,6 +22,7 @@ from swarm.client.prefix import Digests, PageNames, describe_context
 from swarm.client.routing import Leg
 from swarm.client.settings import ClientSettings
 from swarm.client.swarm_view import SwarmView
+from swarm.client.trace import HopName, HopTime, RouteEvent, split_time
 from swarm.errors import BadRequestError, EvictedError, OutOfCacheError, PeerLostError, RemoteError, SwarmError
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,8 @@ class Inference:
         self._sharing = False  # whether the names say truly what the hops hold
         self.hops: list[Hop] = []
         self.position = 0
+        self.on_route: Callable[[RouteEvent], None] | None = None
+        self.times: tuple[HopTime, ...] = ()  # of the last step, if somebody asks for on_route
 
     async def step(
         self,
@@ -152,6 +155,7 @@ class Inference:
         padding = self._left_padding and tuple(self._left_padding[row] for row in order.tolist())
         self.hops = await self._open_route(self._first, self._last, padding, sharing=(inputs.dtype, spare))
         self._sharing = self._names is not None
+        self._tell("route", self.hops)
         start = min(spare, *(hop.reused for hop in self.hops))
         for hop in self.hops:
             hop.history.skip(start)
@@ -162,6 +166,7 @@ class Inference:
     async def _run(self, start: int, hidden: torch.Tensor, hypo_ids: torch.Tensor | None) -> torch.Tensor:
         columns, width = hidden.shape[1], self._width()
         await self._replace_cropped()
+        began = asyncio.get_running_loop().time()
         chunks = [
             _Chunk(
                 start + at,
@@ -177,12 +182,22 @@ class Inference:
             for chunk in chunks:  # all of them at once: the next hop works on one while this one works on the next
                 await self._send(0, chunk, chunk.hidden, must=False)
             outputs = [await self._collect(chunk) for chunk in chunks]
+            if self.on_route is not None:
+                self.times = self._times(began, chunks)
         finally:
             for chunk in chunks:
                 for hop in self.hops:
                     hop.forget(chunk.step_id)
             self._in_flight = {}
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def _times(self, began: float, chunks: Sequence[_Chunk]) -> tuple[HopTime, ...]:
+        answers = ((_name(hop), [hop.answered(chunk.step_id) for chunk in chunks]) for hop in self.hops)
+        return split_time(began, ((name, [part for part in parts if part is not None]) for name, parts in answers))
+
+    def _tell(self, kind: str, hops: Sequence[Hop], reason: str = "") -> None:
+        if self.on_route is not None:
+            self.on_route(RouteEvent(kind, tuple(map(_name, hops)), reason))
 
     def _width(self) -> int:
         """Columns of a step at most."""
@@ -317,6 +332,7 @@ class Inference:
         self._note(failed.peer_id, error)
         logger.warning("Blocks %d:%d: %s; finding another way…", failed.start, failed.end, error)
         failed.abandon()
+        self._tell("failed", [failed], str(error))
         await self._renew(index)
 
     async def _replace_cropped(self) -> None:
@@ -340,6 +356,7 @@ class Inference:
                     raise full
                 await asyncio.sleep(_FULL_RETRY_SECONDS)
         self.hops[index : index + 1] = replacement
+        self._tell("replaced", replacement)
 
     async def _replay(self, failed: Hop) -> list[Hop]:
         rows = self._rows
@@ -502,6 +519,10 @@ class Inference:
             self._view.full(peer_id)
         elif not isinstance(error, EvictedError):
             self._view.failed(peer_id)
+
+
+def _name(hop: Hop) -> HopName:
+    return HopName(hop.peer_id.to_base58(), hop.name, hop.start, hop.end)
 
 
 def _abandon(opening: asyncio.Future[Hop]) -> None:

@@ -14,6 +14,7 @@ from swarm.client.settings import ClientSettings
 from swarm.client.swarm_view import SwarmView
 from swarm.errors import UsageError
 from swarm.fingerprint import fingerprint
+from swarm.overview import Overview, look, measure
 from swarm.source import ModelSource
 
 
@@ -99,6 +100,11 @@ class SwarmConnection:
         """``hidden`` ``[B, T, H]`` after the blocks ``first:last``, computed without a cache."""
         output, _ = self._runtime.run(parallel.forward(self._view, self._settings, hidden.detach().cpu(), first, last))
         return output.to(device=hidden.device, dtype=hidden.dtype)
+
+    async def overview(self, name: str, before: Overview | None) -> Overview:
+        """The swarm now, its nodes asked themselves; rates are since ``before``. For the runtime's event loop."""
+        seen = await look(self._view.peer, name, self._view.prefix, self.num_blocks)
+        return await measure(self._view.peer, seen, before)
 
     def longest_session(self) -> int | None:
         """How many columns a session may have at most: what the model was made for and what the nodes hold.

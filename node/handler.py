@@ -28,7 +28,7 @@ from swarm.errors import (
     to_wire,
 )
 from swarm.node.engine.engine import Engine
-from swarm.node.engine.session import EngineSession
+from swarm.node.engine.session import EngineSession, StepTimes
 from swarm.node.limits import Limits
 from swarm.node.pusher import Pusher
 from swarm.node.requests import Opening, Served, check_opening, read_backward, read_forward, read_step
@@ -178,6 +178,7 @@ class Handler:
         step = read_step(request, metadata, opening, self._served, self._limits, position=position)
         start = position if metadata.start is None else metadata.start
         columns = step.hidden.shape[1]
+        times = StepTimes()
         if columns == 0:
             output = step.hidden.to(self._served.dtype)
         else:
@@ -189,6 +190,7 @@ class Handler:
                     hypo_ids=step.hypo_ids,
                     prompts=step.prompts,
                     names=[list(row) for row in metadata.page_names],
+                    times=times,
                 )
             )
         session.position = start + columns
@@ -196,7 +198,9 @@ class Handler:
         if metadata.next_servers and step.prompts is None and columns:
             self._push_on(session.stream, encoded, request, fields, metadata)
         about: dict[str, Any] = {"step_id": metadata.step_id}
-        if not columns:
+        if columns:
+            about |= {"queue_s": times.queue_s, "compute_s": times.compute_s}
+        else:
             about["reused"] = start
         await session.stream.send(Response(tensors=[encoded], metadata=rpc.dump(about)))
 

@@ -1,8 +1,8 @@
 """The RPCs of a node and the metadata that goes with their messages. The names and fields are those of Petals 2.2.
 
 Ours beyond Petals: ``rpc_push_stream``; ``left_padding`` and ``prefix_context`` in the message that opens a session,
-and ``reused`` in its reply; ``start`` in steps; ``page_names`` in both; ``step_id`` and ``push_failed`` in replies. A
-peer that doesn't know a field ignores it.
+and ``reused`` in its reply; ``start`` in steps; ``page_names`` in both; ``step_id``, ``push_failed``, ``queue_s`` and
+``compute_s`` (seconds that a step waited and was computed) in replies. A peer that doesn't know a field ignores it.
 """
 
 from __future__ import annotations

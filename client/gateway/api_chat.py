@@ -17,6 +17,7 @@ from swarm.client.gateway.jobs import make_jobs
 from swarm.client.gateway.reply import DONE, Answer, event
 from swarm.client.gateway.schemas import ChatRequest
 from swarm.client.gateway.served_model import ServedModel
+from swarm.client.gateway.trace import trace_json
 
 
 async def chat(model: ServedModel, request: ChatRequest, call: Call) -> Answer:
@@ -31,7 +32,8 @@ async def chat(model: ServedModel, request: ChatRequest, call: Call) -> Answer:
     limit, param = request.max_completion_tokens, "max_completion_tokens"
     if limit is None:
         limit, param = request.max_tokens, "messages" if request.max_tokens is None else "max_tokens"
-    jobs = make_jobs(model, request, [prompt], limit, param, told, grammar)
+    trace = request.swarm_trace and bool(request.stream)
+    jobs = make_jobs(model, request, [prompt], limit, param, told, grammar, trace=trace)
     choices = [run_choice(model, job, request.stops, call) for job in jobs]
     if request.stream:
         return _stream(model, request, call, plan, choices)
@@ -96,6 +98,11 @@ async def _stream(
             if not begun[index]:
                 begun[index] = True
                 yield chunk(index, {"role": "assistant", "content": ""})
+            if delta.trace:
+                choice = {"index": index, "delta": {}, "finish_reason": None}
+                yield event({**head, "choices": [choice], "swarm": trace_json(model, delta.trace), **usage})
+                if not delta.text and delta.finish is None and not delta.tokens:
+                    continue
             finish, back = delta.finish, held[index]
             if back is not None:
                 back.add(delta)

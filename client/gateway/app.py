@@ -17,13 +17,13 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
-from starlette.staticfiles import StaticFiles
 
 from swarm.client.gateway.access import Access
 from swarm.client.gateway.api_chat import chat
 from swarm.client.gateway.api_completions import complete
 from swarm.client.gateway.api_embeddings import embed
 from swarm.client.gateway.api_responses import respond
+from swarm.client.gateway.api_swarm import ROUTES as SWARM_ROUTES
 from swarm.client.gateway.call import Call
 from swarm.client.gateway.errors import ApiError, as_api_error, invalid
 from swarm.client.gateway.guard import Guard
@@ -32,6 +32,8 @@ from swarm.client.gateway.rate_limits import RateLimits
 from swarm.client.gateway.reply import Answer, Reply
 from swarm.client.gateway.schemas import ChatRequest, CompletionRequest, EmbeddingRequest, ResponsesRequest
 from swarm.client.gateway.served_model import ServedModel
+from swarm.client.gateway.static import Pages
+from swarm.client.gateway.swarm_watch import SwarmWatch
 
 PAGES = Path(__file__).with_name("pages")
 _MAX_BODY_BYTES = 16 * 2**20
@@ -50,13 +52,14 @@ class Gateway:
     def __init__(
         self,
         models: Mapping[str, ServedModel],
+        watch: SwarmWatch,
         metrics: Metrics,
         access: Access,
         log: Callable[[dict[str, Any]], None],
         *,
         log_prompts: bool = False,
     ) -> None:
-        self.models, self.metrics, self.access = models, metrics, access
+        self.models, self.watch, self.metrics, self.access = models, watch, metrics, access
         self.limits = RateLimits()
         self._log, self._log_prompts = log, log_prompts
         self._counting: set[asyncio.Future[None]] = set()
@@ -116,7 +119,9 @@ def make_app(gateway: Gateway, pages: Path = PAGES) -> Starlette:
         _endpoint("/v1/embeddings", EmbeddingRequest, embed, "input"),
         _endpoint("/v1/responses", ResponsesRequest, respond, "input"),
         Route("/v1/{rest:path}", _nothing, methods=["GET", "POST", "PUT", "PATCH", "DELETE"]),
-        Mount("/", StaticFiles(directory=pages, html=True)),
+        *SWARM_ROUTES,
+        Route("/api/{rest:path}", _nothing),
+        Mount("/", Pages(directory=pages, html=True)),
     ]
     access = gateway.access
     guard = Middleware(Guard, access=access, limits=gateway.limits)

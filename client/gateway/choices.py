@@ -11,6 +11,7 @@ from swarm.client.gateway.call import Call
 from swarm.client.gateway.generation import Job, Sampled, Timing, TokenLogprobs
 from swarm.client.gateway.served_model import ServedModel
 from swarm.client.gateway.text import Detokenizer, StopStrings
+from swarm.client.trace import RouteEvent
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,12 @@ class TokenText:
 
 @dataclass(frozen=True)
 class Delta:
-    """A piece of a choice. ``finish``, in the last one: ``stop`` or ``length``."""
+    """A piece of a choice. ``finish``, in the last one: ``stop`` or ``length``. ``trace`` is for those who asked."""
 
     text: str
     tokens: tuple[TokenText, ...] = ()
     finish: str | None = None
+    trace: tuple[Sampled | RouteEvent, ...] = ()
 
 
 @dataclass
@@ -46,27 +48,32 @@ class Whole:
 
 
 async def run_choice(model: ServedModel, job: Job, stops: Sequence[str], call: Call) -> AsyncGenerator[Delta, None]:
-    """The text of one job. Pieces are never empty, except the last."""
+    """The text of one job. Pieces are never empty, except the last, and those with a trace."""
     timing = Timing()
     call.timings.append(timing)
     text, stop = Detokenizer(model.tokenizer), StopStrings(stops)
     told: list[TokenText] = []
     async with aclosing(model.engine.generate(job, timing, call.route)) as tokens:
         async for sampled in tokens:
+            if isinstance(sampled, RouteEvent):
+                yield Delta("", trace=(sampled,))
+                continue
+            trace = (sampled,) if job.trace else ()
             if sampled.finish != "end":
                 call.completion_tokens += 1
                 if sampled.logprobs is not None:
                     told.append(TokenText(sampled.token, sampled.logprobs))
             piece = stop.push(_new_text(text, sampled))
             if piece.stopped:
-                yield Delta(piece.text, tuple(told), "stop")
+                yield Delta(piece.text, tuple(told), "stop", trace)
                 return
             if sampled.finish is not None:
                 rest = "" if piece.stopped else stop.finish()
-                yield Delta(piece.text + rest, tuple(told), "length" if sampled.finish == "length" else "stop")
+                finish = "length" if sampled.finish == "length" else "stop"
+                yield Delta(piece.text + rest, tuple(told), finish, trace)
                 return
-            if piece.text:
-                yield Delta(piece.text, tuple(told))
+            if piece.text or trace:
+                yield Delta(piece.text, tuple(told), trace=trace)
                 told = []
 
 

@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ from swarm.client.gateway.model_ends import ModelEnds
 from swarm.client.gateway.sampling import Row, SamplingParams, sample, top_logprobs
 from swarm.client.inference import Inference
 from swarm.client.swarm_connection import SwarmConnection
+from swarm.client.trace import RouteEvent
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -87,8 +89,10 @@ class GatewayEngine:
             for task in embedding:  # if one failed, the others are of no use
                 task.cancel()
 
-    async def generate(self, job: Job, timing: Timing, route: list[str]) -> AsyncGenerator[Sampled, None]:
-        """The tokens of ``job`` as they come. Closing the iterator ends the session at every hop.
+    async def generate(self, job: Job, timing: Timing, route: list[str]) -> AsyncGenerator[Sampled | RouteEvent, None]:
+        """The tokens of ``job`` as they come, and if it asks for it what happens to its route in between.
+
+        Closing the iterator ends the session at every hop.
 
         Args:
             timing: filled in.
@@ -111,7 +115,7 @@ class GatewayEngine:
                     raise result
                 _describe(inference, route)
                 yield result
-                if result.finish is not None:
+                if isinstance(result, Sampled) and result.finish is not None:
                     return
         finally:
             # not awaited here: whoever leaves may be in the middle of being cancelled
@@ -160,6 +164,7 @@ class GatewayEngine:
 
     def _arrive(self, generation: Generation, step: asyncio.Task[Tensor]) -> None:
         self._decoding -= generation.decoding
+        generation.back_at = time.monotonic()
         if step.cancelled():
             generation.results.put_nowait(asyncio.CancelledError())
         elif (error := step.exception()) is not None:
@@ -208,6 +213,9 @@ class GatewayEngine:
         for index, (generation, result) in enumerate(zip(batch, results, strict=True)):
             generation.timing.first = generation.timing.first or now
             generation.timing.last = now
+            if isinstance(result, Sampled) and generation.job.trace:  # before the next step puts its own times there
+                times = generation.inference.times
+                results[index] = result = replace(result, times=times, gateway_s=now - generation.back_at)
             if isinstance(result, Sampled) and result.finish is None and not generation.closed:
                 self._send(generation, embedded[index : index + 1], decoding=True)
         await asyncio.sleep(0)  # the steps go out first

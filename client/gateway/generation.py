@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from swarm.client.gateway.sampling import Row, SamplingParams
+from swarm.client.trace import HopTime, RouteEvent
 
 if TYPE_CHECKING:
     from swarm.client.inference import Inference
@@ -39,6 +40,7 @@ class Job:
         prompt: token ids, at least one.
         eos: tokens that end it.
         top_logprobs: how many of the likeliest tokens to tell with each; None for no log-probabilities at all.
+        trace: whether to tell how the route changes, and how long each hop took for each token.
         seed: the same seed gives the same text, whatever else the gateway does.
     """
 
@@ -49,6 +51,7 @@ class Job:
     eos: frozenset[int] = frozenset()
     top_logprobs: int | None = None
     grammar: Grammar | None = None
+    trace: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,15 @@ class Sampled:
     """A token. ``finish`` is why it is the last one.
 
     ``end``: it says that the text ends, and is no part of it; ``complete``: the grammar lets nothing follow;
-    ``length``: it is as long as asked for.
+    ``length``: it is as long as asked for. ``times``: of the step that it came from, if they were asked for, and what
+    the gateway took for it itself.
     """
 
     token: int
     finish: str | None
     logprobs: TokenLogprobs | None
+    times: tuple[HopTime, ...] = ()
+    gateway_s: float = 0.0
 
 
 @dataclass
@@ -90,12 +96,15 @@ class Generation:
     inference: Inference
     timing: Timing
     tokens: list[int] = field(default_factory=list)
-    results: asyncio.Queue[Sampled | BaseException] = field(default_factory=asyncio.Queue)
+    results: asyncio.Queue[Sampled | RouteEvent | BaseException] = field(default_factory=asyncio.Queue)
     step: asyncio.Task[Tensor] | None = None
     decoding: bool = False  # the step under way is one token, so it is soon back
     closed: bool = False  # nobody wants more of it
+    back_at: float = 0.0  # when the step came back
 
     def __post_init__(self) -> None:
+        if self.job.trace:
+            self.inference.on_route = self.results.put_nowait
         self._random = torch.Generator().manual_seed(self.job.seed)
         self._counts: Counter[int] = Counter()
         self._seen = set(self.job.prompt)

@@ -39,7 +39,7 @@ class Guard:
         if self._keys is None:
             self._check_browser(headers)
             return None
-        if not path.startswith("/v1/") and path != "/metrics":
+        if not path.startswith(("/v1/", "/api/")) and path != "/metrics":
             return None
         scheme, _, token = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not token:

@@ -19,6 +19,8 @@ def make_jobs(
     param: str,
     top_logprobs: int | None,
     grammar: Callable[[], Grammar] | None = None,
+    *,
+    trace: bool = False,
 ) -> list[Job]:
     """``n`` jobs for each prompt; choice ``i`` has the seed ``seed + i``.
 
@@ -48,6 +50,7 @@ def make_jobs(
                     eos=frozenset() if request.ignore_eos else model.eos,
                     top_logprobs=top_logprobs,
                     grammar=None if grammar is None else grammar(),
+                    trace=trace,
                 )
             )
     return jobs

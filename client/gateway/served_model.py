@@ -17,6 +17,7 @@ from swarm.client.gateway.errors import invalid
 from swarm.client.gateway.grammar import GrammarFactory
 from swarm.client.gateway.model_ends import ModelEnds
 from swarm.client.gateway.sampling import SamplingParams
+from swarm.overview import Overview
 
 T = TypeVar("T")
 
@@ -26,6 +27,7 @@ class ServedModel:
 
     Attributes:
         id: its name in the API: MODEL as typed, a directory by its own name.
+        name: MODEL as typed.
         eos: tokens that end a text.
         defaults: sampling options of the model's ``generation_config.json``; OpenAI's where it has none.
     """
@@ -34,6 +36,7 @@ class ServedModel:
         self, name: str, facade: Any, tokenizer: Any, admission: Admission, on_batch: Callable[[int], None]
     ) -> None:
         self.id = Path(name).name if Path(name).expanduser().is_dir() else name
+        self.name = name
         self.created = int(time.time())
         self.tokenizer = tokenizer
         self._facade = facade
@@ -104,6 +107,10 @@ class ServedModel:
                 "context_length_exceeded",
             )
         return max_tokens or limit - len(prompt)
+
+    async def overview(self, before: Overview | None) -> Overview:
+        """The swarm that serves it, nodes asked themselves; rates are since ``before``."""
+        return await self._facade._connection.overview(self.id, before)  # type: ignore[no-any-return]
 
     def describe(self) -> dict[str, Any]:
         """For ``/v1/models``."""

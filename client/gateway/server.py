@@ -30,6 +30,7 @@ from swarm.errors import ConnectError, UsageError
 
 if TYPE_CHECKING:
     from swarm.client.gateway.served_model import ServedModel
+    from swarm.client.gateway.swarm_watch import SwarmWatch
 
 _STOP_SECONDS = 5
 
@@ -117,13 +118,15 @@ def running(settings: GatewaySettings, log: Callable[[dict[str, Any]], None] | N
         finish_swarm = _start_swarm(settings, stack) if settings.local_nodes else None
         # Takes seconds, in which the first node of a local swarm starts.
         from swarm.client.gateway.app import Gateway, make_app
+        from swarm.client.gateway.swarm_watch import SwarmWatch
         from swarm.client.runtime import Runtime
 
         peers = settings.initial_peers if finish_swarm is None else finish_swarm()
         admission = Admission(settings.max_sessions, settings.max_queue)
         metrics = Metrics(admission)
         models = {model.id: model for model in _load(settings, peers, admission, metrics, stack)}
-        gateway = Gateway(models, metrics, access, log or print_event, log_prompts=settings.log_prompts)
+        watch = SwarmWatch(models, peers)
+        gateway = Gateway(models, watch, metrics, access, log or print_event, log_prompts=settings.log_prompts)
         server = uvicorn.Server(
             uvicorn.Config(
                 make_app(gateway),
@@ -134,12 +137,13 @@ def running(settings: GatewaySettings, log: Callable[[dict[str, Any]], None] | N
                 timeout_graceful_shutdown=_STOP_SECONDS,
             )
         )
-        serving = Runtime.get().start(_serve(server, listening, models.values()))
+        serving = Runtime.get().start(_serve(server, listening, models.values(), watch))
         address, port = listening.getsockname()[:2]
         host = f"[{address}]" if ":" in address else address
         try:
             yield Running(f"http://{host}:{port}/v1", list(models), serving)
         finally:
+            Runtime.get().run(watch.stop())  # or open pages would hold it up
             server.should_exit = True
             serving.result()
 
@@ -212,7 +216,10 @@ def _load(
     return models
 
 
-async def _serve(server: uvicorn.Server, listening: socket.socket, models: Iterable[ServedModel]) -> None:
+async def _serve(
+    server: uvicorn.Server, listening: socket.socket, models: Iterable[ServedModel], watch: SwarmWatch
+) -> None:
+    watch.start()
     for model in models:
         model.engine.start()
     try:

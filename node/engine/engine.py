@@ -24,7 +24,7 @@ from swarm.node.engine.executor import PlacedPrompts
 from swarm.node.engine.kv_cache import KVCache, Sequence
 from swarm.node.engine.pacing import Gatherer, Pacer
 from swarm.node.engine.scheduler import DECODE_COLUMNS, Waiting, plan_turn
-from swarm.node.engine.session import Admission, DenseWork, EngineSession, Prefix, StepWork
+from swarm.node.engine.session import Admission, DenseWork, EngineSession, Prefix, StepTimes, StepWork
 from swarm.node.engine.states import StateStore
 from swarm.node.engine.static_decode import StaticDecode
 from swarm.node.engine.stats import EngineStats
@@ -185,10 +185,12 @@ class Engine:
         hypo_ids: torch.Tensor | Listing[int] | None = None,
         prompts: torch.Tensor | None = None,
         names: list[list[bytes]] | None = None,
+        times: StepTimes | None = None,
     ) -> Future[torch.Tensor]:
         """Put ``hidden`` ``[rows, T, H]`` through the session's blocks as columns ``start:start + T``.
 
         ``names`` are those of each row's pages that this step completes, for other sessions in the same context.
+        ``times`` is filled in before the result is there.
 
         The result has the same shape, in the span's dtype; padded columns are zero. Steps of one session run in order.
         ``hypo_ids`` ``[rows]`` may change the number of rows.
@@ -204,6 +206,7 @@ class Engine:
             return future
         ids = hypo_ids.tolist() if isinstance(hypo_ids, torch.Tensor) else hypo_ids
         work = StepWork(hidden, start, None if ids is None else list(ids), prompts, future, names)
+        work.times = times or work.times
         self._submit(("step", (session, work)), future)
         return future
 
@@ -434,6 +437,7 @@ class Engine:
         if decode:
             self._gatherer.ran(seconds)
         for (session, work, columns), output in zip(chosen, outputs, strict=True):
+            work.times.compute_s += seconds
             self._advance(session, work, columns, output)
 
     def _begin(self, session: EngineSession, work: StepWork) -> bool:
@@ -558,8 +562,10 @@ class Engine:
             return
         self._name_pages(session, work)
         self._drop_first(session)
+        now = time.perf_counter()
+        work.times.queue_s = max(0.0, now - work.arrived_at - work.times.compute_s)
         if not session.waiting and work.columns <= DECODE_COLUMNS:
-            session.answered_at = time.perf_counter()
+            session.answered_at = now
             self._away.add(session)
         work.future.set_result(output)
 

@@ -12,6 +12,14 @@ import torch
 from swarm.node.engine.kv_cache import Sequence
 
 
+@dataclass
+class StepTimes:
+    """Seconds that a step waited for the engine, and that the batches took that it was in; known with its result."""
+
+    queue_s: float = 0.0
+    compute_s: float = 0.0
+
+
 @dataclass(eq=False)
 class StepWork:
     """New positions of a session: ``hidden`` ``[rows, T, H]`` from column ``start`` on."""
@@ -23,6 +31,7 @@ class StepWork:
     future: Future[torch.Tensor]
     names: list[list[bytes]] | None = None  # of each row's pages that this step completes
     arrived_at: float = field(default_factory=time.perf_counter)
+    times: StepTimes = field(default_factory=StepTimes)
     begun: bool = False
     done: int = 0  # columns that went through the blocks
     output: torch.Tensor | None = None  # of the columns done, where they are fewer than all

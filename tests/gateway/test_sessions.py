@@ -203,7 +203,7 @@ def test_metrics_health_pages_and_hosts(api: Api) -> None:
     text = api.get("/metrics").text
     assert 'swarm_gateway_requests_total{endpoint="/v1/completions",status="200"}' in text
     assert "swarm_gateway_first_token_seconds_count" in text
-    assert "/v1" in api.get("/").text
+    assert "<title>Chat" in api.get("/").text
     assert api.get("/../app.py").status_code == 404
     assert api.get("/nothing").status_code == 404
     assert api.get("/v1/models", Host="evil.example").status_code == 403
