@@ -371,10 +371,12 @@ class Inference:
                     for hop in hops:
                         hidden = await self._refill(hop, hidden)
                 return hops
-            except SwarmError as error:
-                self._note(hop.peer_id, error)
-                for opened in hops:
+            except BaseException as error:
+                for opened in hops:  # also when the caller gives up: nobody else knows them
                     opened.abandon()
+                if not isinstance(error, SwarmError):
+                    raise
+                self._note(hop.peer_id, error)
                 refused += isinstance(error, BadRequestError)
                 if isinstance(error, OutOfCacheError) or refused > 1:
                     raise
