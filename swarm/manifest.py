@@ -24,11 +24,12 @@ from swarm.safetensors_header import read_ranges
 
 PIECE_BYTES = 1 << 20
 SMALL_FILES = frozenset(
-    """
-    config.json generation_config.json model.safetensors.index.json tokenizer.json tokenizer_config.json
-    special_tokens_map.json added_tokens.json vocab.json vocab.txt merges.txt chat_template.jinja chat_template.json
-    tokenizer.model spiece.model sentencepiece.bpe.model tekken.json
-    """.split()
+    (
+        *("config.json", "generation_config.json", "model.safetensors.index.json"),
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+        *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json"),
+        *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json"),
+    )
 )
 """What else of a checkpoint belongs to it. None of them is code, and nothing else is ever taken from a stranger."""
 MAX_SMALL_BYTES = 64 << 20

@@ -1,0 +1,291 @@
+"""A node's part in handing weights around: where its own come from, and giving them to others."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
+from swarm.checkpoint import Checkpoint
+from swarm.errors import ModelError, UsageError
+from swarm.manifest import SMALL_FILES, manifest_of
+from swarm.node.output import Output
+from swarm.node.settings import NodeSettings
+from swarm.peer import Peer
+from swarm.sharing.download import Download
+from swarm.sharing.holders import (
+    Holder,
+    announce_holder,
+    as_ranges,
+    fetch_holders,
+    fetch_manifest,
+    find_weights,
+    nobody_has,
+    possible_prefixes,
+)
+from swarm.sharing.picker import Bits
+from swarm.sharing.protocol import is_root
+from swarm.sharing.seeder import Seeder
+from swarm.sharing.store import WeightStore, find_root
+from swarm.skeleton import block_tensors
+from swarm.source import BUNDLED, ModelSource, resolve, resolve_store
+from swarm.threads import in_thread
+
+logger = logging.getLogger(__name__)
+WEIGHTS = ("hub", "peers", "auto")
+_LOCK_SECONDS = 0.5
+
+
+class Sharing:
+    """Hands out what is in a store, gets what isn't, and tells the swarm what there is."""
+
+    def __init__(
+        self, peer: Peer, prefix: str, store: WeightStore, output: Output, *, upload_rate: float, period: float
+    ) -> None:
+        self.peer, self.prefix, self.store = peer, prefix, store
+        self._output, self._period = output, period
+        self._seeder = Seeder(peer.p2p, store, upload_rate=upload_rate)
+        self._blocks: list[Bits] = []
+        self._announcing: asyncio.Task[None] | None = None
+
+    @property
+    def root(self) -> str:
+        """Of the manifest."""
+        return self.store.manifest.root
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Hands out weights for as long as this is open."""
+        await self._seeder.register()
+        self._announcing = asyncio.create_task(self._announce_again())
+        try:
+            yield
+        finally:
+            self._announcing.cancel()
+            self._output.event("sent", f"{self._seeder.sent / 2**20:.1f} MiB sent", bytes=self._seeder.sent)
+
+    async def know(self, source: ModelSource) -> None:
+        """From now on it is known which pieces are which block's."""
+        names = await in_thread(lambda: block_tensors(source))
+        self._blocks = [self.store.pieces_of(each) for each in names]
+        await self._announce()
+
+    async def fetch_small(self) -> None:
+        """Gets the config and what else everybody needs."""
+        await self._fetch(self.store.small_pieces(), "Getting the model's config from peers")
+
+    async def fetch(self, start: int, end: int) -> None:
+        """Gets the blocks ``start:end``, which :meth:`know` must have made known."""
+        wanted = np.logical_or.reduce(self._blocks[start:end])
+        await self._fetch(wanted, f"Getting blocks {start}:{end} from peers")
+
+    async def fetch_all(self) -> None:
+        """Gets the whole checkpoint."""
+        await self._fetch(np.ones(self.store.num_pieces, np.bool_), "Getting the weights from peers")
+
+    async def _fetch(self, wanted: Bits, text: str) -> None:
+        store = self.store
+        if not (wanted & ~store.has).any():
+            return
+        await self._lock()
+        try:
+            await in_thread(store.refresh)
+            with self._output.stage("download", text) as stage:
+                download = Download(
+                    self.peer, self.prefix, store, wanted, lambda done, total, count: stage(done, total, _from(count))
+                )
+                sources = await download.run()
+        finally:
+            store.finish()
+        await self._announce()
+        total = sum(sources.values())
+        by_peer = {peer_id.to_base58(): count for peer_id, count in sources.items()}
+        self._output.event("fetched", f"{total / 2**20:.1f} MiB {_from(len(by_peer))}", bytes=total, sources=by_peer)
+
+    async def _lock(self) -> None:
+        said = False
+        while not self.store.try_lock():
+            if not said:
+                said = True
+                where = self.store.directory
+                self._output.event("waiting", f"Another process downloads into {where}: waiting for it…")
+            await asyncio.sleep(_LOCK_SECONDS)
+
+    async def _announce_again(self) -> None:
+        while True:
+            try:
+                await self._announce()
+            except Exception as error:
+                logger.warning("could not announce the weights, will try again: %s", error)
+            await asyncio.sleep(self._period)
+
+    async def _announce(self) -> None:
+        has = self.store.has
+        blocks = as_ranges(index for index, pieces in enumerate(self._blocks) if not (pieces & ~has).any())
+        holder = Holder(self.root, blocks, self.store.is_whole)
+        ttl = max(60.0, 3 * self._period)
+        await announce_holder(self.peer.dht, self.prefix, holder, ttl=ttl)
+
+
+async def find_source(
+    settings: NodeSettings, output: Output, stack: AsyncExitStack
+) -> tuple[ModelSource, Peer | None, Sharing | None]:
+    """The model that is asked for, from where ``settings.weights`` says; also the peer, if it had to be started for
+    that, and the node's part in sharing, if it has one. Both end with ``stack``.
+
+    Raises:
+        UsageError: the model can't be found or used, or is not the one that ``settings.manifest`` names.
+    """
+    if settings.weights not in WEIGHTS:
+        raise UsageError(f"--weights is one of {', '.join(WEIGHTS)}; got {settings.weights!r}")
+    if settings.manifest is not None and not is_root(settings.manifest):
+        raise UsageError("--manifest is the root of a manifest, 64 hex digits, as swarm-node seed prints it")
+    source = None
+    if settings.weights != "peers":
+        with output.stage("resolve", f"Looking up {settings.model}"):
+            source = await in_thread(lambda: _resolve(settings) if settings.weights == "hub" else _whole_here(settings))
+    if settings.weights == "hub" and not settings.seed and settings.manifest is None:
+        return source, None, None  # type: ignore[return-value]
+    if source is not None:
+        store = await _seed_store(settings, source, output)
+    peer = await Peer.start(settings.peer)
+    stack.push_async_callback(peer.stop)
+    if source is not None:
+        await _check_other_roots(peer, source.dht_prefix, store, settings)
+        return source, peer, await _share(peer, source.dht_prefix, store, settings, output, stack, source)
+
+    prefix, found = await _find_store(peer, settings)
+    if found is None:
+        if settings.weights == "peers" or settings.manifest is not None:
+            raise await nobody_has(peer, settings.model)
+        with output.stage("resolve", f"Looking up {settings.model} on the Hub"):
+            return await in_thread(lambda: _resolve(settings)), peer, None
+    sharing = await _share(peer, prefix, found, settings, output, stack)
+    await sharing.fetch_small()
+    source = await in_thread(lambda: resolve_store(settings.model, found, prefix))
+    await sharing.know(source)
+    return source, peer, sharing
+
+
+async def _share(
+    peer: Peer,
+    prefix: str,
+    store: WeightStore,
+    settings: NodeSettings,
+    output: Output,
+    stack: AsyncExitStack,
+    source: ModelSource | None = None,
+) -> Sharing:
+    sharing = Sharing(peer, prefix, store, output, upload_rate=settings.upload_rate, period=settings.update_period)
+    await stack.enter_async_context(sharing.running())
+    if source is not None:
+        await sharing.know(source)
+    output.event("sharing", f"Weights of {prefix}: manifest {sharing.root}", manifest=sharing.root, prefix=prefix)
+    return sharing
+
+
+async def _seed_store(settings: NodeSettings, source: ModelSource, output: Output) -> WeightStore:
+    """The checkpoint that is here."""
+    if source.path.is_file():
+        raise UsageError(f"{source.path} is a GGUF file: only checkpoints in safetensors form can be handed out")
+    if source.hub is not None:
+        with output.stage("whole", "Looking for files that are missing"):
+            await in_thread(lambda: _make_whole(source, weights=settings.weights == "hub"))
+    with output.stage("download", "Hashing the checkpoint (once)") as report:
+        manifest = await in_thread(lambda: manifest_of(source.path, progress=lambda *done: report(*done)))
+    known = {file.name for file in manifest.files}
+    if missing := sorted(set(Checkpoint.open(source).files.values()) - known):
+        raise ModelError(f"{missing[0]} is missing from {source.path}: only a whole checkpoint can be handed out")
+    if settings.manifest not in (None, manifest.root):
+        raise UsageError(
+            f"the weights in {source.path} have the manifest {manifest.root}, not {settings.manifest}: check "
+            "--manifest, or get the right weights with --weights peers"
+        )
+    return WeightStore(source.path, manifest)
+
+
+async def _find_store(peer: Peer, settings: NodeSettings) -> tuple[str, WeightStore | None]:
+    """What peers have, or an earlier run has left when nobody is up."""
+    found = await find_weights(peer, settings.model, prefix=settings.dht_prefix, root=settings.manifest)
+    base = settings.store or _folder(settings)
+    if found is None:
+        for prefix in possible_prefixes(settings.model, settings.dht_prefix):
+            places = [base] if settings.store is not None else list(base.glob(f"{_safe(prefix)}-*"))
+            roots = [(place, find_root(place)) for place in places]
+            left = [place for place, root in roots if root is not None and settings.manifest in (None, root)]
+            if len(left) == 1:
+                return prefix, WeightStore.open(left[0])
+        return "", None
+    directory = base if settings.store is not None else base / f"{_safe(found.prefix)}-{found.root[:16]}"
+    if find_root(directory) == found.root and (store := await in_thread(lambda: WeightStore.open(directory))):
+        return found.prefix, store
+    manifest = await fetch_manifest(peer, found.root, found.holders)
+    return found.prefix, await in_thread(lambda: WeightStore.create(directory, manifest))
+
+
+async def _check_other_roots(peer: Peer, prefix: str, store: WeightStore, settings: NodeSettings) -> None:
+    if settings.manifest is not None:
+        return  # whoever gives the root knows which are right
+    root = store.manifest.root
+    if others := {holder.root for holder in (await fetch_holders(peer.dht, prefix)).values()} - {root}:
+        raise UsageError(
+            f"this swarm has other weights under the name {prefix!r}: their manifest is {', '.join(sorted(others))}, "
+            f"that of {store.directory} is {root}. Get theirs with --weights peers, name these differently with "
+            f"--dht-prefix, or say with --manifest {root} that these are right"
+        )
+
+
+def _resolve(settings: NodeSettings) -> ModelSource:
+    return resolve(
+        settings.model,
+        revision=settings.revision,
+        token=settings.token,
+        cache_dir=settings.cache_dir,
+        dht_prefix=settings.dht_prefix,
+    )
+
+
+def _whole_here(settings: NodeSettings) -> ModelSource | None:
+    """The model, if all of it is on this machine."""
+    if Path(settings.model).expanduser().exists() or settings.model in BUNDLED:
+        return _resolve(settings)
+    try:
+        cached = try_to_load_from_cache(settings.model, "config.json", settings.cache_dir, settings.revision)
+    except HFValidationError:
+        return None
+    if not isinstance(cached, str):
+        return None
+    source = _resolve(settings)
+    files = Checkpoint.open(source).files.values()
+    return source if all((source.path / file).is_file() for file in files) else None
+
+
+def _make_whole(source: ModelSource, *, weights: bool) -> None:
+    """Of a Hub model what is missing here: all nodes must have the same files, or their manifests would differ."""
+    assert source.hub is not None
+    for name in sorted(SMALL_FILES):
+        try:
+            source.hub.fetch(name)
+        except ModelError as error:
+            logger.info("%s", error)  # no network
+    for name in sorted(set(Checkpoint.open(source).files.values())) if weights else ():
+        source.hub.fetch(name)
+
+
+def _folder(settings: NodeSettings) -> Path:
+    return Path(settings.cache_dir or constants.HF_HOME) / "swarm-weights"
+
+
+def _safe(prefix: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]", "_", prefix)
+
+
+def _from(count: int) -> str:
+    return f"from {count} peer{'' if count == 1 else 's'}"
