@@ -91,6 +91,21 @@ UploadRate = Annotated[
         rich_help_panel=_WEIGHTS,
     ),
 ]
+Revision = Annotated[
+    str | None,
+    typer.Option(envvar="SWARM_REVISION", help="Branch, tag or commit on the Hub.", rich_help_panel="Model"),
+]
+Token = Annotated[
+    str | None, typer.Option(envvar="HF_TOKEN", help="Hub token for gated models.", rich_help_panel="Model")
+]
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="SWARM_CACHE_DIR",
+        help="Where downloads are kept; default: the Hub's own cache.",
+        rich_help_panel="Model",
+    ),
+]
 Format = Annotated[
     LogFormat,
     typer.Option(
@@ -209,8 +224,8 @@ def serve(
             envvar="SWARM_WEIGHTS",
             metavar="hub|peers|auto",
             help="Where the weights come from. hub: a directory here, or else the Hub. peers: other nodes; MODEL is "
-            "then its name in the swarm. auto: what is here whole, else peers, else the Hub; what is here is hashed, once, "
-            "and handed out.",
+            "then its name in the swarm. auto: what is here whole, else peers, else the Hub; what is here is hashed, "
+            "once, and handed out.",
             rich_help_panel=_WEIGHTS,
         ),
     ] = "hub",
@@ -226,21 +241,9 @@ def serve(
     ] = False,
     manifest: Manifest = None,
     upload_rate: UploadRate = 0.0,
-    revision: Annotated[
-        str | None,
-        typer.Option(envvar="SWARM_REVISION", help="Branch, tag or commit on the Hub.", rich_help_panel="Model"),
-    ] = None,
-    token: Annotated[
-        str | None, typer.Option(envvar="HF_TOKEN", help="Hub token for gated models.", rich_help_panel="Model")
-    ] = None,
-    cache_dir: Annotated[
-        Path | None,
-        typer.Option(
-            envvar="SWARM_CACHE_DIR",
-            help="Where downloads are kept; default: the Hub's own cache.",
-            rich_help_panel="Model",
-        ),
-    ] = None,
+    revision: Revision = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
     log_format: Format = LogFormat.text,
     metrics_port: Annotated[
         int | None,
@@ -330,6 +333,7 @@ def fetch(
     public_ip: PublicIp = None,
     relay: Relay = False,
     dht_prefix: DhtPrefix = None,
+    cache_dir: CacheDir = None,
     log_format: Format = LogFormat.text,
 ) -> None:
     """Get a model's weights from the nodes that have them, and end.
@@ -358,6 +362,7 @@ def fetch(
             dht_prefix=dht_prefix,
             manifest=manifest,
             upload_rate=upload_rate * 1e6,
+            cache_dir=cache_dir,
             store=to,
         )
         await fetch_weights(settings, output, stop)
@@ -378,6 +383,9 @@ def seed(
     relay: Relay = False,
     identity: Identity = None,
     dht_prefix: DhtPrefix = None,
+    revision: Revision = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
     log_format: Format = LogFormat.text,
 ) -> None:
     """Hand out the weights of MODEL, and serve no blocks. Hashes the whole checkpoint first, once."""
@@ -400,7 +408,14 @@ def seed(
             identity=identity,
         )
         settings = NodeSettings(
-            model=model, peer=options, dht_prefix=dht_prefix, manifest=manifest, upload_rate=upload_rate * 1e6
+            model=model,
+            peer=options,
+            dht_prefix=dht_prefix,
+            manifest=manifest,
+            upload_rate=upload_rate * 1e6,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
         )
         await seed_weights(settings, output, stop)
 

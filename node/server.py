@@ -127,6 +127,7 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
     await announcer.announce(ServerState.JOINING)
 
     if sharing is not None:
+        await sharing.begin(stack)
         await sharing.fetch(start, end)
     span = await _load(source, start, end, dtype, _place(devices, plan), scheme, output)
     if settings.deterministic:

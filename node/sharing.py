@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from huggingface_hub.errors import HFValidationError
 
 from swarm.checkpoint import Checkpoint
 from swarm.errors import ModelError, UsageError
-from swarm.manifest import SMALL_FILES, manifest_of
+from swarm.manifest import SMALL_FILES, keep_manifest, manifest_of
 from swarm.node.output import Output
 from swarm.node.settings import NodeSettings
 from swarm.peer import Peer
@@ -40,18 +39,16 @@ from swarm.threads import in_thread
 
 logger = logging.getLogger(__name__)
 WEIGHTS = ("hub", "peers", "auto")
-_LOCK_SECONDS = 0.5
+_LOCK_SECONDS, _GOODBYE_SECONDS = 0.5, 2.0
 
 
 class Sharing:
     """Hands out what is in a store, gets what isn't, and tells the swarm what there is."""
 
-    def __init__(
-        self, peer: Peer, prefix: str, store: WeightStore, output: Output, *, upload_rate: float, period: float
-    ) -> None:
+    def __init__(self, peer: Peer, prefix: str, store: WeightStore, settings: NodeSettings, output: Output) -> None:
         self.peer, self.prefix, self.store = peer, prefix, store
-        self._output, self._period = output, period
-        self._seeder = Seeder(peer.p2p, store, upload_rate=upload_rate)
+        self._output, self._period, self._manifests = output, settings.update_period, _manifests(settings)
+        self._seeder = Seeder(peer.p2p, store, upload_rate=settings.upload_rate)
         self._blocks: list[Bits] = []
         self._announcing: asyncio.Task[None] | None = None
 
@@ -60,22 +57,26 @@ class Sharing:
         """Of the manifest."""
         return self.store.manifest.root
 
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        """Hands out weights for as long as this is open."""
-        await self._seeder.register()
-        self._announcing = asyncio.create_task(self._announce_again())
-        try:
-            yield
-        finally:
-            self._announcing.cancel()
-            self._output.event("sent", f"{self._seeder.sent / 2**20:.1f} MiB sent", bytes=self._seeder.sent)
+    async def begin(self, stack: AsyncExitStack) -> None:
+        """Hands out weights, and says so, until ``stack`` ends."""
+        if self._announcing is None:
+            await self._seeder.register()
+            self._announcing = asyncio.create_task(self._announce_again())
+            stack.push_async_callback(self._end)
+            text = f"Weights of {self.prefix}: manifest {self.root}"
+            self._output.event("sharing", text, manifest=self.root, prefix=self.prefix)
+
+    async def _end(self) -> None:
+        assert self._announcing is not None
+        self._announcing.cancel()
+        self._output.event("sent", f"{self._seeder.sent / 2**20:.1f} MiB sent", bytes=self._seeder.sent)
+        with suppress(Exception):
+            await asyncio.wait_for(self._tell(None), _GOODBYE_SECONDS)
 
     async def know(self, source: ModelSource) -> None:
         """From now on it is known which pieces are which block's."""
         names = await in_thread(lambda: block_tensors(source))
         self._blocks = [self.store.pieces_of(each) for each in names]
-        await self._announce()
 
     async def fetch_small(self) -> None:
         """Gets the config and what else everybody needs."""
@@ -104,6 +105,8 @@ class Sharing:
                 sources = await download.run()
         finally:
             store.finish()
+        if store.is_whole:
+            await in_thread(lambda: keep_manifest(store.directory, store.manifest, self._manifests))
         await self._announce()
         total = sum(sources.values())
         by_peer = {peer_id.to_base58(): count for peer_id, count in sources.items()}
@@ -129,7 +132,9 @@ class Sharing:
     async def _announce(self) -> None:
         has = self.store.has
         blocks = as_ranges(index for index, pieces in enumerate(self._blocks) if not (pieces & ~has).any())
-        holder = Holder(self.root, blocks, self.store.is_whole)
+        await self._tell(Holder(self.root, blocks, self.store.is_whole))
+
+    async def _tell(self, holder: Holder | None) -> None:
         ttl = max(60.0, 3 * self._period)
         await announce_holder(self.peer.dht, self.prefix, holder, ttl=ttl)
 
@@ -138,7 +143,8 @@ async def find_source(
     settings: NodeSettings, output: Output, stack: AsyncExitStack
 ) -> tuple[ModelSource, Peer | None, Sharing | None]:
     """The model that is asked for, from where ``settings.weights`` says; also the peer, if it had to be started for
-    that, and the node's part in sharing, if it has one. Both end with ``stack``.
+    that (it ends with ``stack``), and the node's part in sharing, if it has one; of weights that are here already, that
+    has not begun.
 
     Raises:
         UsageError: the model can't be found or used, or is not the one that ``settings.manifest`` names.
@@ -159,7 +165,9 @@ async def find_source(
     stack.push_async_callback(peer.stop)
     if source is not None:
         await _check_other_roots(peer, source.dht_prefix, store, settings)
-        return source, peer, await _share(peer, source.dht_prefix, store, settings, output, stack, source)
+        sharing = Sharing(peer, source.dht_prefix, store, settings, output)
+        await sharing.know(source)
+        return source, peer, sharing
 
     prefix, found = await _find_store(peer, settings)
     if found is None:
@@ -167,28 +175,12 @@ async def find_source(
             raise await nobody_has(peer, settings.model)
         with output.stage("resolve", f"Looking up {settings.model} on the Hub"):
             return await in_thread(lambda: _resolve(settings)), peer, None
-    sharing = await _share(peer, prefix, found, settings, output, stack)
+    sharing = Sharing(peer, prefix, found, settings, output)
+    await sharing.begin(stack)
     await sharing.fetch_small()
     source = await in_thread(lambda: resolve_store(settings.model, found, prefix))
     await sharing.know(source)
     return source, peer, sharing
-
-
-async def _share(
-    peer: Peer,
-    prefix: str,
-    store: WeightStore,
-    settings: NodeSettings,
-    output: Output,
-    stack: AsyncExitStack,
-    source: ModelSource | None = None,
-) -> Sharing:
-    sharing = Sharing(peer, prefix, store, output, upload_rate=settings.upload_rate, period=settings.update_period)
-    await stack.enter_async_context(sharing.running())
-    if source is not None:
-        await sharing.know(source)
-    output.event("sharing", f"Weights of {prefix}: manifest {sharing.root}", manifest=sharing.root, prefix=prefix)
-    return sharing
 
 
 async def _seed_store(settings: NodeSettings, source: ModelSource, output: Output) -> WeightStore:
@@ -199,7 +191,7 @@ async def _seed_store(settings: NodeSettings, source: ModelSource, output: Outpu
         with output.stage("whole", "Looking for files that are missing"):
             await in_thread(lambda: _make_whole(source, weights=settings.weights == "hub"))
     with output.stage("download", "Hashing the checkpoint (once)") as report:
-        manifest = await in_thread(lambda: manifest_of(source.path, progress=lambda *done: report(*done)))
+        manifest = await in_thread(lambda: manifest_of(source.path, _manifests(settings), lambda *done: report(*done)))
     known = {file.name for file in manifest.files}
     if missing := sorted(set(Checkpoint.open(source).files.values()) - known):
         raise ModelError(f"{missing[0]} is missing from {source.path}: only a whole checkpoint can be handed out")
@@ -281,6 +273,10 @@ def _make_whole(source: ModelSource, *, weights: bool) -> None:
 
 def _folder(settings: NodeSettings) -> Path:
     return Path(settings.cache_dir or constants.HF_HOME) / "swarm-weights"
+
+
+def _manifests(settings: NodeSettings) -> Path | None:
+    return settings.cache_dir / "swarm-manifests" if settings.cache_dir is not None else None
 
 
 def _safe(prefix: str) -> str:

@@ -73,6 +73,7 @@ async def _seed(settings: NodeSettings, output: Output, stack: AsyncExitStack) -
     source, peer, sharing = await find_source(dataclasses.replace(settings, seed=True), output, stack)
     assert peer is not None
     assert sharing is not None
+    await sharing.begin(stack)
     await dht.announce_model(peer.dht, sharing.prefix, source.num_blocks, None, ttl=_LISTED_SECONDS)
     join = reachable(peer)
     output.panel(

@@ -184,9 +184,9 @@ def manifest_of(
     return manifest
 
 
-def keep_manifest(directory: Path, manifest: Manifest) -> None:
+def keep_manifest(directory: Path, manifest: Manifest, cache: Path | None = None) -> None:
     """Spares :func:`manifest_of` the work, where each file of ``directory`` has been checked on its way in."""
-    write_json(_kept(directory, None), manifest.to_json())
+    write_json(_kept(directory, cache), manifest.to_json())
 
 
 def _kept(directory: Path, cache: Path | None) -> Path:

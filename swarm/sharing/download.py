@@ -80,6 +80,7 @@ class Download:
         try:
             await self._wait()
         finally:
+            self._over.set()  # too: Python 3.11's wait_for may swallow a cancellation
             tasks = [looking, *self._links.values()]
             for task in tasks:
                 task.cancel()
@@ -105,7 +106,7 @@ class Download:
                 raise ModelError(f"can't keep weights in {self._store.directory}: {self._failure}") from self._failure
 
     async def _look(self) -> None:
-        while True:
+        while not self._over.is_set():
             try:
                 holders = await fetch_holders(self._peer.dht, self._prefix)
             except Exception as error:
@@ -133,8 +134,9 @@ class Download:
             self._picker.leave(peer_id)
             self._sending.discard(peer_id)
             self._tell_coming()
-        await asyncio.sleep(RETRY_SECONDS)
-        del self._links[peer_id]
+        if not self._over.is_set():
+            await asyncio.sleep(RETRY_SECONDS)
+            del self._links[peer_id]
 
     async def _connect(self, peer_id: PeerID) -> None:
         call = self._peer.p2p.call_binary_stream_handler(peer_id, PIECES)
@@ -148,7 +150,7 @@ class Download:
     async def _talk(self, peer_id: PeerID, stream: MessageStream) -> None:
         loop = asyncio.get_running_loop()
         root, told, asked = self._store.manifest.root, -HAVE_SECONDS, deque[int | None]()
-        while True:
+        while not self._over.is_set():
             if None not in asked and loop.time() - told >= HAVE_SECONDS:
                 await stream.send(PiecesRequest(root).to_message())
                 asked.append(None)

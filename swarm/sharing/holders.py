@@ -74,12 +74,15 @@ class Found:
     holders: tuple[PeerID, ...]
 
 
-async def announce_holder(node: DHTNode, prefix: str, holder: Holder, *, ttl: float) -> None:
-    """Says for ``ttl`` seconds what this peer has."""
+async def announce_holder(node: DHTNode, prefix: str, holder: Holder | None, *, ttl: float) -> None:
+    """Says for ``ttl`` seconds what this peer has; None takes back what it said."""
+    value = None
+    if holder is not None:
+        value = {"root": holder.root, "blocks": [list(each) for each in holder.blocks], "whole": holder.whole}
     await node.store(
         key=_key(prefix),
         subkey=node.peer_id.to_base58(),
-        value={"root": holder.root, "blocks": [list(each) for each in holder.blocks], "whole": holder.whole},
+        value=value,
         expiration_time=get_dht_time() + ttl,
     )
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from swarm.byte_ranges import Range
 from swarm.errors import ModelError
-from swarm.manifest import PIECE_BYTES, Manifest, ManifestFile, keep_manifest
+from swarm.manifest import PIECE_BYTES, Manifest, ManifestFile
 from swarm.partial import PartialFile, Writer, write_json
 from swarm.sharing.picker import Bits
 
@@ -172,8 +172,6 @@ class WeightStore:
         for number in range(len(self.manifest.files)):  # also empty ones, which have no pieces
             if self.has[self.first[number] : self.first[number + 1]].all():
                 self._finish(number)
-        if self.is_whole:
-            keep_manifest(self.directory, self.manifest)
         self._lock.release()
 
     def _finish(self, number: int) -> None:
