@@ -12,7 +12,7 @@ import numpy as np
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from swarm.checkpoint import Checkpoint
+from swarm.checkpoint import INDEX, SINGLE, Checkpoint
 from swarm.errors import ModelError, UsageError
 from swarm.manifest import SMALL_FILES, keep_manifest, manifest_of
 from swarm.node.output import Output
@@ -254,8 +254,14 @@ def _whole_here(settings: NodeSettings) -> ModelSource | None:
         return None
     if not isinstance(cached, str):
         return None
-    source = _resolve(settings)
-    files = Checkpoint.open(source).files.values()
+    try:
+        source = _resolve(settings)
+        if not any((source.path / name).is_file() for name in (SINGLE, INDEX)):
+            return None
+        files = Checkpoint.open(source).files.values()
+    except ModelError as error:  # no network, for one: peers may have it
+        logger.info("%s", error)
+        return None
     return source if all((source.path / file).is_file() for file in files) else None
 
 

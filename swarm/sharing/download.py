@@ -17,17 +17,15 @@ from swarm.errors import BadRequestError, ModelError
 from swarm.peer import Peer
 from swarm.rpc import Response
 from swarm.sharing.holders import CONNECT_SECONDS, fetch_holders
-from swarm.sharing.picker import Bits, Picker
+from swarm.sharing.picker import FEWEST_ASKED, Bits, Picker, next_depth
 from swarm.sharing.protocol import MAX_REPLY_BYTES, PIECES, PiecesRequest, load_have
 from swarm.sharing.store import WeightStore
 from swarm.stream import MessageStream
 
 logger = logging.getLogger(__name__)
-DEPTH = 4
-"""Requests under way to one peer: its next reply is on the way while one is checked."""
 LOOK_SECONDS = 2.0
 """Between two looks for more peers in the DHT."""
-HAVE_SECONDS = 0.5
+HAVE_SECONDS = 0.3
 """Between two questions to a peer what it has by now."""
 REPLY_SECONDS = 60.0
 RETRY_SECONDS = 5.0
@@ -149,24 +147,28 @@ class Download:
 
     async def _talk(self, peer_id: PeerID, stream: MessageStream) -> None:
         loop = asyncio.get_running_loop()
-        root, told, asked = self._store.manifest.root, -HAVE_SECONDS, deque[int | None]()
+        root, told, depth = self._store.manifest.root, -HAVE_SECONDS, FEWEST_ASKED
+        asked = deque[tuple[int | None, float]]()  # None: what it has
         while not self._over.is_set():
-            if None not in asked and loop.time() - told >= HAVE_SECONDS:
+            if loop.time() - told >= HAVE_SECONDS and all(piece is not None for piece, _ in asked):
                 await stream.send(PiecesRequest(root).to_message())
-                asked.append(None)
                 told = loop.time()
-            while len(asked) < DEPTH and (piece := self._picker.next(peer_id, loop.time())) is not None:
+                asked.append((None, told))
+            while len(asked) < depth and (piece := self._picker.next(peer_id, loop.time())) is not None:
                 self._store.coming[piece] = True
                 number, index = self._store.place(piece)
                 await stream.send(PiecesRequest(root, number, (index,)).to_message())
-                asked.append(piece)
+                asked.append((piece, loop.time()))
             if not asked:
                 await asyncio.sleep(max(0.01, told + HAVE_SECONDS - loop.time()))
                 continue
             reply = await asyncio.wait_for(stream.receive(Response), REPLY_SECONDS)
             if reply is None:
                 return
-            await self._take(peer_id, asked.popleft(), reply.metadata)
+            piece, since = asked.popleft()
+            if piece is not None:
+                depth = next_depth(depth, loop.time() - since)
+            await self._take(peer_id, piece, reply.metadata)
 
     async def _take(self, peer_id: PeerID, piece: int | None, data: bytes) -> None:
         if piece is None:

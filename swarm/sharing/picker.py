@@ -20,6 +20,20 @@ PATIENCE_SECONDS = 3.0
 _AT_MOST = 2  # peers of whom a piece is asked at a time
 
 
+FEWEST_ASKED, MOST_ASKED = 2, 16
+_SOON_SECONDS, _LATE_SECONDS = 0.2, 0.4
+
+
+def next_depth(depth: int, waited: float) -> int:
+    """How many pieces to have under way from a peer, when it took ``waited`` seconds from asking for one to having it.
+
+    As many as keep its uplink busy and no more: what is asked for early is chosen by what was known early, and delays
+    the peer's word on what it has got.
+    """
+    change = 1 if waited < _SOON_SECONDS else -1 if waited > _LATE_SECONDS else 0
+    return min(max(depth + change, FEWEST_ASKED), MOST_ASKED)
+
+
 def rarest(candidates: Bits, copies: NDArray[np.int64], random: np.random.Generator) -> int | None:
     """One of the candidates that have the fewest copies, at random: peers that start together take different ones."""
     (found,) = np.nonzero(candidates)

@@ -20,7 +20,7 @@ from swarm.errors import BadRequestError, ModelError
 from swarm.manifest import Manifest, make_manifest
 from swarm.sharing.checkpoint import StoreCheckpoint
 from swarm.sharing.holders import Holder, as_ranges, possible_prefixes
-from swarm.sharing.picker import PATIENCE_SECONDS, Picker, rarest
+from swarm.sharing.picker import PATIENCE_SECONDS, Picker, next_depth, rarest
 from swarm.sharing.protocol import (
     MAX_PIECES,
     PiecesRequest,
@@ -120,6 +120,18 @@ def test_the_rarest_are_taken_at_random() -> None:
     random = np.random.default_rng(0)
     assert {rarest(candidates, copies, random) for _ in range(50)} == {1, 3}
     assert rarest(np.zeros(5, np.bool_), copies, random) is None
+
+
+@given(st.integers(2, 16), st.lists(st.floats(0, 100)))
+def test_a_slow_peer_is_asked_for_little_at_a_time(depth: int, waits: list[float]) -> None:
+    for waited in waits:
+        after = next_depth(depth, waited)
+        assert 2 <= after <= 16
+        assert after >= depth if waited < 0.2 else after <= depth
+        depth = after
+    for _ in range(20):
+        depth = next_depth(depth, 1.0)
+    assert depth == 2
 
 
 @given(bits, bits)

@@ -38,6 +38,7 @@ class Processes:
     def argv(self, *argv: str) -> list[str]:
         cache = self.workdir / f"cache-{len(list(self.workdir.glob('cache-*')))}"
         cache.mkdir()
+        self.cache = cache
         joining = [part for peer in self.peers for part in ("--initial-peers", peer)]
         return [*argv, "--cache-dir", str(cache), *HERE, *joining]
 
@@ -208,6 +209,7 @@ def test_nodes_without_a_checkpoint_generate_what_transformers_does(processes: P
     processes.peers = first.wait_ready()["maddrs"][:1]
     third = processes.start("serve", NAME, "--weights", "peers", "--blocks", "0:6")
     third.wait_ready()  # from nodes that serve blocks
+    cache = processes.cache
     fetched = last(third, "fetched")
     assert fetched is not None
     assert set(fetched["sources"]) == {first.peer_id, second.peer_id}
@@ -219,10 +221,15 @@ def test_nodes_without_a_checkpoint_generate_what_transformers_does(processes: P
     with SwarmModelForCausalLM.from_pretrained(str(model), **where) as ours:
         assert torch.equal(ours.generate(ids, **options), expected)
         for node in (first, second):
-            node.kill()
-        processes.peers = third.wait_ready()["maddrs"][:1]
-    with SwarmModelForCausalLM.from_pretrained(str(model), initial_peers=processes.peers, dht_prefix=NAME) as ours:
+            node.terminate()
+            node.wait_gone(15)
         assert torch.equal(ours.generate(ids, **options), expected)
+
+    third.terminate()
+    third.wait_gone(15)
+    alone = ["serve", NAME, "--weights", "peers", "--blocks", "0:6", "--cache-dir", str(cache), *HERE]
+    processes.nodes.append(Node(alone, processes.workdir))
+    processes.nodes[-1].wait_ready()  # nobody is up any more, but all is here
 
 
 def test_other_weights_are_refused(processes: Processes, model: Path, tmp_path: Path) -> None:
