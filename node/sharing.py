@@ -156,7 +156,7 @@ async def find_source(
     source = None
     if settings.weights != "peers":
         with output.stage("resolve", f"Looking up {settings.model}"):
-            source = await in_thread(lambda: _resolve(settings) if settings.weights == "hub" else _whole_here(settings))
+            source = await in_thread(lambda: _resolve(settings) if settings.weights == "hub" else whole_here(settings))
     if settings.weights == "hub" and not settings.seed and settings.manifest is None:
         return source, None, None  # type: ignore[return-value]
     if source is not None:
@@ -189,7 +189,7 @@ async def _seed_store(settings: NodeSettings, source: ModelSource, output: Outpu
         raise UsageError(f"{source.path} is a GGUF file: only checkpoints in safetensors form can be handed out")
     if source.hub is not None:
         with output.stage("whole", "Looking for files that are missing"):
-            await in_thread(lambda: _make_whole(source, weights=settings.weights == "hub"))
+            await in_thread(lambda: make_whole(source, weights=settings.weights == "hub"))
     with output.stage("download", "Hashing the checkpoint (once)") as report:
         manifest = await in_thread(lambda: manifest_of(source.path, _manifests(settings), lambda *done: report(*done)))
     known = {file.name for file in manifest.files}
@@ -244,7 +244,7 @@ def _resolve(settings: NodeSettings) -> ModelSource:
     )
 
 
-def _whole_here(settings: NodeSettings) -> ModelSource | None:
+def whole_here(settings: NodeSettings) -> ModelSource | None:
     """The model, if all of it is on this machine."""
     if Path(settings.model).expanduser().exists() or settings.model in BUNDLED:
         return _resolve(settings)
@@ -265,7 +265,7 @@ def _whole_here(settings: NodeSettings) -> ModelSource | None:
     return source if all((source.path / file).is_file() for file in files) else None
 
 
-def _make_whole(source: ModelSource, *, weights: bool) -> None:
+def make_whole(source: ModelSource, *, weights: bool) -> None:
     """Of a Hub model what is missing here: all nodes must have the same files, or their manifests would differ."""
     assert source.hub is not None
     for name in sorted(SMALL_FILES):
