@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 import numpy as np
+from hivemind.p2p import PeerID
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
@@ -50,6 +51,7 @@ class Sharing:
         self._output, self._period, self._manifests = output, settings.update_period, _manifests(settings)
         self._seeder = Seeder(peer.p2p, store, upload_rate=settings.upload_rate)
         self._blocks: list[Bits] = []
+        self._refused: set[PeerID] = set()
         self._announcing: asyncio.Task[None] | None = None
 
     @property
@@ -99,12 +101,17 @@ class Sharing:
         try:
             await in_thread(store.refresh)
             with self._output.stage("download", text) as stage:
-                download = Download(
-                    self.peer, self.prefix, store, wanted, lambda done, total, count: stage(done, total, _from(count))
-                )
+
+                def report(done: int, total: int, count: int) -> None:
+                    stage(done, total, _from(count))
+
+                download = Download(self.peer, self.prefix, store, wanted, report, self._refused)
                 sources = await download.run()
         finally:
-            store.finish()
+            try:
+                store.finish()
+            except OSError as error:
+                raise ModelError(f"can't keep weights in {store.directory}: {error.strerror or error}") from error
         if store.is_whole:
             await in_thread(lambda: keep_manifest(store.directory, store.manifest, self._manifests))
         await self._announce()
@@ -157,8 +164,9 @@ async def find_source(
     if settings.weights != "peers":
         with output.stage("resolve", f"Looking up {settings.model}"):
             source = await in_thread(lambda: _resolve(settings) if settings.weights == "hub" else whole_here(settings))
-    if settings.weights == "hub" and not settings.seed and settings.manifest is None:
-        return source, None, None  # type: ignore[return-value]
+    unasked = not settings.seed and settings.manifest is None
+    if source is not None and unasked and (settings.weights == "hub" or source.path.is_file()):  # GGUF has no manifest
+        return source, None, None
     if source is not None:
         store = await _seed_store(settings, source, output)
     peer = await Peer.start(settings.peer)
@@ -212,12 +220,13 @@ async def _find_store(peer: Peer, settings: NodeSettings) -> tuple[str, WeightSt
             places = [base] if settings.store is not None else list(base.glob(f"{_safe(prefix)}-*"))
             roots = [(place, find_root(place)) for place in places]
             left = [place for place, root in roots if root is not None and settings.manifest in (None, root)]
-            if len(left) == 1:
-                return prefix, WeightStore.open(left[0])
+            store = WeightStore.open(left[0]) if len(left) == 1 else None
+            if store is not None and (store.is_whole or settings.weights == "peers"):
+                return prefix, store
         return "", None
     directory = base if settings.store is not None else base / f"{_safe(found.prefix)}-{found.root[:16]}"
-    if find_root(directory) == found.root and (store := await in_thread(lambda: WeightStore.open(directory))):
-        return found.prefix, store
+    if find_root(directory) == found.root and (kept := await in_thread(lambda: WeightStore.open(directory))):
+        return found.prefix, kept
     manifest = await fetch_manifest(peer, found.root, found.holders)
     return found.prefix, await in_thread(lambda: WeightStore.create(directory, manifest))
 

@@ -47,11 +47,15 @@ class _DiskError(Exception):
 
 
 class Download:
-    """Gets the pieces ``wanted`` (``[pieces]`` of bool) into a store whose lock the caller has."""
+    """Gets the pieces ``wanted`` (``[pieces]`` of bool) into a store whose lock the caller has. ``refused`` are peers
+    that have sent wrong pieces; it grows."""
 
-    def __init__(self, peer: Peer, prefix: str, store: WeightStore, wanted: Bits, report: Report) -> None:
+    def __init__(
+        self, peer: Peer, prefix: str, store: WeightStore, wanted: Bits, report: Report, refused: set[PeerID]
+    ) -> None:
         self._peer, self._prefix, self._store, self._report = peer, prefix, store, report
-        self._picker: Picker[PeerID] = Picker(wanted & ~store.has)
+        self._picker: Picker[PeerID] = Picker(wanted & ~store.has, refused)
+        self._refused = refused
         self._total, self._done = store.size_of(self._picker.missing), 0
         self._sources: Counter[PeerID] = Counter()
         self._links: dict[PeerID, asyncio.Task[None]] = {}
@@ -111,7 +115,7 @@ class Download:
                 logger.warning("could not look for weights, will try again: %s", error)
                 holders = {}
             for peer_id, holder in random.sample(list(holders.items()), len(holders)):
-                known = peer_id in self._links or self._picker.is_refused(peer_id)
+                known = peer_id in self._links or peer_id in self._refused
                 if holder.root == self._store.manifest.root and not known and len(self._links) < MAX_LINKS:
                     self._links[peer_id] = asyncio.create_task(self._link(peer_id))
             await asyncio.sleep(LOOK_SECONDS)

@@ -48,15 +48,18 @@ class Picker(Generic[Peer]):
 
     Attributes:
         missing: ``[pieces]``; what is wanted and not here.
+
+    Args:
+        refused: peers that aren't asked; it grows.
     """
 
-    def __init__(self, missing: Bits, seed: int | None = None) -> None:
+    def __init__(self, missing: Bits, refused: set[Peer], seed: int | None = None) -> None:
         self.missing = missing.copy()
         self._has: dict[Peer, Bits] = {}
         self._coming: dict[Peer, Bits] = {}
         self._copies = np.zeros(len(missing), np.int64)
         self._asked: dict[int, dict[Peer, float]] = {}
-        self._refused: set[Peer] = set()
+        self._refused = refused
         self._random = np.random.default_rng(seed)
 
     def tell(self, peer: Peer, has: Bits, coming: Bits) -> None:
@@ -107,18 +110,10 @@ class Picker(Generic[Peer]):
         self.leave(peer)
         self._refused.add(peer)
 
-    def is_refused(self, peer: Peer) -> bool:
-        return peer in self._refused
-
     @property
     def asked(self) -> set[int]:
         """The pieces under way."""
         return set(self._asked)
-
-    @property
-    def unheld(self) -> Bits:
-        """What is missing, and nobody has or gets."""
-        return self.missing & (self._copies == 0)
 
     def _overdue(self, peer: Peer, has: Bits, now: float) -> int | None:
         """The endgame: what has been under way from others the longest, if all that is missing is under way."""

@@ -166,13 +166,14 @@ class WeightStore:
     def finish(self) -> None:
         """Puts what has been written on the disk for good, and lets others download into the store."""
         self.coming[:] = False
-        for stack, _ in self._writers.values():
-            stack.close()
-        self._writers.clear()
-        for number in range(len(self.manifest.files)):  # also empty ones, which have no pieces
-            if self.has[self.first[number] : self.first[number + 1]].all():
-                self._finish(number)
-        self._lock.release()
+        try:
+            while self._writers:
+                self._writers.popitem()[1][0].close()
+            for number in range(len(self.manifest.files)):  # also empty ones, which have no pieces
+                if self.has[self.first[number] : self.first[number + 1]].all():
+                    self._finish(number)
+        finally:
+            self._lock.release()
 
     def _finish(self, number: int) -> None:
         file = self.manifest.files[number]

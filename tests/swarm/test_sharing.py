@@ -51,7 +51,7 @@ def test_any_swarm_ends_with_all_that_honest_peers_have(
     wanted: np.ndarray, peers: dict[str, tuple[np.ndarray, np.ndarray]], data: st.DataObject
 ) -> None:
     """Peers that answer in any order, leave, come back, lack what they said they had, or lie."""
-    picker: Picker[str] = Picker(wanted, seed=0)
+    picker: Picker[str] = Picker(wanted, set(), seed=0)
     liars = data.draw(st.sets(st.sampled_from("abcd"), max_size=2), label="liars")
     told = {peer: (has.copy(), coming & ~has) for peer, (has, coming) in peers.items()}
     under_way, refused = dict[tuple[str, int], float](), set[str]()
