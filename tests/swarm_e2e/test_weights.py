@@ -14,11 +14,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from swarm.client import SwarmModelForCausalLM
+from swarm.errors import BadRequestError, RemoteError
 from swarm.manifest import make_manifest
 from swarm.peer import Peer, PeerOptions
-from swarm.sharing.holders import Holder, announce_holder
+from swarm.rpc import Response
+from swarm.sharing.holders import Holder, announce_holder, fetch_manifest
+from swarm.sharing.protocol import MAX_REPLY_BYTES, PIECES, PiecesRequest, load_have
 from swarm.sharing.seeder import Seeder
 from swarm.sharing.store import WeightStore
+from swarm.stream import MessageStream
 from tests.models import tiny_model
 from tests.swarm_e2e.nodes import Node, run_to_end
 
@@ -176,6 +180,53 @@ def test_a_liar_is_asked_no_more(processes: Processes, model: Path) -> None:
     warned = [event for event in node.events() if event["event"] == "log" and "asked no more" in event["message"]]
     assert len(warned) == 1
     assert liar in warned[0]["message"]
+
+
+def test_a_seeder_answers_what_it_should_and_nothing_else(model: Path) -> None:
+    async def run() -> None:
+        store = WeightStore(model, make_manifest(model))
+        ours = await Peer.start(PeerOptions(host="127.0.0.1"))
+        theirs = await Peer.start(PeerOptions(host="127.0.0.1", initial_peers=ours.addresses))
+        try:
+            await Seeder(ours.p2p, store).register()
+            assert await fetch_manifest(theirs, store.manifest.root, [ours.peer_id]) == store.manifest
+
+            async def ask(*requests: PiecesRequest) -> tuple[MessageStream, list[bytes]]:
+                _, reader, writer = await theirs.p2p.call_binary_stream_handler(ours.peer_id, PIECES)
+                stream, found = MessageStream(reader, writer, max_bytes=MAX_REPLY_BYTES), []
+                try:
+                    for request in requests:
+                        await stream.send(request.to_message())
+                        for _ in request.pieces or [0]:
+                            reply = await stream.receive(Response)
+                            assert reply is not None
+                            found.append(reply.metadata)
+                except BaseException:
+                    stream.close()
+                    raise
+                return stream, found
+
+            root, last_file = store.manifest.root, len(store.manifest.files) - 1
+            first, found = await ask(PiecesRequest(root, last_file, (0, 1, 2**31 - 1)), PiecesRequest(root))
+            assert found[0] == store.read(int(store.first[last_file]))
+            assert found[1:3] == [b"", b""]
+            assert load_have(found[3], store.num_pieces)[0].all()
+            with pytest.raises(RemoteError, match="other weights"):
+                await ask(PiecesRequest("00" * 32, 0, (0,)))
+            with pytest.raises(BadRequestError, match="no such file"):
+                await ask(PiecesRequest(root, last_file + 1, (0,)))
+            with pytest.raises(BadRequestError, match="at most 16"):
+                await ask(PiecesRequest(root, 0, tuple(range(17))))
+            second, _ = await ask(PiecesRequest(root))
+            with pytest.raises(RemoteError, match="ask others"):
+                await ask(PiecesRequest(root))
+            first.close()
+            second.close()
+        finally:
+            await theirs.stop()
+            await ours.stop()
+
+    asyncio.run(run())
 
 
 def test_a_restart_goes_on_with_what_is_there(processes: Processes, model: Path, size: int) -> None:
