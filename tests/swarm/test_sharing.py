@@ -35,6 +35,7 @@ from swarm.sharing.store import WeightStore, find_root
 from swarm.skeleton import block_tensors, load_span
 from swarm.source import default_dht_prefix, resolve, resolve_store
 from tests.models import tiny_model
+from tests.swarm.test_dequantize import FORMATS, quantized
 from tests.swarm.test_manifest import JSON
 
 COUNT = 12
@@ -293,6 +294,23 @@ def test_a_span_is_loaded_from_just_its_pieces(single: Path, tmp_path: Path) -> 
         load_span(found, 2, 3, **options)
     with pytest.raises(ModelError, match="missing"):
         StoreCheckpoint(store).read("model.norm.weight")
+
+
+def test_a_quantized_span_is_loaded_from_just_its_pieces(tmp_path: Path) -> None:
+    packed, _ = quantized(tmp_path, tiny_model("llama-gqa"), *FORMATS["fp8"])
+    source = resolve(str(packed))
+    store = WeightStore.create(tmp_path / "to", make_manifest(packed))
+    data = pieces_of(store, packed)
+    assert store.try_lock()
+    for piece in np.nonzero(store.small_pieces() | store.pieces_of(block_tensors(source)[1]))[0].tolist():
+        store.write(piece, data[piece])
+    store.finish()
+    found = resolve_store("x", store, "x")
+    assert found.quantization is not None
+    options: Any = {"dtype": torch.float32, "device": "cpu"}
+    expected = load_span(source, 1, 2, **options).blocks.state_dict()
+    ours = load_span(found, 1, 2, **options).blocks.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in ours.items())
 
 
 def test_a_manifest_whose_tensors_lie_elsewhere_is_noticed(single: Path, tmp_path: Path) -> None:
