@@ -72,6 +72,40 @@ Identity = Annotated[
         rich_help_panel=NETWORK,
     ),
 ]
+_WEIGHTS = "Weights"
+Manifest = Annotated[
+    str | None,
+    typer.Option(
+        envvar="SWARM_MANIFEST",
+        metavar="HASH",
+        help="Take only the weights with this manifest, as swarm-node seed prints it: then nobody needs to be trusted.",
+        rich_help_panel=_WEIGHTS,
+    ),
+]
+UploadRate = Annotated[
+    float,
+    typer.Option(
+        envvar="SWARM_UPLOAD_RATE",
+        min=0,
+        help="MB/s of weights that are sent to others at most; 0: no limit.",
+        rich_help_panel=_WEIGHTS,
+    ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(envvar="SWARM_REVISION", help="Branch, tag or commit on the Hub.", rich_help_panel="Model"),
+]
+Token = Annotated[
+    str | None, typer.Option(envvar="HF_TOKEN", help="Hub token for gated models.", rich_help_panel="Model")
+]
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="SWARM_CACHE_DIR",
+        help="Where downloads are kept; default: the Hub's own cache.",
+        rich_help_panel="Model",
+    ),
+]
 Format = Annotated[
     LogFormat,
     typer.Option(
@@ -184,21 +218,32 @@ def serve(
             rich_help_panel=_COMPUTE,
         ),
     ] = 60.0,
-    revision: Annotated[
-        str | None,
-        typer.Option(envvar="SWARM_REVISION", help="Branch, tag or commit on the Hub.", rich_help_panel="Model"),
-    ] = None,
-    token: Annotated[
-        str | None, typer.Option(envvar="HF_TOKEN", help="Hub token for gated models.", rich_help_panel="Model")
-    ] = None,
-    cache_dir: Annotated[
-        Path | None,
+    weights: Annotated[
+        str,
         typer.Option(
-            envvar="SWARM_CACHE_DIR",
-            help="Where downloads are kept; default: the Hub's own cache.",
-            rich_help_panel="Model",
+            envvar="SWARM_WEIGHTS",
+            metavar="hub|peers|auto",
+            help="Where the weights come from. hub: a directory here, or else the Hub. peers: other nodes; MODEL is "
+            "then its name in the swarm. auto: what is here whole, else peers, else the Hub; what is here is hashed, "
+            "once, and handed out.",
+            rich_help_panel=_WEIGHTS,
         ),
-    ] = None,
+    ] = "hub",
+    seed: Annotated[
+        bool,
+        typer.Option(
+            "--seed",
+            envvar="SWARM_SEED",
+            help="Hand out the weights to other nodes. Hashes the whole checkpoint first, once; a Hub model is "
+            "downloaded whole.",
+            rich_help_panel=_WEIGHTS,
+        ),
+    ] = False,
+    manifest: Manifest = None,
+    upload_rate: UploadRate = 0.0,
+    revision: Revision = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
     log_format: Format = LogFormat.text,
     metrics_port: Annotated[
         int | None,
@@ -254,8 +299,125 @@ def serve(
             token=token,
             cache_dir=cache_dir,
             metrics_port=metrics_port,
+            weights=weights,
+            seed=seed,
+            manifest=manifest,
+            upload_rate=upload_rate * 1e6,
         )
         await serve_node(settings, output, stop)
+
+    _run_until_stopped(run, output.error)
+
+
+@app.command()
+def fetch(
+    model: Annotated[str, typer.Argument(envvar="SWARM_MODEL", help="The model's name in the swarm.")],
+    initial_peers: InitialPeers = None,
+    blocks: Annotated[
+        str | None,
+        typer.Option(envvar="SWARM_BLOCKS", metavar="START:END", help="Only these blocks.", rich_help_panel=_BLOCKS),
+    ] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Into this directory; default: where serve --weights peers looks.",
+            rich_help_panel=_WEIGHTS,
+        ),
+    ] = None,
+    manifest: Manifest = None,
+    upload_rate: UploadRate = 0.0,
+    host: Host = "0.0.0.0",
+    port: Port = 0,
+    announce: Announce = None,
+    public_ip: PublicIp = None,
+    relay: Relay = False,
+    dht_prefix: DhtPrefix = None,
+    cache_dir: CacheDir = None,
+    log_format: Format = LogFormat.text,
+) -> None:
+    """Get a model's weights from the nodes that have them, and end.
+
+    Without --blocks the result is a directory that any program can use. What an earlier run got is not fetched again.
+    """
+    from swarm.node.output import make_output
+
+    output = make_output(log_format.value)
+
+    async def run(stop: asyncio.Event) -> None:
+        from swarm.node.settings import NodeSettings
+        from swarm.node.weights_commands import fetch as fetch_weights
+        from swarm.peer import PeerOptions
+
+        peers = split_list(initial_peers)
+        if not peers:
+            raise UsageError("say which swarm: --initial-peers MADDR")
+        options = PeerOptions(
+            initial_peers=peers, host=host, port=port, announce=split_list(announce), public_ip=public_ip, relay=relay
+        )
+        settings = NodeSettings(
+            model=model,
+            peer=options,
+            blocks=blocks,
+            dht_prefix=dht_prefix,
+            manifest=manifest,
+            upload_rate=upload_rate * 1e6,
+            cache_dir=cache_dir,
+            store=to,
+        )
+        await fetch_weights(settings, output, stop)
+
+    _run_until_stopped(run, output.error)
+
+
+@app.command()
+def seed(
+    model: Model,
+    initial_peers: InitialPeers = None,
+    manifest: Manifest = None,
+    upload_rate: UploadRate = 0.0,
+    host: Host = "0.0.0.0",
+    port: Port = 0,
+    announce: Announce = None,
+    public_ip: PublicIp = None,
+    relay: Relay = False,
+    identity: Identity = None,
+    dht_prefix: DhtPrefix = None,
+    revision: Revision = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
+    log_format: Format = LogFormat.text,
+) -> None:
+    """Hand out the weights of MODEL, and serve no blocks. Hashes the whole checkpoint first, once."""
+    from swarm.node.output import make_output
+
+    output = make_output(log_format.value)
+
+    async def run(stop: asyncio.Event) -> None:
+        from swarm.node.settings import NodeSettings
+        from swarm.node.weights_commands import seed as seed_weights
+        from swarm.peer import PeerOptions
+
+        options = PeerOptions(
+            initial_peers=split_list(initial_peers),
+            host=host,
+            port=port,
+            announce=split_list(announce),
+            public_ip=public_ip,
+            relay=relay,
+            identity=identity,
+        )
+        settings = NodeSettings(
+            model=model,
+            peer=options,
+            dht_prefix=dht_prefix,
+            manifest=manifest,
+            upload_rate=upload_rate * 1e6,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+        )
+        await seed_weights(settings, output, stop)
 
     _run_until_stopped(run, output.error)
 

@@ -29,8 +29,8 @@ from rich.text import Text
 class Stage(Protocol):
     """A part of the start-up under way."""
 
-    def __call__(self, done: float, total: float) -> None:
-        """Says how much of it is done."""
+    def __call__(self, done: float, total: float, note: str = "") -> None:
+        """Says how much of it is done, and ``note``."""
 
 
 class Output(Protocol):
@@ -77,10 +77,10 @@ class TextOutput:
             TextColumn("{task.percentage:>3.0f}%"),
         ]
         if name == "download":  # the one stage that counts bytes
-            columns += [DownloadColumn(binary_units=True), TransferSpeedColumn()]
+            columns += [DownloadColumn(binary_units=True), TransferSpeedColumn(), TextColumn("{task.fields[note]}")]
         with Progress(*columns, TimeRemainingColumn(), console=self._console) as progress:
-            task = progress.add_task(text, total=1.0)
-            yield lambda done, total: progress.update(task, completed=done, total=total)
+            task = progress.add_task(text, total=1.0, note="")
+            yield lambda done, total, note="": progress.update(task, completed=done, total=total, note=note)
             progress.update(task, completed=progress.tasks[0].total)
 
 
@@ -107,12 +107,12 @@ class JsonOutput:
     def stage(self, name: str, text: str) -> Iterator[Stage]:
         last = -1
 
-        def report(done: float, total: float) -> None:
+        def report(done: float, total: float, note: str = "") -> None:
             nonlocal last
             tenth = int(10 * done / total) if total else 0
             if tenth > last:  # at most eleven lines a stage
                 last = tenth
-                self.event("progress", text, stage=name, done=done, total=total)
+                self.event("progress", text, stage=name, done=done, total=total, note=note)
 
         report(0, 1)
         yield report

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -30,13 +29,14 @@ from swarm.node.output import Output
 from swarm.node.placement import Plan, Sizes, Wish, choose_start, coverage, plan_memory, share_blocks, usable_together
 from swarm.node.requests import Served
 from swarm.node.settings import NodeSettings
+from swarm.node.sharing import find_source
 from swarm.node.throughput import measure
 from swarm.peer import Peer
 from swarm.records import Offer, ServerInfo, ServerState
 from swarm.skeleton import Span, build_skeleton, cache_bytes, fetch_span, load_span
-from swarm.source import ModelSource, resolve
+from swarm.source import ModelSource
+from swarm.threads import in_thread
 
-T = TypeVar("T")
 LEAVE_SECONDS = 5.0
 
 
@@ -77,16 +77,7 @@ async def serve(settings: NodeSettings, output: Output, stop: asyncio.Event) -> 
 
 async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) -> Serving:
     devices = choose_devices(settings.device)
-    with output.stage("resolve", f"Looking up {settings.model}"):
-        source = await in_thread(
-            lambda: resolve(
-                settings.model,
-                revision=settings.revision,
-                token=settings.token,
-                cache_dir=settings.cache_dir,
-                dht_prefix=settings.dht_prefix,
-            )
-        )
+    source, peer, sharing = await find_source(settings, output, stack)
     if source.quantization is not None:
         text = f"The checkpoint is quantized ({source.quantization.title}): each block is dequantized when it is loaded"
         output.event("dequantize", text, format=source.quantization.title)
@@ -94,11 +85,13 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
     plan = await in_thread(lambda: _plan(settings, source, dtype, devices))  # before the network is touched
     scheme = None if plan.quantization == "none" else find_scheme(plan.quantization, devices[0], dtype)
 
-    peer = await Peer.start(settings.peer)
-    stack.push_async_callback(peer.stop)
+    if peer is None:
+        peer = await Peer.start(settings.peer)
+        stack.push_async_callback(peer.stop)
     records = await dht.fetch(peer.dht, source.dht_prefix, source.num_blocks)
     shape = fingerprint(source.config)
-    _check_same_shape(records, shape, source, peer)
+    root = sharing.root if sharing is not None else ""
+    _check_same_model(records, shape, root, source, peer)
     start, end, reason = _choose_blocks(settings, source, plan, records, peer)
     output.event(
         "blocks",
@@ -115,6 +108,7 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
         started=time.time(),
         cache_tokens_total=plan.cache_tokens,
         deterministic=settings.deterministic,
+        manifest=root,
     )
     info = ServerInfo(
         state=ServerState.JOINING,
@@ -132,6 +126,9 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
     announcer = Announcer(peer, source.dht_prefix, source.num_blocks, repository, info, period=settings.update_period)
     await announcer.announce(ServerState.JOINING)
 
+    if sharing is not None:
+        await sharing.begin(stack)
+        await sharing.fetch(start, end)
     span = await _load(source, start, end, dtype, _place(devices, plan), scheme, output)
     if settings.deterministic:
         with output.stage("deterministic", "Making sure that results don't depend on the batch"):
@@ -209,13 +206,21 @@ def _place(devices: Sequence[torch.device], plan: Plan) -> list[torch.device]:
     return [device for device, share in zip(devices, shares, strict=True) for _ in range(share)]
 
 
-def _check_same_shape(records: list[dict[Any, ServerInfo]], shape: str, source: ModelSource, peer: Peer) -> None:
+def _check_same_model(
+    records: list[dict[Any, ServerInfo]], shape: str, root: str, source: ModelSource, peer: Peer
+) -> None:
     for servers in records:
         for peer_id, info in servers.items():
-            other = info.offer.fingerprint if info.offer is not None else ""
-            if other and other != shape and info.state != ServerState.OFFLINE and peer_id != peer.peer_id:
+            if info.offer is None or info.state == ServerState.OFFLINE or peer_id == peer.peer_id:
+                continue
+            what = ""
+            if info.offer.fingerprint not in ("", shape):
+                what = "a model of another shape"
+            elif root and info.offer.manifest not in ("", root):
+                what = f"other weights (manifest {info.offer.manifest}, here {root})"
+            if what:
                 raise UsageError(
-                    f"another node serves a model of another shape as {source.dht_prefix!r} in this swarm: check that "
+                    f"another node serves {what} as {source.dht_prefix!r} in this swarm: check that "
                     "MODEL is the same everywhere, or name this one differently with --dht-prefix"
                 )
 
@@ -260,12 +265,7 @@ def _choose_blocks(
 
 
 def _say_ready(settings: NodeSettings, source: ModelSource, peer: Peer, start: int, end: int, output: Output) -> None:
-    addresses = list(peer.addresses)
-    # the address that others can use: not the loopback one, if there is another
-    reachable = [
-        address for address in addresses if "/127.0.0.1/" not in address and "/::1/" not in address
-    ] or addresses
-    join = reachable[0]
+    join = reachable(peer)
     output.panel(
         "ready",
         f"Serving blocks {start}:{end} of {source.name}",
@@ -277,34 +277,14 @@ def _say_ready(settings: NodeSettings, source: ModelSource, peer: Peer, start: i
             "or in Python:",
             f"  model = SwarmModelForCausalLM.from_pretrained({settings.model!r}, initial_peers=[{join!r}])",
         ],
-        maddrs=addresses,
+        maddrs=list(peer.addresses),
         peer_id=peer.peer_id.to_base58(),
         blocks=[start, end],
         model=source.name,
     )
 
 
-async def in_thread(work: Callable[[], T]) -> T:
-    """Runs ``work`` in a daemon thread, so that a node that is told to stop need not wait for it."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def resolve_future(result: T | None, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)  # type: ignore[arg-type]
-
-    def run() -> None:
-        result, failure = None, None
-        try:
-            result = work()
-        except BaseException as error:
-            failure = error
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(resolve_future, result, failure)
-
-    threading.Thread(target=run, daemon=True).start()
-    return await future
+def reachable(peer: Peer) -> str:
+    """The address that others can use: not the loopback one, if there is another."""
+    others = [address for address in peer.addresses if "/127.0.0.1/" not in address and "/::1/" not in address]
+    return (others or peer.addresses)[0]

@@ -22,6 +22,12 @@ class NodeSettings:
         idle_timeout: seconds after which an idle session ends.
         idle_seconds: seconds after which it gives its cache to sessions that wait for some.
         update_period: seconds between two announcements.
+        weights: where they come from: ``"hub"`` (a directory here, or else the Hub), ``"peers"``, or ``"auto"``: what
+            is here whole, else peers, else the Hub.
+        manifest: the root that the weights must have, 64 hex digits.
+        seed: hand them out to other nodes.
+        upload_rate: bytes per second for that; 0 for no limit.
+        store: the directory into which weights from peers go; default: one in the cache.
     """
 
     model: str
@@ -43,3 +49,8 @@ class NodeSettings:
     idle_timeout: float = 15 * 60.0
     idle_seconds: float = 60.0
     update_period: float = 20.0
+    weights: str = "hub"
+    manifest: str | None = None
+    seed: bool = False
+    upload_rate: float = 0.0
+    store: Path | None = None

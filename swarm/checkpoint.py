@@ -27,7 +27,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _LARGE = 1 << 20
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -42,7 +42,7 @@ _DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 if hasattr(torch, "float8_e8m0fnu"):  # torch 2.7
-    _DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
+    DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,10 @@ class Checkpoint:
 
     @classmethod
     def _open(cls, source: ModelSource) -> Checkpoint:
+        if source.store is not None:
+            from swarm.sharing.checkpoint import StoreCheckpoint  # which needs this module
+
+            return StoreCheckpoint(source.store)
         directory, hub = source.path, source.hub
         if hub is not None:
             remote = HubFile(hub, directory, SINGLE)
@@ -141,7 +145,7 @@ class Checkpoint:
             ModelError: a file is missing, or the Hub can't be reached.
         """
         by_file: dict[str, list[str]] = {}
-        names = [stored for name in names for stored in self._stored(name)]
+        names = [stored for name in names for stored in self.stored(name)]
         for name in names:
             by_file.setdefault(self.files[name], []).append(name)
         if self._hub is None:
@@ -159,16 +163,16 @@ class Checkpoint:
         Raises:
             ModelError: the file is missing, cut short, or does not hold the tensor.
         """
-        name = self._stored(name)[0]
+        name = self.stored(name)[0]
         handle, path = self._handle(self.files[name], mapped=True)
         try:
             header = handle.get_slice(name)
         except SafetensorError as error:
             raise ModelError(f"tensor {name} is missing from {path}, though {self.listing.name} lists it") from error
         dtype = header.get_dtype()
-        if dtype not in _DTYPES:
+        if dtype not in DTYPES:
             raise ModelError(f"tensor {name} in {path} is of type {dtype}, which can't be read")
-        return TensorInfo(path, tuple(header.get_shape()), _DTYPES[dtype])
+        return TensorInfo(path, tuple(header.get_shape()), DTYPES[dtype])
 
     def main_dtype(self) -> torch.dtype:
         """The dtype of most of the tensors in the first file."""
@@ -201,7 +205,7 @@ class Checkpoint:
             reason = str(error).splitlines()[0]
             raise ModelError(f"can't compute {name} from its parts in {self.info(name).file}: {reason}") from error
 
-    def _stored(self, name: str) -> tuple[str, ...]:
+    def stored(self, name: str) -> tuple[str, ...]:
         """The names in the file of what makes the tensor."""
         packed = self._packed.get(name)
         return (name,) if packed is None else tuple(packed.parts.values())

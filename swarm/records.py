@@ -36,6 +36,8 @@ class Offer:
         started: when the node came up, in seconds since the epoch: a ban from before that is void.
         cache_tokens_total: size of the KV cache in tokens.
         deterministic: a session's results are the same to the last bit whoever else uses the node.
+        manifest: the root of the manifest of its weights, if it has made or got one; nodes with different ones serve
+            different weights.
     """
 
     fingerprint: str = ""
@@ -45,6 +47,7 @@ class Offer:
     started: float = 0.0
     cache_tokens_total: int = 0
     deterministic: bool = False
+    manifest: str = ""
 
     @classmethod
     def from_dict(cls, source: Mapping[str, Any]) -> Offer:
@@ -54,7 +57,8 @@ class Offer:
             ValueError: a field has another type than it should.
         """
         fields: dict[str, Any] = {}
-        fields["fingerprint"] = _typed(source.get("fingerprint", ""), str, "fingerprint")
+        for name in ("fingerprint", "manifest"):
+            fields[name] = _typed(source.get(name, ""), str, name)
         for name in ("push_stream", "left_padding", "deterministic"):
             fields[name] = _typed(source.get(name, False), bool, name)
         for name in ("sessions", "cache_tokens_total"):

@@ -28,6 +28,7 @@ __all__ = [
     "Skeleton",
     "Span",
     "assemble_span",
+    "block_tensors",
     "build_skeleton",
     "cache_bytes",
     "fetch_span",
@@ -233,6 +234,19 @@ def fetch_span(
     wanted = tuple(f"{skeleton.layers_name}.{index}." for index in range(start, end))
     checkpoint.fetch(plan.only(lambda name: name.startswith(wanted)).keys(), progress)
     checkpoint.close()
+
+
+def block_tensors(source: ModelSource) -> list[list[str]]:
+    """For each block, the names in the checkpoint's files of all that it is made of."""
+    skeleton, checkpoint = build_skeleton(source, source.dtype, attention="eager"), Checkpoint.open(source)
+    plan = plan_weights(skeleton.model, checkpoint)
+    blocks = []
+    for index in range(source.num_blocks):
+        begin = f"{skeleton.layers_name}.{index}."
+        names = plan.only(lambda name, begin=begin: name.startswith(begin)).keys()  # type: ignore[misc]
+        blocks.append([stored for name in names for stored in checkpoint.stored(name)])
+    checkpoint.close()
+    return blocks
 
 
 def load_ends(source: ModelSource, *, dtype: torch.dtype | str = "checkpoint") -> PreTrainedModel:

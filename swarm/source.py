@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
@@ -17,6 +17,9 @@ from swarm.checkpoint import Checkpoint, require_safetensors
 from swarm.dequantize import Quantization, quantization_of
 from swarm.errors import ModelError, UsageError
 from swarm.hub import HubRepo
+
+if TYPE_CHECKING:
+    from swarm.sharing.store import WeightStore
 
 BUNDLED = ("demo", "demo-draft")
 """Names of the small models that come with the package."""
@@ -35,6 +38,7 @@ class ModelSource:
         hub: the Hub repository, pinned to one commit; None for a local model.
         quantization: how the checkpoint is quantized; None if it isn't. ``config`` does not mention it: weights are
             dequantized when they are read.
+        store: for weights that come from peers, where they are kept.
     """
 
     name: str
@@ -44,6 +48,7 @@ class ModelSource:
     dtype: torch.dtype
     hub: HubRepo | None = None
     quantization: Quantization | None = None
+    store: WeightStore | None = None
 
     @property
     def is_local(self) -> bool:
@@ -115,12 +120,27 @@ def resolve(
     config, quantization = _read_config(model, directory)
 
     prefix = _dht_prefix(dht_prefix, directory.name if hub is None else model, config)
-    source = ModelSource(model, directory, config, prefix, torch.bfloat16, hub, quantization)
-    if isinstance(config.dtype, torch.dtype):
-        source = replace(source, dtype=config.dtype)
-    elif quantization is None:  # or most tensors are integers
-        source = replace(source, dtype=Checkpoint.open(source).main_dtype())
-    return source
+    return _with_dtype(ModelSource(model, directory, config, prefix, torch.bfloat16, hub, quantization))
+
+
+def resolve_store(model: str, store: WeightStore, dht_prefix: str) -> ModelSource:
+    """The model whose weights come from peers into ``store``, where its config is already.
+
+    Raises:
+        ModelError: no config, or an architecture that can't be used.
+    """
+    config, quantization = _read_config(model, store.directory)
+    return _with_dtype(
+        ModelSource(model, store.directory, config, dht_prefix, torch.bfloat16, None, quantization, store)
+    )
+
+
+def _with_dtype(source: ModelSource) -> ModelSource:
+    if isinstance(source.config.dtype, torch.dtype):
+        return replace(source, dtype=source.config.dtype)
+    if source.quantization is not None:  # most tensors are integers
+        return source
+    return replace(source, dtype=Checkpoint.open(source).main_dtype())
 
 
 def _gguf_source(model: str, file: Path, dht_prefix: str | None) -> ModelSource:
@@ -133,8 +153,11 @@ def _gguf_source(model: str, file: Path, dht_prefix: str | None) -> ModelSource:
 
 
 def _dht_prefix(asked: str | None, name: str, config: PreTrainedConfig) -> str:
-    if asked is None:
-        return default_dht_prefix(name, config.model_type)
+    return default_dht_prefix(name, config.model_type) if asked is None else check_dht_prefix(asked)
+
+
+def check_dht_prefix(asked: str) -> str:
+    """Raises UsageError if it can't be one."""
     if not asked or "." in asked or any(character.isspace() for character in asked):
         raise UsageError(f"a DHT prefix can't be empty or hold dots or spaces; got {asked!r}")
     return asked

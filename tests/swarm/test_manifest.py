@@ -74,6 +74,7 @@ def test_every_tensor_is_where_the_manifest_says(model: Path) -> None:
     everything = {name: tensor for path in model.glob("*.safetensors") for name, tensor in load_file(path).items()}
     assert [tensor.name for tensor in manifest.tensors] == sorted(everything)
     files = {file.name: file for file in manifest.files}
+    assert {name for name, file in files.items() if file.is_small} >= {"config.json", "model.safetensors.index.json"}
     for tensor in manifest.tensors:
         data = (model / tensor.file).read_bytes()
         assert data[tensor.start : tensor.stop] == everything[tensor.name].numpy().tobytes()
@@ -113,6 +114,9 @@ def test_the_root_is_of_everything(model: Path) -> None:
     [
         ("files", "name", "../x.safetensors"),
         ("files", "name", "x.bin"),
+        ("files", "name", "modeling.py"),
+        ("files", "name", "..\\x.safetensors"),
+        ("files", "name", "x\n.safetensors"),
         ("files", "size", -1),
         ("files", "size", 1 << 40),
         ("files", "pieces", "00"),
@@ -141,7 +145,7 @@ def test_it_is_made_once(model: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     first = manifest_of(model, tmp_path / "cache")
     real = make_manifest
     made: list[Path] = []
-    monkeypatch.setattr(manifest_module, "make_manifest", lambda path: (made.append(path), real(path))[1])
+    monkeypatch.setattr(manifest_module, "make_manifest", lambda path, progress: (made.append(path), real(path))[1])
     assert manifest_of(model, tmp_path / "cache") == first
     assert not made
     save_file({"large": torch.zeros(700_001)}, model / "z.safetensors")

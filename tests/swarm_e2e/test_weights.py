@@ -1,0 +1,311 @@
+"""Weights from peers, with real processes: what arrives, from whom, and what doesn't."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from swarm.client import SwarmModelForCausalLM
+from swarm.errors import BadRequestError, RemoteError
+from swarm.manifest import make_manifest
+from swarm.peer import Peer, PeerOptions
+from swarm.rpc import Response
+from swarm.sharing.holders import Holder, announce_holder, fetch_manifest
+from swarm.sharing.protocol import MAX_REPLY_BYTES, PIECES, PiecesRequest, load_have
+from swarm.sharing.seeder import Seeder
+from swarm.sharing.store import WeightStore
+from swarm.stream import MessageStream
+from tests.models import tiny_model
+from tests.swarm_e2e.nodes import Node, run_to_end
+
+HERE = ("--host", "127.0.0.1", "--log-format", "json")
+NAME = "weights-hf"
+FAST = "6"  # MB/s, slow enough that something can happen in between
+
+
+class Processes:
+    """Commands of ``swarm-node``, each with a cache of its own, as on machines of their own."""
+
+    def __init__(self, workdir: Path) -> None:
+        self.workdir = workdir
+        self.nodes: list[Node] = []
+        self.peers: list[str] = []
+
+    def argv(self, *argv: str) -> list[str]:
+        cache = self.workdir / f"cache-{len(list(self.workdir.glob('cache-*')))}"
+        cache.mkdir()
+        self.cache = cache
+        joining = [part for peer in self.peers for part in ("--initial-peers", peer)]
+        return [*argv, "--cache-dir", str(cache), *HERE, *joining]
+
+    def start(self, *argv: str) -> Node:
+        node = Node(self.argv(*argv), self.workdir)
+        self.nodes.append(node)
+        return node
+
+    def seed(self, model: Path, *options: str) -> Node:
+        node = self.start("seed", str(model), "--dht-prefix", NAME, *options)
+        self.peers = self.peers or node.wait_ready()["maddrs"][:1]
+        return node
+
+    def run(self, *argv: str) -> tuple[int, list[dict[str, Any]], str]:
+        return run_to_end(self.argv(*argv), self.workdir)
+
+    def close(self) -> None:
+        for node in self.nodes:
+            node.terminate()
+        for node in self.nodes:
+            node.wait_gone(15)
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Iterator[Processes]:
+    running = Processes(tmp_path)
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    """Of some 12 MB, in shards."""
+    return tiny_model("llama-gqa", sharded=True, hidden=192)
+
+
+@pytest.fixture(scope="module")
+def size(model: Path) -> int:
+    return sum(file.stat().st_size for file in model.iterdir())
+
+
+def wait_until(condition: Callable[[], object], node: Node, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, (node.stdout.read_text(), node.stderr.read_text()[-3000:])
+        time.sleep(0.02)
+
+
+def last(node: Node, name: str) -> dict[str, Any] | None:
+    return next((event for event in reversed(node.events()) if event["event"] == name), None)
+
+
+def part_done(node: Node) -> float:
+    """How much of the weights is here, 0 to 1."""
+    found = [e for e in node.events() if e["event"] == "progress" and "weights" in e["message"] and e["done"]]
+    return found[-1]["done"] / found[-1]["total"] if found else 0.0
+
+
+def wait_done(node: Node) -> dict[str, Any]:
+    wait_until(lambda: not node.alive, node)
+    found = last(node, "done")
+    assert found is not None, (node.stdout.read_text(), node.stderr.read_text()[-3000:])
+    return found
+
+
+def assert_same_files(first: Path, second: Path) -> None:
+    names = sorted(path.name for path in first.iterdir() if path.is_file())
+    assert names == sorted(path.name for path in second.iterdir() if path.is_file())
+    for name in names:
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_two_get_it_from_one_and_from_each_other(processes: Processes, model: Path, size: int) -> None:
+    seeder = processes.seed(model, "--upload-rate", FAST)
+    copies = [processes.workdir / "a", processes.workdir / "b"]
+    nodes = [processes.start("fetch", NAME, "--to", str(copy)) for copy in copies]
+    for node, copy in zip(nodes, copies, strict=True):
+        done = wait_done(node)
+        assert done["directory"] == str(copy)
+        assert done["whole"]
+        assert_same_files(model, copy)
+        fetched = [event for event in node.events() if event["event"] == "fetched"]
+        assert sum(event["bytes"] for event in fetched) == size
+        assert sum(sum(event["sources"].values()) for event in fetched) == size
+    seeder.terminate()
+    seeder.wait_gone(15)
+    sent = last(seeder, "sent")
+    assert sent is not None
+    assert size <= sent["bytes"] < 1.8 * size, "most pieces went from one to the other"
+
+
+def test_a_seeder_dies_in_the_middle(processes: Processes, model: Path) -> None:
+    seeders = [processes.seed(model, "--upload-rate", "2")]
+    seeders.append(processes.seed(model, "--upload-rate", "2"))
+    seeders[1].wait_ready()
+    node = processes.start("fetch", NAME, "--to", str(processes.workdir / "copy"))
+    wait_until(lambda: part_done(node) >= 0.3, node)
+    seeders[0].kill()
+    assert wait_done(node)["whole"]
+    assert_same_files(model, processes.workdir / "copy")
+    fetched = last(node, "fetched")
+    assert fetched is not None
+    assert len(fetched["sources"]) == 2
+
+
+class LyingStore(WeightStore):
+    """Has everything, and sends something else."""
+
+    def read(self, piece: int) -> bytes | None:
+        data = super().read(piece)
+        return data and bytes([data[0] ^ 1]) + data[1:]
+
+
+def test_a_liar_is_asked_no_more(processes: Processes, model: Path) -> None:
+    honest = processes.seed(model, "--upload-rate", "4")
+
+    async def lie() -> tuple[str, Node, int]:
+        peer = await Peer.start(PeerOptions(initial_peers=processes.peers, host="127.0.0.1"))
+        try:
+            store = LyingStore(model, await asyncio.to_thread(make_manifest, model))
+            seeder = Seeder(peer.p2p, store)
+            await seeder.register()
+            await announce_holder(peer.dht, NAME, Holder(store.manifest.root, ((0, 6),), True), ttl=60)
+            node = processes.start("fetch", NAME, "--to", str(processes.workdir / "copy"))
+            await asyncio.to_thread(wait_done, node)
+            return peer.peer_id.to_base58(), node, seeder.sent
+        finally:
+            await peer.stop()
+
+    liar, node, sent = asyncio.run(lie())
+    assert_same_files(model, processes.workdir / "copy")
+    assert sent, "the liar has been asked"
+    fetched = [event for event in node.events() if event["event"] == "fetched"]
+    assert {source for event in fetched for source in event["sources"]} == {honest.peer_id}
+    warned = [event for event in node.events() if event["event"] == "log" and "asked no more" in event["message"]]
+    assert len(warned) == 1
+    assert liar in warned[0]["message"]
+
+
+def test_a_seeder_answers_what_it_should_and_nothing_else(model: Path) -> None:
+    async def run() -> None:
+        store = WeightStore(model, make_manifest(model))
+        ours = await Peer.start(PeerOptions(host="127.0.0.1"))
+        theirs = await Peer.start(PeerOptions(host="127.0.0.1", initial_peers=ours.addresses))
+        try:
+            await Seeder(ours.p2p, store).register()
+            assert await fetch_manifest(theirs, store.manifest.root, [ours.peer_id]) == store.manifest
+
+            async def ask(*requests: PiecesRequest) -> tuple[MessageStream, list[bytes]]:
+                _, reader, writer = await theirs.p2p.call_binary_stream_handler(ours.peer_id, PIECES)
+                stream, found = MessageStream(reader, writer, max_bytes=MAX_REPLY_BYTES), []
+                try:
+                    for request in requests:
+                        await stream.send(request.to_message())
+                        for _ in request.pieces or [0]:
+                            reply = await stream.receive(Response)
+                            assert reply is not None
+                            found.append(reply.metadata)
+                except BaseException:
+                    stream.close()
+                    raise
+                return stream, found
+
+            root, last_file = store.manifest.root, len(store.manifest.files) - 1
+            first, found = await ask(PiecesRequest(root, last_file, (0, 1, 2**31 - 1)), PiecesRequest(root))
+            assert found[0] == store.read(int(store.first[last_file]))
+            assert found[1:3] == [b"", b""]
+            assert load_have(found[3], store.num_pieces)[0].all()
+            with pytest.raises(RemoteError, match="other weights"):
+                await ask(PiecesRequest("00" * 32, 0, (0,)))
+            with pytest.raises(BadRequestError, match="no such file"):
+                await ask(PiecesRequest(root, last_file + 1, (0,)))
+            with pytest.raises(BadRequestError, match="at most 16"):
+                await ask(PiecesRequest(root, 0, tuple(range(17))))
+            second, _ = await ask(PiecesRequest(root))
+            with pytest.raises(RemoteError, match="ask others"):
+                await ask(PiecesRequest(root))
+            first.close()
+            second.close()
+        finally:
+            await theirs.stop()
+            await ours.stop()
+
+    asyncio.run(run())
+
+
+def test_a_restart_goes_on_with_what_is_there(processes: Processes, model: Path, size: int) -> None:
+    processes.seed(model, "--upload-rate", "4")
+    fetch = ("fetch", NAME, "--to", str(processes.workdir / "copy"))
+    first = processes.start(*fetch)
+    wait_until(lambda: part_done(first) >= 0.4, first)
+    first.terminate()
+    first.wait_gone(15)
+    assert last(first, "stopped") is not None
+    assert not (processes.workdir / "copy" / "model.safetensors").exists()
+    second = processes.start(*fetch)
+    assert wait_done(second)["whole"]
+    assert_same_files(model, processes.workdir / "copy")
+    fetched = [event for event in second.events() if event["event"] == "fetched"]
+    assert sum(event["bytes"] for event in fetched) <= 0.6 * size
+    third = processes.start(*fetch)
+    assert wait_done(third)["whole"]
+    assert last(third, "fetched") is None
+
+
+def test_nodes_without_a_checkpoint_generate_what_transformers_does(processes: Processes, model: Path) -> None:
+    seeder = processes.seed(model)
+    root = seeder.wait_ready()["manifest"]
+    first = processes.start("serve", NAME, "--weights", "peers", "--blocks", "0:4", "--manifest", root)
+    second = processes.start("serve", NAME, "--weights", "auto", "--blocks", "3:6")
+    for node in (first, second):
+        node.wait_ready()
+    seeder.terminate()
+    seeder.wait_gone(15)
+    processes.peers = first.wait_ready()["maddrs"][:1]
+    third = processes.start("serve", NAME, "--weights", "peers", "--blocks", "0:6")
+    third.wait_ready()  # from nodes that serve blocks
+    cache = processes.cache
+    fetched = last(third, "fetched")
+    assert fetched is not None
+    assert set(fetched["sources"]) == {first.peer_id, second.peer_id}
+
+    ids = torch.randint(10, 250, (2, 9), generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = AutoModelForCausalLM.from_pretrained(model).generate(ids, **options)
+    where: dict[str, Any] = {"initial_peers": processes.peers, "dht_prefix": NAME}
+    with SwarmModelForCausalLM.from_pretrained(str(model), **where) as ours:
+        assert torch.equal(ours.generate(ids, **options), expected)
+        for node in (first, second):
+            node.terminate()
+            node.wait_gone(15)
+        assert torch.equal(ours.generate(ids, **options), expected)
+
+    third.terminate()
+    third.wait_gone(15)
+    alone = ["serve", NAME, "--weights", "peers", "--blocks", "0:6", "--cache-dir", str(cache), *HERE]
+    processes.nodes.append(Node(alone, processes.workdir))
+    processes.nodes[-1].wait_ready()  # nobody is up any more, but all is here
+
+
+def test_other_weights_are_refused(processes: Processes, model: Path, tmp_path: Path) -> None:
+    seeder = processes.seed(model)
+    root = seeder.wait_ready()["manifest"]
+    other = Path(shutil.copytree(tiny_model("llama-gqa", hidden=192), tmp_path / "other"))  # as one file
+    serving = processes.start("serve", str(model), "--weights", "auto", "--blocks", "0:3", "--dht-prefix", NAME)
+    serving.wait_ready()
+
+    def refused(*argv: str) -> str:
+        code, events, stderr = processes.run(*argv)
+        assert (code, events[-1]["event"]) == (2, "error"), stderr
+        assert "Traceback" not in stderr
+        return events[-1]["message"]
+
+    assert "nobody in this swarm has weights" in refused("fetch", NAME, "--manifest", "00" * 32)
+    assert root in refused("serve", NAME, "--weights", "peers", "--manifest", "00" * 32)
+    assert "64 hex digits" in refused("serve", NAME, "--weights", "peers", "--manifest", "x")
+    assert "hub, peers, auto" in refused("serve", NAME, "--weights", "torrent")
+    message = refused("fetch", "no-such-model")
+    assert "no node in this swarm hands out weights of 'no-such-model'" in message
+    assert NAME in message
+    with_prefix = ("--dht-prefix", NAME)
+    assert "check --manifest" in refused("serve", str(other), "--manifest", root, *with_prefix)
+    assert "other weights under the name" in refused("seed", str(other), *with_prefix)
+    mine = make_manifest(other).root
+    assert "serves other weights" in refused("serve", str(other), "--manifest", mine, *with_prefix)
+    assert "other files in it" in refused("fetch", NAME, "--to", str(other))
