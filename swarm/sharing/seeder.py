@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 
 from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
@@ -107,16 +108,26 @@ class Seeder:
         await self._limit.wait(len(data))
         await asyncio.wait_for(stream.send(Response(metadata=data)), _SEND_SECONDS)
 
+    @contextmanager
+    def _counted(self, peer_id: PeerID) -> Iterator[None]:
+        """Counts a stream of a peer's while it is answered; a refusal that still goes out is none."""
+        if self._streams[peer_id] >= _MAX_STREAMS_OF_ONE or self._streams.total() >= _MAX_STREAMS:
+            raise RemoteError("too many ask this node for weights: ask others")
+        self._streams[peer_id] += 1
+        try:
+            yield
+        finally:
+            self._streams[peer_id] -= 1
+            self._streams += Counter()  # forgets who has none
+
     def _handler(
         self, answer: Callable[[MessageStream], Awaitable[None]]
     ) -> Callable[[StreamInfo, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
         async def handle(info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             stream = MessageStream(reader, writer, max_bytes=MAX_REQUEST_BYTES)
-            self._streams[info.peer_id] += 1
             try:
-                if self._streams[info.peer_id] > _MAX_STREAMS_OF_ONE or self._streams.total() > _MAX_STREAMS:
-                    raise RemoteError("too many ask this node for weights: ask others")
-                await answer(stream)
+                with self._counted(info.peer_id):
+                    await answer(stream)
             except (PeerLostError, asyncio.TimeoutError):
                 pass  # the peer went away, or has nothing to ask
             except SwarmError as error:
@@ -127,7 +138,5 @@ class Seeder:
                 await stream.send_error(error)
             finally:
                 stream.close()
-                self._streams[info.peer_id] -= 1
-                self._streams += Counter()  # forgets who has none
 
         return handle
