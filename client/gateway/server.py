@@ -86,6 +86,8 @@ def run(settings: GatewaySettings) -> None:
     with running(settings) as gateway:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
+        page = gateway.url.removesuffix("/v1")
+        print(f"Open {page} in a browser; programs take {gateway.url}. Ctrl-C ends.", file=sys.stderr, flush=True)
         print_event({"event": "ready", "url": gateway.url, "models": gateway.models})
         while not stop.wait(0.2) and not gateway.serving.done():
             pass
