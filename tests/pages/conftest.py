@@ -58,7 +58,7 @@ def site(swarm: Swarm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sit
         yield Site(gateway.url.removesuffix("v1"), swarm, settings)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # not longer: its event loop would be in the way of other tests
 def browser() -> Iterator[Browser]:
     with chromium() as browser:
         yield browser
