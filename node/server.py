@@ -23,6 +23,7 @@ from swarm.node.engine.engine import STATE_ROWS, Engine
 from swarm.node.engine.quantization import Scheme, find_scheme, finish_block, quantized_bytes, schemes_on
 from swarm.node.handler import Handler
 from swarm.node.hardware import choose_devices, choose_dtype, free_memory
+from swarm.node.life import run_until
 from swarm.node.limits import Limits
 from swarm.node.metrics import serve_metrics
 from swarm.node.output import Output
@@ -59,19 +60,12 @@ async def serve(settings: NodeSettings, output: Output, stop: asyncio.Event) -> 
     Raises:
         UsageError: what was asked for can't be done; the message says what to do.
     """
-    async with AsyncExitStack() as stack:
-        starting = asyncio.create_task(_start(settings, output, stack))
-        stopping = asyncio.create_task(stop.wait())
-        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if not starting.done():
-            starting.cancel()
-            await asyncio.wait({starting})
-        else:
-            serving = starting.result()
-            await stopping
-            output.event("leaving", "Leaving the swarm: finishing the steps under way…")
-            await serving.leave()
-        stopping.cancel()
+
+    async def leave(serving: Serving) -> None:
+        output.event("leaving", "Leaving the swarm: finishing the steps under way…")
+        await serving.leave()
+
+    await run_until(stop, lambda stack: _start(settings, output, stack), leave)
     output.event("stopped", "Stopped.")
 
 

@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 
 from swarm import dht
 from swarm.errors import parse_blocks
+from swarm.node.life import run_until
 from swarm.node.output import Output
 from swarm.node.server import reachable
 from swarm.node.settings import NodeSettings
@@ -55,17 +56,7 @@ async def seed(settings: NodeSettings, output: Output, stop: asyncio.Event) -> N
     Raises:
         UsageError: it can't be used, or the swarm has others under its name.
     """
-    async with AsyncExitStack() as stack:
-        starting = asyncio.create_task(_seed(settings, output, stack))
-        stopping = asyncio.create_task(stop.wait())
-        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if not starting.done():
-            starting.cancel()
-            await asyncio.wait({starting})
-        else:
-            starting.result()
-            await stopping
-        stopping.cancel()
+    await run_until(stop, lambda stack: _seed(settings, output, stack))
     output.event("stopped", "Stopped.")
 
 
