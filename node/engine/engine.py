@@ -6,21 +6,19 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Hashable
 from collections.abc import Sequence as Listing
 from concurrent.futures import CancelledError, Future
-from dataclasses import replace
 from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
 
 from swarm.errors import BadRequestError, LeavingError, OutOfCacheError, RemoteError
-from swarm.node.engine import executor
+from swarm.node.engine import dense
 from swarm.node.engine.acceleration import Acceleration
-from swarm.node.engine.batch import pack
+from swarm.node.engine.admission import Admissions
+from swarm.node.engine.checks import check_blocks, check_hidden, check_step
 from swarm.node.engine.deterministic import PIECE_TOKENS, columns_per_piece
-from swarm.node.engine.executor import PlacedPrompts
 from swarm.node.engine.kv_cache import KVCache, Sequence
 from swarm.node.engine.pacing import Gatherer, Pacer
 from swarm.node.engine.scheduler import DECODE_COLUMNS, Waiting, plan_turn
@@ -28,7 +26,7 @@ from swarm.node.engine.session import Admission, DenseWork, EngineSession, Prefi
 from swarm.node.engine.states import StateStore
 from swarm.node.engine.static_decode import StaticDecode
 from swarm.node.engine.stats import EngineStats
-from swarm.node.engine.transfer import to_device, to_host
+from swarm.node.engine.turn import TurnRunner
 from swarm.span import Span
 
 logger = logging.getLogger(__name__)
@@ -85,7 +83,13 @@ class Engine:
             shared=span.shared_kv,
         )
         self._states = StateStore(state_rows) if span.state_bytes else None
-        self._decode = None if acceleration.record is None else StaticDecode(span, self._cache, acceleration.record)
+        self._turns = TurnRunner(
+            span,
+            self._cache,
+            self._states,
+            decode=None if acceleration.record is None else StaticDecode(span, self._cache, acceleration.record),
+            deterministic=deterministic,
+        )
         self._pacer = Pacer(max_batch_tokens)
         self._gatherer = Gatherer()
         self._away: set[EngineSession] = set()  # sessions that decode, are answered and not back yet
@@ -94,7 +98,7 @@ class Engine:
         self._sessions: set[EngineSession] = set()
         self._ready: deque[EngineSession] = deque()  # sessions with waiting work, who waits longest first
         self._dense: deque[DenseWork] = deque()
-        self._queue: deque[Admission] = deque()  # sessions that wait to be admitted
+        self._admissions = Admissions(self._cache, self._sessions)
         self._previous: tuple[int, int] | None = None
         self._thread: threading.Thread | None = None
         self._gate = threading.Lock()  # between those who put work in and the end of the thread that takes it out
@@ -128,7 +132,7 @@ class Engine:
             BadRequestError: the span doesn't hold these blocks, or ``left_padding`` isn't one number per row.
             OutOfCacheError: there can't be a page for each row.
         """
-        self._check_blocks(first, last)
+        check_blocks(self.span, first, last)
         if not self._running:
             raise LeavingError("the node is shutting down")
         if rows < 1 or len(left_padding) not in (0, rows) or any(padding < 0 for padding in left_padding):
@@ -200,7 +204,7 @@ class Engine:
         """
         future: Future[torch.Tensor] = Future()
         try:
-            self._check_hidden(hidden)
+            check_hidden(self.span, hidden)
         except BadRequestError as error:
             future.set_exception(error)
             return future
@@ -238,9 +242,9 @@ class Engine:
         return EngineStats(
             sessions=len(sessions),
             cache_tokens=self._cache.tokens,
-            cache_tokens_free=max(0, self._cache.free_tokens - self._promised_pages() * self.page_size),
+            cache_tokens_free=self._admissions.free_tokens,
             waiting=sum(len(session.waiting) for session in sessions) + len(self._dense) + self._inbox.qsize(),
-            queued=len(self._queue),
+            queued=len(self._admissions),
             prefill_tokens=self._prefill_tokens,
             decode_tokens=self._decode_tokens,
             dense_tokens=self._dense_tokens,
@@ -307,74 +311,10 @@ class Engine:
         elif kind == "dense":
             self._dense.append(content)
         elif kind == "admit":
-            self._queue.append(content[0])
-            self._admit_queued()
-            if not content[1] and self._queue and self._queue[-1] is content[0]:
-                self._queue.pop()
-                if content[0].future.set_running_or_notify_cancel():
-                    content[0].future.set_exception(
-                        OutOfCacheError(f"the KV cache is full: {self.stats().cache_tokens_free} tokens are free")
-                    )
+            self._admissions.add(content[0], wait=content[1])
         else:
             self._close(content)
-            self._admit_queued()
-
-    # Who gets in
-
-    def _promised_pages(self) -> int:
-        """What sessions may still take of the pages that are free now."""
-        return sum(max(0, one.pages - sum(len(row.pages) for row in one.rows)) for one in list(self._sessions))
-
-    def _admit_queued(self) -> None:
-        while self._queue:
-            admission = self._queue[0]
-            if not (admission.session.closed or admission.future.cancelled()):
-                found = self._found(admission.session, admission.prefix)
-                shared = {page for pages in found for page in pages if self._cache.pages.owners(page)}
-                if self._promised_pages() + admission.pages - len(shared) > self._cache.pages.free:
-                    return
-                self._admit(admission, found)
-            self._queue.popleft()
-
-    def _admit(self, admission: Admission, found: list[list[int]]) -> None:
-        if not admission.future.set_running_or_notify_cancel():
-            return
-        session, size = admission.session, self.page_size
-        session.pages = admission.pages
-        session.context = None if admission.prefix is None else admission.prefix.context
-        ends = (pad + len(pages) * size for pad, pages in zip(session.padding, found, strict=True))
-        columns = min(admission.columns, *ends)
-        if any(found):
-            lengths = [session.row_length(row, columns) for row in range(len(found))]
-            self._cache.adopt(
-                session.rows,
-                [pages[: -(-length // size)] for pages, length in zip(found, lengths, strict=True)],
-                lengths,
-                blocks=range(session.first, session.last),
-                may_copy=self._cache.pages.free - self._promised_pages() > self._cache.pages.count // 4,
-            )
-            session.position = session.reused = columns
-        admission.future.set_result(session.position)
-
-    def _found(self, session: EngineSession, prefix: Prefix | None) -> list[list[int]]:
-        """Of each row the first pages that are in the cache."""
-        if prefix is None or len(prefix.names) != len(session.rows):
-            return [[] for _ in session.rows]
-        return [self._cache.find(self._full_names(session, prefix.context, names)) for names in prefix.names]
-
-    def _full_names(self, session: EngineSession, context: bytes, names: Listing[bytes]) -> list[Hashable]:
-        return [(context, session.first, session.last, name) for name in names]
-
-    def _name_pages(self, session: EngineSession, work: StepWork) -> None:
-        """Let other sessions find the pages that ``work``, which is done, has completed."""
-        if work.prompts is not None:
-            session.context = None  # from here on nothing follows from the inputs alone
-        if session.context is None or work.names is None or len(work.names) != len(session.rows):
-            return
-        for row, (sequence, names) in enumerate(zip(session.rows, work.names, strict=True)):
-            first = session.row_length(row, work.start) // self.page_size
-            if first + len(names) == sequence.length // self.page_size:
-                self._cache.name_pages(sequence, first, self._full_names(session, session.context, names))
+            self._admissions.let_in()
 
     # What runs next
 
@@ -420,7 +360,7 @@ class Engine:
         if not chosen:
             return
         try:
-            outputs, prefill, decode = self._run(chosen, *turn.blocks)
+            outputs, prefill, decode = self._turns.run(chosen, *turn.blocks)
         except Exception as error:
             self._failures += 1
             logger.warning("a batch of %d works failed: %r", len(chosen), error)
@@ -446,7 +386,7 @@ class Engine:
             return False
         if session.broken:
             raise RemoteError("a failure lost this session's cache; open a new session and send everything again")
-        self._check_step(session, work)
+        check_step(self.span, session, work)
         padding = session.padding
         if work.hypo_ids is not None:
             padding = [padding[source] for source in work.hypo_ids]
@@ -474,80 +414,6 @@ class Engine:
         work.begun = True
         return True
 
-    def _run(
-        self, chosen: Listing[tuple[EngineSession, StepWork, int]], first: int, last: int
-    ) -> tuple[list[torch.Tensor], int, int]:
-        """Outputs ``[rows, columns, H]`` of each work, and how many tokens of prefill and of decode there were."""
-        span = self.span
-        rows: list[tuple[Sequence, int]] = []
-        inputs: list[torch.Tensor] = []
-        cuts: list[list[int]] = []  # tokens of each row of each work
-        pieces: list[tuple[int, int]] = []
-        prefill = decode = 0
-        for session, work, columns in chosen:
-            begin = work.start + work.done
-            part = work.hidden if columns == work.columns else work.hidden[:, work.done : work.done + columns]
-            new = [
-                session.row_length(row, begin + columns) - sequence.length for row, sequence in enumerate(session.rows)
-            ]
-            rows.extend(zip(session.rows, new, strict=True))
-            pieces.extend((padding, columns_per_piece(len(new))) for padding in session.padding)
-            cuts.append(new)
-            total = sum(new)
-            if total == columns * len(new):
-                inputs.append(part.reshape(total, span.hidden_size))
-            else:
-                inputs.extend(part[row, columns - count :] for row, count in enumerate(new))
-            if work.columns <= DECODE_COLUMNS:
-                decode += total
-            else:
-                prefill += total
-        if not prefill + decode:
-            return [self._empty(len(new), columns) for new, (_, _, columns) in zip(cuts, chosen, strict=True)], 0, 0
-        flat = inputs[0] if len(inputs) == 1 else torch.cat([part.to(span.dtype) for part in inputs])
-        prompts = self._place(chosen[0][0], *chosen[0][1:], cuts[0])
-        output = None
-        if self._decode is not None and prompts is None:
-            output = self._decode.run(rows, flat, first, last)
-        if output is None:
-            batch = pack(self._cache, rows, span.device, pieces=pieces if self._deterministic else None)
-            if self._states is not None:
-                batch = replace(batch, states=tuple(self._states.of(row) for row, count in rows if count))
-            hidden = to_device(flat[None], span.device, span.dtype)
-            output = to_host(executor.run_blocks(span, hidden, batch, first=first, last=last, prompts=prompts)[0])
-        outputs: list[torch.Tensor] = []
-        offset = 0
-        for (_, _, columns), new in zip(chosen, cuts, strict=True):
-            total = sum(new)
-            mine = output.narrow(0, offset, total)
-            offset += total
-            if total == columns * len(new):
-                outputs.append(mine.view(len(new), columns, -1))
-                continue
-            padded = self._empty(len(new), columns)
-            for row, piece in enumerate(mine.split(new)):
-                padded[row, columns - len(piece) :] = piece
-            outputs.append(padded)
-        for sequence, count in rows:
-            sequence.length += count
-        return outputs, prefill, decode
-
-    def _place(self, session: EngineSession, work: StepWork, columns: int, new: Listing[int]) -> PlacedPrompts | None:
-        """The prompts of ``work``, which runs alone, for its columns in this turn."""
-        if work.prompts is None:
-            return None
-        prompts = work.prompts.to(self.span.device, self.span.dtype)
-        where: list[int] = []
-        cells: list[tuple[int, int]] = []
-        offset = 0
-        for row, count in enumerate(new):
-            skipped = columns - count
-            for column in range(skipped, min(columns, prompts.shape[2] - work.done)):
-                where.append(offset + column - skipped)
-                cells.append((row, work.done + column))
-            offset += count
-        return PlacedPrompts(prompts, where, [row for row, _ in cells], [column for _, column in cells])
-
     def _advance(self, session: EngineSession, work: StepWork, columns: int, output: torch.Tensor) -> None:
         if columns < work.columns:
             if work.output is None:
@@ -560,7 +426,7 @@ class Engine:
             self._ready.remove(session)
             self._ready.append(session)
             return
-        self._name_pages(session, work)
+        self._admissions.name_pages(session, work)
         self._drop_first(session)
         now = time.perf_counter()
         work.times.queue_s = max(0.0, now - work.arrived_at - work.times.compute_s)
@@ -595,69 +461,18 @@ class Engine:
             return
         began = time.perf_counter()
         try:
-            self._check_blocks(work.first, work.last)
-            self._check_hidden(work.hidden)
-            self._check_prompts(work.prompts, work.last - work.first, work.hidden.shape[0])
-            rows, columns, _ = work.hidden.shape
-            end = min(rows, work.done + max(1, self._max_batch_tokens // max(1, columns)))
-            if work.grad is None:
-                self._forward(work, end)
-            else:
-                self._backward(work, end)
+            self._dense_tokens += dense.advance(self.span, work, max_tokens=self._max_batch_tokens)
         except Exception as error:
             self._failures += 1
             work.future.set_exception(error)
             return
-        self._dense_tokens += (end - work.done) * columns
-        work.done = end
         self._count(time.perf_counter() - began)
-        if end < rows:
+        if work.done < work.hidden.shape[0]:
             self._dense.append(work)
         elif work.grad is None:
             work.future.set_result(work.output)  # type: ignore[arg-type]
         else:
             work.future.set_result((work.output, work.prompt_grad))  # type: ignore[arg-type]
-
-    def _forward(self, work: DenseWork, end: int) -> None:
-        hidden, prompts = self._rows_of(work, end)
-        if work.output is None:
-            work.output = self._empty(*work.hidden.shape[:2])
-        if hidden.numel():
-            output = executor.forward(self.span, hidden, first=work.first, last=work.last, prompts=prompts)
-            work.output[work.done : end] = output
-
-    def _backward(self, work: DenseWork, end: int) -> None:
-        assert work.grad is not None
-        if work.grad.shape != work.hidden.shape:
-            raise BadRequestError(f"grad has shape {list(work.grad.shape)}, hidden {list(work.hidden.shape)}")
-        with torch.inference_mode(False):
-            hidden, prompts = self._rows_of(work, end)
-            if work.output is None:
-                work.output = self._empty(*work.hidden.shape[:2])
-                work.prompt_grad = None if work.prompts is None else torch.zeros_like(work.prompts, dtype=hidden.dtype)
-            if not hidden.numel():
-                return
-            grad, prompt_grad = executor.backward(
-                self.span,
-                hidden,
-                work.grad[work.done : end].to(hidden),
-                first=work.first,
-                last=work.last,
-                prompts=prompts,
-                kept_tokens=8 * self._max_batch_tokens,
-            )
-            work.output[work.done : end] = grad
-            if prompt_grad is not None and work.prompt_grad is not None:
-                place = work.prompt_grad if work.prompt_grad.shape[1] == 1 else work.prompt_grad[:, work.done : end]
-                place += prompt_grad.cpu()
-
-    def _rows_of(self, work: DenseWork, end: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        span = self.span
-        hidden = work.hidden[work.done : end].to(span.device, span.dtype)
-        if work.prompts is None:
-            return hidden, None
-        mine = work.prompts if work.prompts.shape[1] == 1 else work.prompts[:, work.done : end]
-        return hidden, mine.to(span.device, span.dtype)
 
     def _close(self, session: EngineSession) -> None:
         if session in self._sessions:
@@ -674,6 +489,7 @@ class Engine:
 
     def _fail_all(self, error: Exception) -> None:
         """The thread ends: nothing may be left that somebody waits for."""
+        unadmitted = list(self._admissions)
         with self._gate:
             while not self._inbox.empty():
                 kind, content = self._inbox.get()
@@ -682,13 +498,13 @@ class Engine:
                 elif kind == "dense":
                     self._dense.append(content)
                 elif kind == "admit":
-                    self._queue.append(content[0])
+                    unadmitted.append(content[0])
         left: list[StepWork | DenseWork] = [work for session in self._sessions for work in session.waiting]
         left += self._dense
-        for future in (*(work.future for work in left), *(admission.future for admission in self._queue)):
+        for future in (*(work.future for work in left), *(admission.future for admission in unadmitted)):
             if future.running() or future.set_running_or_notify_cancel():
                 future.set_exception(error)
-        self._queue.clear()
+        self._admissions.clear()
         for session in self._sessions:
             session.waiting.clear()
             session.closed = True
@@ -702,9 +518,6 @@ class Engine:
         self._busy_s += seconds
         self._recent.append(seconds)
 
-    def _empty(self, rows: int, columns: int) -> torch.Tensor:
-        return torch.zeros(rows, columns, self.span.hidden_size, dtype=self.span.dtype)
-
     # Shared by both sides.
 
     def _put(self, message: _Message) -> bool:
@@ -716,39 +529,6 @@ class Engine:
     def _submit(self, message: _Message, future: Future[Any]) -> None:
         if not self._put(message):
             future.set_exception(LeavingError("the node is shutting down"))
-
-    def _check_blocks(self, first: int, last: int) -> None:
-        if not self.span.start <= first < last <= self.span.end:
-            raise BadRequestError(
-                f"blocks {first}:{last} are not served here; this node serves {self.span.start}:{self.span.end}"
-            )
-
-    def _check_hidden(self, hidden: torch.Tensor) -> None:
-        if hidden.dim() != 3 or not hidden.shape[0] or hidden.shape[2] != self.span.hidden_size:
-            wanted = f"[rows, columns, {self.span.hidden_size}]"
-            raise BadRequestError(f"hidden states have shape {list(hidden.shape)}, not {wanted}")
-        if not hidden.is_floating_point():
-            raise BadRequestError(f"hidden states are {hidden.dtype}, not of a floating dtype")
-
-    def _check_prompts(self, prompts: torch.Tensor | None, blocks: int, rows: int) -> None:
-        if prompts is None:
-            return
-        size = self.span.hidden_size
-        if prompts.dim() != 4 or prompts.shape[1] not in (1, rows) or prompts.shape[::3] != (blocks, size):
-            wanted = f"[{blocks}, {rows} or 1, length, {size}]"
-            raise BadRequestError(f"prompts have shape {list(prompts.shape)}, not {wanted}")
-
-    def _check_step(self, session: EngineSession, work: StepWork) -> None:
-        rows = len(session.rows)
-        if work.hypo_ids is not None:
-            if not work.hypo_ids or not all(0 <= source < rows for source in work.hypo_ids):
-                raise BadRequestError(f"hypo_ids {work.hypo_ids} don't name rows of a session of {rows}")
-            rows = len(work.hypo_ids)
-        if work.rows != rows:
-            raise BadRequestError(f"the step has {work.rows} rows, the session {rows}")
-        self._check_prompts(work.prompts, session.last - session.first, rows)
-        if not 0 <= work.start <= session.position:
-            raise BadRequestError(f"the step starts at position {work.start}, but the session is at {session.position}")
 
 
 def _cancel(work: StepWork) -> None:

@@ -1,0 +1,68 @@
+"""Forward and backward passes without a cache, some rows at a time, so that they don't hold up sessions for long."""
+
+from __future__ import annotations
+
+import torch
+
+from swarm.errors import BadRequestError
+from swarm.node.engine import executor
+from swarm.node.engine.checks import check_blocks, check_hidden, check_prompts
+from swarm.node.engine.session import DenseWork
+from swarm.span import Span
+
+
+def advance(span: Span, work: DenseWork, *, max_tokens: int) -> int:
+    """Do the next rows of ``work``, of ``max_tokens`` tokens if it is more than one, and return how many tokens.
+
+    Raises:
+        BadRequestError: the blocks aren't served here, or a shape is wrong.
+    """
+    check_blocks(span, work.first, work.last)
+    check_hidden(span, work.hidden)
+    rows, columns, _ = work.hidden.shape
+    check_prompts(span, work.prompts, work.last - work.first, rows)
+    if work.grad is not None and work.grad.shape != work.hidden.shape:
+        raise BadRequestError(f"grad has shape {list(work.grad.shape)}, hidden {list(work.hidden.shape)}")
+    end = min(rows, work.done + max(1, max_tokens // max(1, columns)))
+    with torch.inference_mode(work.grad is None):
+        if work.output is None:
+            work.output = torch.zeros(rows, columns, span.hidden_size, dtype=span.dtype)
+        if work.grad is not None:
+            _backward(span, work, work.grad[work.done : end], work.output, kept_tokens=8 * max_tokens)
+        elif end > work.done and columns:
+            hidden, prompts = _rows_of(span, work, end)
+            work.output[work.done : end] = executor.forward(
+                span, hidden, first=work.first, last=work.last, prompts=prompts
+            )
+    tokens = (end - work.done) * columns
+    work.done = end
+    return tokens
+
+
+def _backward(span: Span, work: DenseWork, grad: torch.Tensor, output: torch.Tensor, *, kept_tokens: int) -> None:
+    end = work.done + len(grad)
+    hidden, prompts = _rows_of(span, work, end)
+    if work.prompts is not None and work.prompt_grad is None:
+        work.prompt_grad = torch.zeros_like(work.prompts, dtype=hidden.dtype)
+    if not hidden.numel():
+        return
+    output[work.done : end], prompt_grad = executor.backward(
+        span,
+        hidden,
+        grad.to(hidden),
+        first=work.first,
+        last=work.last,
+        prompts=prompts,
+        kept_tokens=kept_tokens,
+    )
+    if prompt_grad is not None and work.prompt_grad is not None:
+        place = work.prompt_grad if work.prompt_grad.shape[1] == 1 else work.prompt_grad[:, work.done : end]
+        place += prompt_grad.cpu()
+
+
+def _rows_of(span: Span, work: DenseWork, end: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    hidden = work.hidden[work.done : end].to(span.device, span.dtype)
+    if work.prompts is None:
+        return hidden, None
+    mine = work.prompts if work.prompts.shape[1] == 1 else work.prompts[:, work.done : end]
+    return hidden, mine.to(span.device, span.dtype)

@@ -1,0 +1,119 @@
+"""Runs what was chosen for one turn of the engine: columns of several works as one batch, and their outputs apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Listing
+from dataclasses import replace
+
+import torch
+
+from swarm.node.engine import executor
+from swarm.node.engine.batch import pack
+from swarm.node.engine.deterministic import columns_per_piece
+from swarm.node.engine.executor import PlacedPrompts
+from swarm.node.engine.kv_cache import KVCache, Sequence
+from swarm.node.engine.scheduler import DECODE_COLUMNS
+from swarm.node.engine.session import EngineSession, StepWork
+from swarm.node.engine.states import StateStore
+from swarm.node.engine.static_decode import StaticDecode
+from swarm.node.engine.transfer import to_device, to_host
+from swarm.span import Span
+
+
+class TurnRunner:
+    """Works of sessions that are ready for them (their rows have pages) through the blocks of ``span``."""
+
+    def __init__(
+        self,
+        span: Span,
+        cache: KVCache,
+        states: StateStore | None,
+        *,
+        decode: StaticDecode | None = None,
+        deterministic: bool = False,
+    ) -> None:
+        self._span = span
+        self._cache = cache
+        self._states = states
+        self._decode = decode
+        self._deterministic = deterministic
+
+    def run(
+        self, chosen: Listing[tuple[EngineSession, StepWork, int]], first: int, last: int
+    ) -> tuple[list[torch.Tensor], int, int]:
+        """The next ``columns`` of each of ``chosen`` through the blocks ``first:last``.
+
+        Returns the outputs ``[rows, columns, H]`` of each, and how many tokens of prefill and of decode there were.
+        """
+        span = self._span
+        rows: list[tuple[Sequence, int]] = []
+        inputs: list[torch.Tensor] = []
+        cuts: list[list[int]] = []  # tokens of each row of each work
+        pieces: list[tuple[int, int]] = []
+        prefill = decode = 0
+        for session, work, columns in chosen:
+            begin = work.start + work.done
+            part = work.hidden if columns == work.columns else work.hidden[:, work.done : work.done + columns]
+            new = [
+                session.row_length(row, begin + columns) - sequence.length for row, sequence in enumerate(session.rows)
+            ]
+            rows.extend(zip(session.rows, new, strict=True))
+            pieces.extend((padding, columns_per_piece(len(new))) for padding in session.padding)
+            cuts.append(new)
+            total = sum(new)
+            if total == columns * len(new):
+                inputs.append(part.reshape(total, span.hidden_size))
+            else:
+                inputs.extend(part[row, columns - count :] for row, count in enumerate(new))
+            if work.columns <= DECODE_COLUMNS:
+                decode += total
+            else:
+                prefill += total
+        if not prefill + decode:
+            return [self._empty(len(new), columns) for new, (_, _, columns) in zip(cuts, chosen, strict=True)], 0, 0
+        flat = inputs[0] if len(inputs) == 1 else torch.cat([part.to(span.dtype) for part in inputs])
+        prompts = self._place(*chosen[0][1:], cuts[0])
+        output = None
+        if self._decode is not None and prompts is None:
+            output = self._decode.run(rows, flat, first, last)
+        if output is None:
+            batch = pack(self._cache, rows, span.device, pieces=pieces if self._deterministic else None)
+            if self._states is not None:
+                batch = replace(batch, states=tuple(self._states.of(row) for row, count in rows if count))
+            hidden = to_device(flat[None], span.device, span.dtype)
+            output = to_host(executor.run_blocks(span, hidden, batch, first=first, last=last, prompts=prompts)[0])
+        outputs: list[torch.Tensor] = []
+        offset = 0
+        for (_, _, columns), new in zip(chosen, cuts, strict=True):
+            total = sum(new)
+            mine = output.narrow(0, offset, total)
+            offset += total
+            if total == columns * len(new):
+                outputs.append(mine.view(len(new), columns, -1))
+                continue
+            padded = self._empty(len(new), columns)
+            for row, piece in enumerate(mine.split(new)):
+                padded[row, columns - len(piece) :] = piece
+            outputs.append(padded)
+        for sequence, count in rows:
+            sequence.length += count
+        return outputs, prefill, decode
+
+    def _place(self, work: StepWork, columns: int, new: Listing[int]) -> PlacedPrompts | None:
+        """The prompts of ``work``, which runs alone, for its columns in this turn."""
+        if work.prompts is None:
+            return None
+        prompts = work.prompts.to(self._span.device, self._span.dtype)
+        where: list[int] = []
+        cells: list[tuple[int, int]] = []
+        offset = 0
+        for row, count in enumerate(new):
+            skipped = columns - count
+            for column in range(skipped, min(columns, prompts.shape[2] - work.done)):
+                where.append(offset + column - skipped)
+                cells.append((row, work.done + column))
+            offset += count
+        return PlacedPrompts(prompts, where, [row for row, _ in cells], [column for _, column in cells])
+
+    def _empty(self, rows: int, columns: int) -> torch.Tensor:
+        return torch.zeros(rows, columns, self._span.hidden_size, dtype=self._span.dtype)
