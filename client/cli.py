@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swarm.errors import BadRequestError, SwarmError, UsageError
+from swarm.openmp import set_waiting
 from swarm.options import CONTEXT, NETWORK, DhtPrefix, InitialPeers, split_list
 
 if TYPE_CHECKING:
@@ -262,5 +262,5 @@ def main() -> None:
     from swarm.client.gateway.cli import gateway  # takes its options' types from here
 
     app.add_typer(gateway, name="gateway")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for nodes on this machine; see swarm-node
+    set_waiting()  # before torch is imported
     app()

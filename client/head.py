@@ -13,11 +13,13 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from swarm.packed_linear import PackedLinear, can_pack
 from swarm.tiles import tile_linear
 
 MAX_ROWS = 64
 """Inputs of more rows, such as the logits of a whole prompt, are worth a computation of their own."""
 _GATHER_SECONDS = 0.001
+_PACKED_BYTES = 1 << 30  # a copy of a larger head is too much memory to take from a client unasked
 
 
 class _Ticket:
@@ -82,6 +84,29 @@ class CombinedForward:
             successor.called.set()
 
 
+class PackedForward:
+    """Takes the place of a linear layer's ``forward``: computes with a packed copy of its weights, made when first
+    needed. The weights themselves stay, mostly mapped from a file and then not in memory; who trains them uses them.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        self._linear = linear
+        self._forward = linear.forward
+        self._packed: PackedLinear | None = None
+        self._version = -1
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` ``[…, in]`` to ``[…, out]``."""
+        weight = self._linear.weight
+        if (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)) or not can_pack(weight):
+            return self._forward(x)
+        version = 0 if weight.is_inference() else weight._version
+        if self._packed is None or self._version != version:
+            self._packed, self._version = PackedLinear(self._linear), version
+        packed: torch.Tensor = self._packed(x)
+        return packed
+
+
 def combine_head(model: nn.Module, *, deterministic: bool = False) -> None:
     """Makes the output head of ``model`` compute together what several threads ask of it at a time; if it is to be
     ``deterministic``, then so that none can tell."""
@@ -89,4 +114,6 @@ def combine_head(model: nn.Module, *, deterministic: bool = False) -> None:
     if isinstance(head, nn.Linear):
         if deterministic:
             tile_linear(head)
+        elif head.weight.nbytes <= _PACKED_BYTES:
+            head.forward = PackedForward(head)  # type: ignore[method-assign, assignment]
         head.forward = CombinedForward(head.forward)  # type: ignore[method-assign, assignment]

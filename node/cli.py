@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from swarm.errors import SwarmError, UsageError
+from swarm.openmp import set_waiting
 from swarm.options import CONTEXT, NETWORK, DhtPrefix, InitialPeers, Model, split_list
 
 app = typer.Typer(
@@ -509,7 +510,5 @@ def _run_until_stopped(run: Callable[[asyncio.Event], Awaitable[None]], say_erro
 
 def main() -> None:
     """Entry point of ``swarm-node``."""
-    # Idle worker threads of torch would spin for a while after each operation, on the cores that the next hop needs if
-    # it is on this machine. Read by the OpenMP library when torch is imported, so it is set before.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    set_waiting()  # before torch is imported
     app()

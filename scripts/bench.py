@@ -28,9 +28,9 @@ from typing import Annotated, Any
 
 import typer
 
-# As the commands swarm and swarm-node do: idle threads sleep instead of spinning on the cores that others need. It is
-# read when torch is imported, and holds for both sides of the comparison.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from swarm.openmp import set_waiting
+
+set_waiting()  # as the commands swarm and swarm-node do; it holds for both sides of the comparison
 
 import torch
 

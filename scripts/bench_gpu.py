@@ -22,7 +22,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -32,7 +31,9 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from swarm.openmp import set_waiting
+
+set_waiting()
 
 import torch
 import typer

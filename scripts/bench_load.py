@@ -21,7 +21,9 @@ from typing import Annotated, Any
 
 import typer
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from swarm.openmp import set_waiting
+
+set_waiting()
 
 import torch
 from bench import BLOCKS, first_token_seconds, make_model, run_nodes

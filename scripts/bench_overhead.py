@@ -22,7 +22,9 @@ from typing import Annotated, Any
 
 import typer
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from swarm.openmp import set_waiting
+
+set_waiting()
 
 import torch
 from bench import make_model, run_nodes

@@ -16,7 +16,9 @@ from typing import Annotated
 
 import typer
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from swarm.openmp import set_waiting
+
+set_waiting()
 
 import torch
 from bench import BLOCKS, first_token_seconds, in_turns, make_model, run_nodes

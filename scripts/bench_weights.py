@@ -25,7 +25,9 @@ from typing import Annotated, Any
 
 import typer
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from swarm.openmp import set_waiting
+
+set_waiting()
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from make_checkpoint import make_checkpoint, make_config

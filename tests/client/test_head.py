@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch import nn
 
-from swarm.client.head import CombinedForward
+from swarm.client.head import CombinedForward, PackedForward
 
 
 def test_threads_get_their_own_rows_and_wait_together() -> None:
@@ -53,3 +54,22 @@ def test_gradients_and_long_inputs_go_straight_through() -> None:
     assert torch.equal(x.grad, torch.full((1, 4), 2.0))
     assert combined(torch.ones(1, 500, 4)).shape == (1, 500, 4)
     assert combined(torch.ones(1, 0, 4)).shape == (1, 0, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_follow_those_that_are_trained(dtype: torch.dtype) -> None:
+    head = nn.Linear(32, 80, bias=False, dtype=dtype)
+    packed, x = PackedForward(head), torch.randn(3, 32).to(dtype)
+    tolerance = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
+    packed(x).float().sum().backward()
+    assert head.weight.grad is not None
+    with torch.no_grad():
+        torch.testing.assert_close(packed(x), head(x), **tolerance)
+        head.weight.add_(1)
+        torch.testing.assert_close(packed(x), head(x), **tolerance)
+    head.requires_grad_(False)
+    leaf = x.clone().requires_grad_()
+    packed(leaf).float().sum().backward()
+    assert leaf.grad is not None
+    with torch.inference_mode():
+        torch.testing.assert_close(packed(x), head(x), **tolerance)
