@@ -239,6 +239,7 @@ class Engine:
             sessions=len(sessions),
             cache_tokens=self._cache.tokens,
             cache_tokens_free=max(0, self._cache.free_tokens - self._promised_pages() * self.page_size),
+            cache_bytes=self._cache.nbytes,
             waiting=sum(len(session.waiting) for session in sessions) + len(self._dense) + self._inbox.qsize(),
             queued=len(self._queue),
             prefill_tokens=self._prefill_tokens,
