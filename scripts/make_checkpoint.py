@@ -7,8 +7,8 @@
     python scripts/make_checkpoint.py llama --layers 2 --like llama-2-70b        # two blocks of it and its ends, 5.5 GB
     python scripts/make_checkpoint.py llama --only 40:41 --like llama-3.1-405b   # one block of all 126, 6.4 GB
 
-Tensors have the names that checkpoints on the Hub have (Mixtral: one per expert) and are written shard by shard, with an
-index if there are several. Little memory is needed, whatever the size.
+Tensors have the names that checkpoints on the Hub have (Mixtral: one per expert) and are written shard by shard, with
+an index if there are several. Little memory is needed, whatever the size.
 """
 
 from __future__ import annotations

@@ -19,12 +19,14 @@ from swarm.memory import discard
 _LARGE, _PIECES = 64 << 20, 4
 """Weights of so many bytes are packed in so many pieces. While one is packed it is there twice: of a block of Falcon
 180B, whose largest two matrices are four fifths of it, that is a tenth, not two fifths."""
+_KEPT = 1 << 20
+"""Weights of fewer bytes may be kept by the C library for a while when they are no longer used."""
 
 
 class PackedLinear(nn.Module):
     """Computes what the ``nn.Linear`` that it was made of computes: ``[…, in]`` to ``[…, out]``, in its dtype.
 
-    The weights of a large ``linear`` are given up piece by piece: it is of no use afterwards.
+    The weights of ``linear`` are given up while they are packed: it is of no use afterwards.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -37,7 +39,7 @@ class PackedLinear(nn.Module):
         self._packed = []
         for piece in weight.split(self._rows):
             self._packed.append(torch.ops.mkldnn._reorder_linear_weight(piece, 1))
-            if large:
+            if weight.nbytes >= _KEPT:
                 discard(piece)
         self.bias = None if linear.bias is None else linear.bias.detach()
 
