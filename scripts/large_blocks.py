@@ -83,16 +83,16 @@ class Node:
     """A ``swarm-node serve`` process, and what memory it took to load. Sizes are in bytes.
 
     Attributes:
-        before: resident before it loads, and of that its own.
-        peak: the same at the peak of loading.
+        resident: at the peak of loading, above what it was before.
+        own: the same without mapped files.
     """
 
     process: subprocess.Popen[str]
     metrics_port: int
     ready: dict[str, Any] | None = None
     error: str = ""
-    before: tuple[int, int] = (0, 0)
-    peak: tuple[int, int] = (0, 0)
+    resident: int = 0
+    own: int = 0
     _loaded: threading.Event = field(default_factory=threading.Event)
 
     @classmethod
@@ -150,22 +150,19 @@ class Node:
                 self.error = event["message"]
             elif event.get("stage") == "load" and not event["done"]:
                 Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")  # the kernel's peak starts anew
-                self.before = self._memory()[1:]
-                threading.Thread(target=self._watch, daemon=True).start()
+                before = self._memory("VmRSS")
+                threading.Thread(target=self._watch, args=(self._memory("RssAnon"),), daemon=True).start()
             elif event.get("stage") == "load":
-                self.peak = (self._memory()[0], self.peak[1])
+                self.resident = self._memory("VmHWM") - before
                 self._loaded.set()
 
-    def _watch(self) -> None:
+    def _watch(self, before: int) -> None:
         while not self._loaded.wait(0.01) and self.process.poll() is None:
-            self.peak = (0, max(self.peak[1], self._memory()[2]))
+            self.own = max(self.own, self._memory("RssAnon") - before)
 
-    def _memory(self) -> tuple[int, int, int]:
-        """Peak of what is resident; resident; of that the process's own."""
+    def _memory(self, name: str) -> int:
         lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
-        kib = dict(line.split(":") for line in lines if line.startswith(("VmHWM", "VmRSS", "RssAnon")))
-        peak, now, own = (int(kib[name].split()[0]) * 1024 for name in ("VmHWM", "VmRSS", "RssAnon"))
-        return peak, now, own
+        return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024
 
 
 def measure(like: str, block: int, *, folder: Path, quantization: str, tiny: bool) -> str:
@@ -197,8 +194,7 @@ def measure(like: str, block: int, *, folder: Path, quantization: str, tiny: boo
     weights = expected.block_bytes
     if quantization != "none":
         weights = _block_bytes(config, block, quantization)
-    own = node.peak[1] - node.before[1] - weights
-    resident = node.peak[0] - node.before[0] - weights
+    resident, own = node.resident - weights, node.own - weights
     size = expected.outputs.float().abs().mean().item()
     off = (outputs.float() - expected.outputs.float()).abs() / size
     least = least_token_bytes(config)
