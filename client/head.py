@@ -102,7 +102,7 @@ class PackedForward:
             return self._forward(x)
         version = 0 if weight.is_inference() else weight._version
         if self._packed is None or self._version != version:
-            self._packed, self._version = PackedLinear(self._linear), version
+            self._packed, self._version = PackedLinear(self._linear, keep=True), version
         packed: torch.Tensor = self._packed(x)
         return packed
 

@@ -24,6 +24,7 @@ class EngineCollector:
         yield GaugeMetricFamily("swarm_sessions", "Sessions that are open", stats.sessions)
         yield GaugeMetricFamily("swarm_cache_tokens_used", "Tokens in the KV cache", used)
         yield GaugeMetricFamily("swarm_cache_tokens_total", "Size of the KV cache in tokens", stats.cache_tokens)
+        yield GaugeMetricFamily("swarm_cache_bytes", "Memory of the KV cache, used or not", stats.cache_bytes)
         yield GaugeMetricFamily("swarm_sessions_queued", "Sessions that wait for KV cache", stats.queued)
         yield GaugeMetricFamily("swarm_queue_depth", "Steps and requests that wait for the engine", stats.waiting)
         tokens = CounterMetricFamily(

@@ -225,10 +225,11 @@ def _plan(settings: NodeSettings, source: ModelSource, dtype: torch.dtype, devic
     if settings.quantization not in ("none", "auto"):
         find_scheme(settings.quantization, device, dtype)
     blocks = settings.num_blocks
+    layers = list(build_skeleton(source, dtype, attention="eager").layers)
     if settings.blocks is not None:
         start, end = parse_blocks(settings.blocks, source.num_blocks)
         blocks = end - start
-    layers = build_skeleton(source, dtype, attention="eager").layers
+        layers = layers[start:end]  # they may be smaller than others, as those without experts are
     states = cache_bytes(source, dtype, tokens=0, rows=STATE_ROWS)  # always there, as weights are
     kinds = {"none": None} | {scheme.name: scheme for scheme in schemes_on(device)}
     sizes = Sizes(

@@ -55,7 +55,8 @@ TARGETS = {
 def make_model(size: str, into: Path) -> Path:
     """A Llama of this size with random weights."""
     path = into / f"llama-{size}"
-    command = [sys.executable, str(HERE / "make_checkpoint.py"), str(path), "--like", "llama-gqa", *SIZES[size]]
+    command = [sys.executable, str(HERE / "make_checkpoint.py"), "llama", "--like", "llama-gqa", "--out", str(path)]
+    command += SIZES[size]
     command += ["--vocab", "32000", "--positions", "4096", "--dtype", DTYPES[size], "--std", "0.02"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return path

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 from collections.abc import Callable
+
+import torch
 
 
 def trim() -> None:
@@ -12,6 +15,24 @@ def trim() -> None:
     process, scattered over the arenas of the loader's threads. Does nothing where there is no glibc."""
     if (function := _malloc_trim()) is not None:
         function(0)
+
+
+def discard(tensor: torch.Tensor) -> None:
+    """Give the memory behind a contiguous CPU tensor back at once, though it belongs to a larger one that lives on.
+    Its values are undefined from now on. Does nothing where that can't be done."""
+    page = mmap.PAGESIZE
+    first, end = -(-tensor.data_ptr() // page) * page, (tensor.data_ptr() + tensor.nbytes) // page * page
+    if (function := _madvise()) is not None and first < end:
+        function(first, end - first, mmap.MADV_DONTNEED)
+
+
+@functools.cache
+def _madvise() -> Callable[[int, int, int], int] | None:
+    if not hasattr(mmap, "MADV_DONTNEED"):  # Windows
+        return None
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return function
 
 
 @functools.cache

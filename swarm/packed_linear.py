@@ -13,28 +13,60 @@ from typing import Any
 import torch
 from torch import nn
 
+from swarm.memory import discard
+
+_LARGE, _PIECES = 64 << 20, 4
+"""Weights of so many bytes are packed in so many pieces. While one is packed it is there twice: of a block of Falcon
+180B, whose largest two matrices are four fifths of it, that is a tenth, not two fifths."""
+_KEPT = 1 << 20
+"""Weights of fewer bytes may be kept by the C library for a while when they are no longer used."""
+
 
 class PackedLinear(nn.Module):
-    """Computes what the ``nn.Linear`` that it was made of computes: ``[…, in]`` to ``[…, out]``, in its dtype."""
+    """Computes what the ``nn.Linear`` that it was made of computes: ``[…, in]`` to ``[…, out]``, in its dtype.
 
-    def __init__(self, linear: nn.Linear) -> None:
+    The weights of ``linear`` are given up while they are packed, and it is of no use afterwards, unless ``keep``.
+    """
+
+    def __init__(self, linear: nn.Linear, *, keep: bool = False) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        # not a parameter: it has no strides, so nothing but these operators can use it
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)
+        weight = linear.weight.detach()
+        large = weight.nbytes >= _LARGE
+        self._rows = -(-self.out_features // _PIECES) if large else self.out_features
+        # not parameters: they have no strides, so nothing but these operators can use them
+        self._packed = []
+        for piece in weight.split(self._rows):
+            self._packed.append(torch.ops.mkldnn._reorder_linear_weight(piece, 1))
+            if not keep and weight.nbytes >= _KEPT:
+                discard(piece)
         self.bias = None if linear.bias is None else linear.bias.detach()
 
     @property
     def weight(self) -> torch.Tensor:
         """A copy ``[out, in]``, for code that looks at it."""
-        return self.packed.to_dense()
+        if len(self._packed) == 1:
+            return self._packed[0].to_dense()
+        whole = torch.empty(self.out_features, self.in_features, dtype=self._packed[0].dtype)
+        for rows, piece in zip(whole.split(self._rows), self._packed, strict=True):
+            rows.copy_(piece.to_dense())
+        return whole
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` ``[…, in]``; differentiable with respect to it."""
         if torch.is_grad_enabled() and x.requires_grad:
             output: torch.Tensor = _Differentiable.apply(x, self)
             return output
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return self.compute(x)
+
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        """:meth:`forward`, not differentiable."""
+        biases = [None] * len(self._packed) if self.bias is None else self.bias.split(self._rows)
+        outputs = [
+            torch.ops.mkldnn._linear_pointwise(x, piece, bias, "none", [], "")
+            for piece, bias in zip(self._packed, biases, strict=True)
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
     def extra_repr(self) -> str:
         """For ``print``."""
@@ -46,11 +78,11 @@ class _Differentiable(torch.autograd.Function):
     def forward(context: Any, x: torch.Tensor, layer: PackedLinear) -> torch.Tensor:
         context.layer = layer
         # a copy, since it is a view inside, which the blocks (Falcon's) may not then add to in place
-        return torch.ops.mkldnn._linear_pointwise(x, layer.packed, layer.bias, "none", [], "").clone()
+        return layer.compute(x).clone()
 
     @staticmethod
     def backward(context: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        return grad @ context.layer.packed.to_dense(), None
+        return grad @ context.layer.weight, None
 
 
 def can_pack(weight: torch.Tensor) -> bool:
@@ -67,7 +99,6 @@ def _works(dtype: torch.dtype) -> bool:
         probe = nn.Linear(64, 48, bias=True, dtype=dtype).requires_grad_(False)
         x = torch.linspace(-1, 1, 2 * 64).view(2, 64).to(dtype)
         packed = PackedLinear(probe)
-        unpacked = packed.packed.to_dense()
-        return torch.allclose(packed(x), probe(x), atol=1e-2) and torch.equal(unpacked, probe.weight)
+        return torch.allclose(packed(x), probe(x), atol=1e-2) and torch.equal(packed.weight, probe.weight)
     except (RuntimeError, AttributeError, NotImplementedError):
         return False

@@ -243,6 +243,7 @@ class Engine:
             sessions=len(sessions),
             cache_tokens=self._cache.tokens,
             cache_tokens_free=self._admissions.free_tokens,
+            cache_bytes=self._cache.nbytes,
             waiting=sum(len(session.waiting) for session in sessions) + len(self._dense) + self._inbox.qsize(),
             queued=len(self._admissions),
             prefill_tokens=self._prefill_tokens,

@@ -88,6 +88,12 @@ class KVCache:
         return self.pages.count * self.page_size
 
     @property
+    def nbytes(self) -> int:
+        """Memory of all pools."""
+        pools = [*self.keys.values(), *(() if self.values is self.keys else self.values.values())]
+        return sum(pool.nbytes for pool in pools)
+
+    @property
     def free_tokens(self) -> int:
         """How many tokens fit into the free pages."""
         return self.pages.free * self.page_size

@@ -13,11 +13,13 @@ __all__ = ["PackedLinear", "is_plain_linear", "pack_block"]
 
 
 def pack_block(block: nn.Module) -> None:
-    """Packs all linear layers in ``block``, one after the other, so that only one has its weights twice at a time."""
-    for module in list(block.modules()):
-        for name, child in list(module.named_children()):
-            if is_plain_linear(child) and can_pack(child.weight):
-                setattr(module, name, PackedLinear(child))
+    """Packs all linear layers in ``block``, one after the other, so that only one, or a quarter of a large one, has its
+    weights twice at a time."""
+    for module in [each for each in block.modules() if not is_plain_linear(each)]:  # a list of all keeps all alive
+        for name in [
+            name for name, child in module.named_children() if is_plain_linear(child) and can_pack(child.weight)
+        ]:
+            setattr(module, name, PackedLinear(module.get_submodule(name)))  # type: ignore[arg-type]
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:

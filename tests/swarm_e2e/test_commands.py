@@ -200,6 +200,7 @@ def test_the_command_itself_from_start_to_sigterm(path: Path, tmp_path: Path) ->
     for name in (
         "swarm_sessions 0.0",
         "swarm_cache_tokens_total 16384.0",
+        "swarm_cache_bytes ",
         "swarm_queue_depth 0.0",
         "swarm_tokens_total{",
     ):
