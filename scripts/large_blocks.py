@@ -100,7 +100,7 @@ def main() -> None:
     for like in LARGE:
         config = large_config(like, num_hidden_layers=1)
         source = ModelSource(like, Path(), config, like, torch.bfloat16)
-        ours = cache_bytes(source, torch.bfloat16, tokens=1, rows=0)
+        (ours,) = cache_bytes(source, torch.bfloat16, tokens=1, rows=0)
         weights = block_bytes(source) / 2**20
         print(f"| {like} | {weights:.0f} | {ours} | {transformers_bytes(config)} |", flush=True)
     for like in chosen:

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from swarm.errors import BadRequestError, LeavingError, OutOfCacheError, RemoteError
+from swarm.errors import BadRequestError, LeavingError, OutOfCacheError, RemoteError, UsageError
+from swarm.layout import check_range
 from swarm.node.engine import executor
 from swarm.node.engine.acceleration import Acceleration
 from swarm.node.engine.batch import pack
@@ -72,17 +73,13 @@ class Engine:
         self._deterministic = deterministic
         self._cache = KVCache(
             start=span.start,
-            end=span.end,
             tokens=cache_tokens,
             page_size=page_size or acceleration.page_size,
-            kv_heads=span.kv_heads,
-            key_dim=span.key_dim,
-            value_dim=span.value_dim,
+            kv=span.kv,
             dtype=span.dtype,
             device=span.devices,
             kernel=acceleration.kernel,
-            without=span.without_kv,
-            shared=span.shared_kv,
+            sources=span.kv_sources,
         )
         self._states = StateStore(state_rows) if span.state_bytes else None
         self._decode = None if acceleration.record is None else StaticDecode(span, self._cache, acceleration.record)
@@ -722,6 +719,10 @@ class Engine:
             raise BadRequestError(
                 f"blocks {first}:{last} are not served here; this node serves {self.span.start}:{self.span.end}"
             )
+        try:
+            check_range(first, last, self.span.inner_boundaries)
+        except UsageError as error:
+            raise BadRequestError(str(error)) from None
 
     def _check_hidden(self, hidden: torch.Tensor) -> None:
         if hidden.dim() != 3 or not hidden.shape[0] or hidden.shape[2] != self.span.hidden_size:
