@@ -343,7 +343,8 @@ def _fill_buffers(model: PreTrainedModel, root: nn.Module, device: torch.device,
         for name in names:
             buffer = torch.empty_like(module._buffers[name], device=device)  # type: ignore[arg-type]
             module._buffers[name] = buffer.fill_(_never(buffer.dtype))
-        model._init_weights(module)
+        # a model in a model has rules of its own, which look at itself
+        (module if isinstance(module, PreTrainedModel) else model)._init_weights(module)
         for name in names:
             filled = module._buffers[name]
             assert filled is not None
