@@ -72,9 +72,7 @@ def find_trouble(
     """Runs ``kernel`` on a few rows of many lengths and compares with attention row by row. None: it is right here."""
     size = kernel.page_size
     shape = KVGeometry(kv_heads, dim, dim)
-    cache = KVCache(
-        start=0, tokens=16 * size, page_size=size, kv=[shape], dtype=dtype, device=device, kernel=kernel
-    )
+    cache = KVCache(start=0, tokens=16 * size, page_size=size, kv=[shape], dtype=dtype, device=device, kernel=kernel)
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:

@@ -66,8 +66,8 @@ class Batch:
     value go, ``run`` is the first of them where they lie side by side. ``rows`` are the rows with new tokens and how
     many, ``pieces`` how :func:`pack` was told to cut them. ``paged`` describes them for the cache's kernel, if it has
     one. What is the same for all blocks is made once; ``masks`` holds the masks that the first block made.
-    ``states`` are those of each row, in models that have any. ``shared_kv`` is where blocks whose keys and values others
-    use leave those of the batch's tokens.
+    ``states`` are those of each row, in models that have any. ``shared_kv`` are keys and values of these tokens that
+    blocks leave for later ones.
     """
 
     cache: KVCache

@@ -38,9 +38,10 @@ class KVCache:
     """Keys and values of the blocks from ``start`` on for about ``tokens`` tokens, shared by all sessions.
 
     ``keys[block]`` is ``[kv_heads, 1, slots, key_dim]`` and ``values[block]`` ``[kv_heads, 1, slots, value_dim]``, on
-    the block's device, in the shape that ``kv`` gives for it. In memory each head's tokens lie together, which is how attention on a CPU reads them; with a
-    ``kernel`` that attends over pages it is each token's heads. Memory is claimed but, on a CPU, not touched until
-    tokens come. One page covers the same slots in all blocks; those without a cache (None in ``kv``) have empty pools.
+    the block's device; ``kv`` has the shape of each. In memory each head's tokens lie together, which is how attention
+    on a CPU reads them; with a ``kernel`` that attends over pages it is each token's heads. Memory is claimed but, on a
+    CPU, not touched until tokens come. One page covers the same slots in all blocks; those without a cache (None in
+    ``kv``) have empty pools.
 
     A block in ``sources`` has the pools of that other block, if they are on one device. It puts what it is handed there
     once more, which changes nothing; on another device it has pools of its own with the same in them.

@@ -11,7 +11,7 @@ from swarm.node.placement import (
     Plan,
     Sizes,
     Wish,
-    choose_start,
+    choose_span,
     coverage,
     plan_memory,
     share_blocks,
@@ -28,17 +28,17 @@ LLAMA_70B = Sizes(
 
 
 def test_the_hole_is_filled_first() -> None:
-    assert choose_start(coverage([(0, 3, 1.0), (5, 8, 1.0)], 8), 2) == 3
-    assert choose_start(coverage([(0, 8, 5.0), (0, 4, 1.0)], 8), 4) == 4
-    assert choose_start(coverage([], 8), 8) == 0
+    assert choose_span(coverage([(0, 3, 1.0), (5, 8, 1.0)], 8), 2) == (3, 5)
+    assert choose_span(coverage([(0, 8, 5.0), (0, 4, 1.0)], 8), 4) == (4, 8)
+    assert choose_span(coverage([], 8), 8) == (0, 8)
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 10), st.floats(0.1, 100)), max_size=6), st.integers(1, 10))
 def test_the_worst_block_gets_help_wherever_it_is(shapes: list[tuple[int, int, float]], count: int) -> None:
     covered = coverage([(start, min(10, start + length), speed) for start, length, speed in shapes], 10)
-    start = choose_start(covered, count)
-    assert 0 <= start <= 10 - count
-    assert min(covered) in covered[start : start + count]
+    start, end = choose_span(covered, count)
+    assert 0 <= start < end == start + count <= 10
+    assert min(covered) in covered[start:end]
 
 
 def test_larger_devices_get_more_blocks() -> None:
