@@ -185,7 +185,7 @@ def _shards(tensors: dict[str, torch.Tensor], limit: int) -> Iterator[list[str]]
 def _values(name: str, like: torch.Tensor, std: float, generator: torch.Generator) -> torch.Tensor:
     # Norm weights around one and biases around zero, none of them exactly: a part that is left out must show.
     values = torch.empty(like.shape, dtype=like.dtype).normal_(generator=generator)
-    if like.dim() == 1 and name.endswith("weight"):
+    if like.dim() == 1 and name.endswith(("weight", "scale", "scalar")):
         return values.mul_(0.1).add_(4 if "embed" in name else 1)
     # What follows should hang on the token, not on what all positions share, or greedy text would be one token over and
     # over: loud embeddings, small biases.

@@ -77,7 +77,9 @@ class _Observer:
         self.wrong = ""
         self.state_bytes = 0
 
-    def attends(self, key: torch.Tensor, value: torch.Tensor, mask: Any, options: dict[str, Any]) -> None:
+    def attends(
+        self, module: nn.Module, key: torch.Tensor, value: torch.Tensor, mask: Any, options: dict[str, Any]
+    ) -> None:
         unknown = [
             name
             for name, given in options.items()
@@ -85,6 +87,8 @@ class _Observer:
         ]
         if self.kv is not None:
             self.wrong = "attends more than once in each block"
+        elif getattr(module, "is_causal", True) is False:
+            self.wrong = "attends to later tokens, too"
         elif mask is not None:
             self.wrong = "makes an attention mask of its own"
         elif unknown:
@@ -127,7 +131,7 @@ def _look(
 ) -> tuple[torch.Tensor, None]:
     if batch is None:
         raise TypeError("its keywords don't reach its attention")
-    batch.attends(key, value, attention_mask, options)
+    batch.attends(module, key, value, attention_mask, options)
     return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
 
 

@@ -307,6 +307,8 @@ def _probe(
     config = skeleton.config
     if (why := REFUSED.get(config.model_type)) is not None:
         raise unserved(config.model_type, why)
+    if tied := _tied_blocks(skeleton):
+        raise unserved(config.model_type, f"its blocks {tied[0]} and {tied[1]} share weights, but not a node")
     config._attn_implementation = PROBE
     hidden = torch.zeros(1, 1, carried_size(config), dtype=dtype, device=device)
     positions = torch.zeros(1, 1, dtype=torch.int64, device=device)
@@ -328,6 +330,16 @@ def _probe(
         )
         for index, kind in zip(wanted, kinds, strict=True)
     ]
+
+
+def _tied_blocks(skeleton: Skeleton) -> tuple[int, int] | None:
+    """Two blocks with weights in common, which are loaded for each of them alone."""
+    begin = skeleton.layers_name + "."
+    for pair in getattr(skeleton.model, "all_tied_weights_keys", {}).items():
+        blocks = sorted({int(name[len(begin) :].partition(".")[0]) for name in pair if name.startswith(begin)})
+        if len(blocks) > 1:
+            return blocks[0], blocks[1]
+    return None
 
 
 def _fill_buffers(model: PreTrainedModel, root: nn.Module, device: torch.device, family: Family) -> None:

@@ -21,6 +21,7 @@ _FAMILIES: dict[str, type[Family]] = {
     "falcon_h1": FalconH1Family,
     "gemma3n_text": Gemma3nFamily,
     "gemma4_text": Gemma4Family,
+    "gemma4_unified_text": Gemma4Family,
     "glm4_moe_lite": LatentFamily,
     "gptj": GPTJFamily,
     "llama4_text": Llama4Family,
