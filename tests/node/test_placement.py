@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -16,6 +18,7 @@ from swarm.node.placement import (
     plan_memory,
     share_blocks,
     usable_together,
+    widest_mean,
 )
 
 GIB = 2**30
@@ -39,6 +42,38 @@ def test_the_worst_block_gets_help_wherever_it_is(shapes: list[tuple[int, int, f
     start, end = choose_span(covered, count)
     assert 0 <= start < end == start + count <= 10
     assert min(covered) in covered[start:end]
+
+
+def test_blocks_that_belong_together_are_chosen_together() -> None:
+    inner = frozenset({1, 2})  # 0:3 of five
+    assert choose_span([0.0] * 5, 4, inner) == (0, 4)
+    assert choose_span([1.0, 1.0, 1.0, 1.0, 0.0], 4, inner) == (3, 5)  # there are no four with the last among them
+    assert choose_span([0.0, 0.0, 0.0, 1.0, 1.0], 2, inner) == (3, 5)
+    with pytest.raises(UsageError, match="at least 5 of this model's have to be on one node"):
+        choose_span([0.0] * 5, 4, frozenset({1, 2, 3, 4}))
+
+
+@given(st.lists(st.floats(0, 9), min_size=1, max_size=9), st.integers(1, 9), st.frozensets(st.integers(1, 8)))
+def test_nodes_that_come_one_by_one_cover_all_that_fits(
+    covered: list[float], count: int, inner: frozenset[int]
+) -> None:
+    ends = [boundary for boundary in range(len(covered) + 1) if boundary not in inner or boundary == len(covered)]
+    inner = frozenset(range(1, len(covered))) - frozenset(ends)
+    groups = list(itertools.pairwise(ends))
+    assume(any(end - start <= count for start, end in groups))
+    for _ in groups:
+        start, end = choose_span(covered, count, inner)
+        assert end - start <= count
+        assert {start, end} <= set(ends)
+        covered = [speed + 100 * (start <= block < end) for block, speed in enumerate(covered)]
+    assert all(min(covered[start:end]) >= 100 for start, end in groups if end - start <= count)
+
+
+def test_what_neighbours_need_is_summed_up() -> None:
+    assert widest_mean([10, 20, 30, 0], 4) == 15
+    assert widest_mean([10, 20, 30, 1], 2) == 25
+    assert widest_mean([10, 20, 30, 1], 3) == 20
+    assert widest_mean([10, 20, 30, 1], 1) == 30
 
 
 def test_larger_devices_get_more_blocks() -> None:
