@@ -138,18 +138,18 @@ CASES: tuple[Case, ...] = (
     Case("Gemma 3 (text)", "gemma3_text", "local and global layers with rotary frequencies of their own, normalized "
          "queries and keys", {"sliding_window": 8, "head_dim": 24, "query_pre_attn_scalar": 20, "layer_types":
          list(LOCALS), "pad_token_id": 0}),
-    Case("Gemma 3n (text)", "gemma3n_text", "blocks that use the keys and values of others, inputs of each block, hidden "
-         "states side by side, sparse activations", {**_GEMMA, "num_kv_shared_layers": 2, "laurel_rank": 8,
+    Case("Gemma 3n (text)", "gemma3n_text", "blocks that use the keys and values of others, an input for each block, "
+         "hidden states side by side, sparse activations", {**_GEMMA, "num_kv_shared_layers": 2, "laurel_rank": 8,
          "hidden_size_per_layer_input": 8, "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0, 0.0]}),
-    Case("Gemma 4 E2B, E4B (text)", "gemma4_text", "blocks that use the keys and values of others, inputs of each block, "
+    Case("Gemma 4 E2B (text)", "gemma4_text", "blocks that use the keys and values of others, an input for each block, "
          "global layers with larger heads", {**_GEMMA, "num_kv_shared_layers": 2, "global_head_dim": 24,
          "hidden_size_per_layer_input": 8, "use_double_wide_mlp": True}, name="gemma4-e2b"),
-    Case("Gemma 4 26B, 31B (text)", "gemma4_text", "global layers with larger and fewer heads, whose keys are values, too; "
+    Case("Gemma 4 26B-A4B (text)", "gemma4_text", "global layers with larger and fewer heads, whose keys are also values; "
          "experts", {**_GEMMA, "global_head_dim": 24, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
          "hidden_size_per_layer_input": 0, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2,
          "moe_intermediate_size": 32}, name="gemma4-26b"),
-    Case("Gemma 4 12B (text)", "gemma4_unified_text", "global layers with larger and fewer heads, whose keys are values, "
-         "too", {**_GEMMA, "global_head_dim": 24, "num_global_key_value_heads": 1, "attention_k_eq_v": True}),
+    Case("Gemma 4 unified (text)", "gemma4_unified_text", "global layers with larger and fewer heads",
+         {**_GEMMA, "global_head_dim": 24, "num_global_key_value_heads": 1, "attention_k_eq_v": True}),
     Case("Phi 1, 1.5, 2", "phi", "rotary on a part of each head, attention and MLP in parallel",
          {"num_key_value_heads": 4}),
     Case("Phi 3, 3.5, 4", "phi3", "fused projections, sliding window", {"sliding_window": 8}),
