@@ -144,7 +144,7 @@ CASES: tuple[Case, ...] = (
     Case("Gemma 4 E2B (text)", "gemma4_text", "blocks that use the keys and values of others, an input for each block, "
          "global layers with larger heads", {**_GEMMA, "num_kv_shared_layers": 2, "global_head_dim": 24,
          "hidden_size_per_layer_input": 8, "use_double_wide_mlp": True}, name="gemma4-e2b"),
-    Case("Gemma 4 26B-A4B (text)", "gemma4_text", "global layers with larger and fewer heads, whose keys are also values; "
+    Case("Gemma 4 26B-A4B (text)", "gemma4_text", "global layers with larger and fewer heads, keys as values; "
          "experts", {**_GEMMA, "global_head_dim": 24, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
          "hidden_size_per_layer_input": 0, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2,
          "moe_intermediate_size": 32}, name="gemma4-26b"),
