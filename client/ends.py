@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 from swarm.errors import ModelError
+from swarm.families import family_of
 
 from .cache import SinglePass, SwarmCache
 from .padding import left_padding_for_pass
@@ -28,9 +29,10 @@ _LAYER_LISTS = ("layers", "h", "blocks")
 class StackOfBlocks(nn.Module):
     """All blocks as one layer. ``past_key_values`` says where they are (see :mod:`swarm.client.cache`)."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
         self.gives_tuple = False
+        self._config, self._family = config, family_of(config.model_type)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
         past = kwargs.get("past_key_values")
@@ -38,7 +40,7 @@ class StackOfBlocks(nn.Module):
             past = kwargs.get("layer_past")  # BLOOM and Falcon
         if past is None:
             past = next(given for given in args if isinstance(given, SwarmCache | SinglePass | Echo))  # GPT-2
-        hidden = past.run(hidden_states)
+        hidden = self._family.unpack(past.run(self._family.pack(hidden_states, args)), self._config)
         return (hidden, None) if self.gives_tuple else hidden
 
 
@@ -79,7 +81,8 @@ def put_blocks_in(model: PreTrainedModel, blocks: RemoteBlocks) -> None:
         ModelError: the model's code is not of a shape that this can work with.
     """
     trunk, name = _trunk_of(model)
-    stack = StackOfBlocks()
+    family_of(model.config.model_type).adapt_trunk(trunk)
+    stack = StackOfBlocks(model.config)
     setattr(trunk, name, _OneLayer([stack]))
     for child, module in list(trunk.named_children()):
         if "rotary" in child or "rotary" in type(module).__name__.lower():

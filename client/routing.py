@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hivemind.p2p import PeerID
 
 from swarm.dht import RemoteSpan
 from swarm.errors import MissingBlocksError
+from swarm.layout import check_range
 
 DEFAULT_RTT = 0.02
 """Seconds assumed for a pair of peers that nobody has measured."""
@@ -53,21 +54,27 @@ def find_route(
     *,
     rtts: Mapping[PeerID, float],
     cache_tokens: int = 0,
+    inner: frozenset[int] = frozenset(),
 ) -> tuple[Leg, ...]:
     """The chain for the blocks ``first:last`` that one token passes quickest.
 
     Dynamic programming over blocks: every leg leads to a later block, so when a block is looked at, all ways to it are
-    known. A leg may begin anywhere in a span; it ends where the span ends or where another span begins.
+    known. A leg may begin anywhere in a span; it ends where the span ends or where another span begins; neither at an
+    ``inner`` boundary.
 
     Args:
         spans: who serves what.
         rtts: round-trip seconds from this client to peers.
         cache_tokens: tokens for which a session needs room.
+        inner: boundaries between blocks of which one node has to do all (:mod:`swarm.layout`).
 
     Raises:
+        UsageError: ``first:last`` begins or ends at one of those.
         MissingBlocksError: nobody serves some of the blocks.
     """
-    usable = [span for span in spans if span.start < last and span.end > first]
+    check_range(first, last, inner)
+    whole = (_without_parts(span, inner) for span in spans) if inner else spans
+    usable = [span for span in whole if span.start < last and span.end > first]
     covered = [[span for span in usable if span.start <= block < span.end] for block in range(first, last)]
     missing = [first + index for index, there in enumerate(covered) if not there]
     if missing:
@@ -94,6 +101,16 @@ def find_route(
         legs.append(best.leg)
         best = best.previous
     return tuple(reversed(legs))
+
+
+def _without_parts(span: RemoteSpan, inner: frozenset[int]) -> RemoteSpan:
+    """``span`` without the blocks at its ends that can't be used, as those that they belong to aren't there."""
+    start, end = span.start, span.end
+    while start in inner:
+        start += 1
+    while end in inner and end > start:
+        end -= 1
+    return replace(span, start=start, end=end)
 
 
 def describe_blocks(blocks: Sequence[int]) -> str:

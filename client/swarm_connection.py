@@ -53,7 +53,14 @@ class SwarmConnection:
 
         async def join() -> SwarmView:
             peer = await runtime.join(peers, startup_timeout=settings.startup_timeout)
-            view = SwarmView(peer, source.dht_prefix, source.num_blocks, fingerprint(source.config), settings)
+            view = SwarmView(
+                peer,
+                source.dht_prefix,
+                source.num_blocks,
+                fingerprint(source.config),
+                settings,
+                inner_boundaries=source.inner_boundaries,
+            )
             try:
                 await view.start()
             except BaseException:

@@ -28,8 +28,17 @@ _DETERMINISTIC = " deterministically (nodes say so with swarm-node serve --deter
 class SwarmView:
     """Kept fresh in the background from :meth:`start` to :meth:`close`. Lives in one event loop."""
 
-    def __init__(self, peer: Peer, prefix: str, num_blocks: int, fingerprint: str, settings: ClientSettings) -> None:
-        self.peer, self.prefix, self.num_blocks = peer, prefix, num_blocks
+    def __init__(
+        self,
+        peer: Peer,
+        prefix: str,
+        num_blocks: int,
+        fingerprint: str,
+        settings: ClientSettings,
+        *,
+        inner_boundaries: frozenset[int] = frozenset(),
+    ) -> None:
+        self.peer, self.prefix, self.num_blocks, self._inner = peer, prefix, num_blocks, inner_boundaries
         self.fingerprint, self._settings = fingerprint, settings
         self._bans = Bans(settings.ban_seconds)
         self._full: dict[PeerID, float] = {}
@@ -139,7 +148,9 @@ class SwarmView:
         roomy = [span for span in usable if self._full.get(span.peer_id, 0.0) <= now]
         for candidates in (roomy, usable):
             try:
-                return find_route(candidates, first, last, rtts=self._rtts, cache_tokens=cache_tokens)
+                return find_route(
+                    candidates, first, last, rtts=self._rtts, cache_tokens=cache_tokens, inner=self._inner
+                )
             except MissingBlocksError as error:
                 missing = error
         raise missing

@@ -130,7 +130,8 @@ def serve(
         typer.Option(
             envvar="SWARM_NUM_BLOCKS",
             min=1,
-            help="Serve this many blocks, where the swarm is thinnest. Default: as many as fit in memory.",
+            help="Serve this many blocks, where the swarm is thinnest; fewer where some can't be apart. "
+            "Default: as many as fit in memory.",
             rich_help_panel=_BLOCKS,
         ),
     ] = None,

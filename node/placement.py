@@ -3,6 +3,8 @@ simulations call the same code."""
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -175,13 +177,35 @@ def coverage(spans: Sequence[tuple[int, int, float]], num_blocks: int) -> list[f
     return total
 
 
-def choose_start(covered: Sequence[float], num_blocks: int) -> int:
+def choose_span(covered: Sequence[float], num_blocks: int, inner: frozenset[int] = frozenset()) -> tuple[int, int]:
     """Where ``num_blocks`` new blocks help most: the window whose worst-served blocks are worst off.
 
-    Windows are compared by their blocks' throughputs in rising order; the first of equals is taken.
+    Windows are compared by their blocks' throughputs in rising order; the first of equals is taken. A window begins and
+    ends at no ``inner`` boundary (:mod:`swarm.layout`), so it may have to be smaller.
+
+    Raises:
+        UsageError: all of the model's blocks have to be with more others than ``num_blocks`` have room for.
     """
-    starts = range(len(covered) - num_blocks + 1)
-    return min(starts, key=lambda start: sorted(covered[start : start + num_blocks]))
+    ends = [boundary for boundary in range(len(covered) + 1) if boundary not in inner]
+    windows: list[tuple[int, int]] = []
+    for start in ends[:-1]:
+        end = max(boundary for boundary in ends if start <= boundary <= start + num_blocks)
+        if end > max(start, windows[-1][1] if windows else 0):  # more than what the window before has already
+            windows.append((start, end))
+    if not windows:
+        least = min(end - start for start, end in itertools.pairwise(ends))
+        raise UsageError(
+            f"{num_blocks} blocks fit here, but at least {least} of this model's have to be on one node: they share "
+            "keys and values. Quantize them (--quantization nf4) or take a larger machine"
+        )
+    padding = [math.inf] * num_blocks
+    return min(windows, key=lambda window: (sorted(covered[slice(*window)]) + padding)[:num_blocks])
+
+
+def widest_mean(sizes: Sequence[int], count: int) -> int:
+    """Of ``count`` neighbours among ``sizes``, the mean, rounded up, where they need most."""
+    sums = (sum(sizes[start : start + count]) for start in range(len(sizes) - count + 1))
+    return -(-max(sums) // count)
 
 
 def usable_together(free_bytes: Sequence[int], block_bytes: int) -> int:

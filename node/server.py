@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from swarm import __version__, dht
 from swarm.codec import dtype_name
 from swarm.errors import UsageError, parse_blocks
 from swarm.fingerprint import fingerprint
+from swarm.layout import check_range
 from swarm.node.announcer import Announcer
 from swarm.node.engine.acceleration import Acceleration, accelerate
 from swarm.node.engine.deterministic import check, make_deterministic
@@ -27,7 +27,17 @@ from swarm.node.life import run_until
 from swarm.node.limits import Limits
 from swarm.node.metrics import serve_metrics
 from swarm.node.output import Output
-from swarm.node.placement import Plan, Sizes, Wish, choose_start, coverage, plan_memory, share_blocks, usable_together
+from swarm.node.placement import (
+    Plan,
+    Sizes,
+    Wish,
+    choose_span,
+    coverage,
+    plan_memory,
+    share_blocks,
+    usable_together,
+    widest_mean,
+)
 from swarm.node.requests import Served
 from swarm.node.settings import NodeSettings
 from swarm.node.sharing import find_source
@@ -123,7 +133,7 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
     if sharing is not None:
         await sharing.begin(stack)
         await sharing.fetch(start, end)
-    span = await _load(source, start, end, dtype, _place(devices, plan), scheme, output)
+    span = await _load(source, start, end, dtype, _place(devices, plan, end - start), scheme, output)
     if settings.deterministic:
         with output.stage("deterministic", "Making sure that results don't depend on the batch"):
             await in_thread(lambda: _make_deterministic(span))
@@ -156,7 +166,7 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
         throughput=speed.inference_rps,
         inference_rps=speed.inference_rps,
         forward_rps=speed.forward_rps,
-        offer=dataclasses.replace(offer, started=time.time()),
+        offer=replace(offer, started=time.time()),
     )
     _say_ready(settings, source, peer, start, end, output)
     return Serving(handler, announcer)
@@ -194,9 +204,9 @@ def _make_deterministic(span: Span) -> None:
     check(span)
 
 
-def _place(devices: Sequence[torch.device], plan: Plan) -> list[torch.device]:
-    """The device of each block of the plan."""
-    shares = share_blocks(plan.num_blocks, [free_memory(device) for device in devices], plan.bytes_each)
+def _place(devices: Sequence[torch.device], plan: Plan, num_blocks: int) -> list[torch.device]:
+    """The device of each of the blocks, of which there are at most as many as planned."""
+    shares = share_blocks(num_blocks, [free_memory(device) for device in devices], plan.bytes_each)
     return [device for device, share in zip(devices, shares, strict=True) for _ in range(share)]
 
 
@@ -224,24 +234,39 @@ def _plan(settings: NodeSettings, source: ModelSource, dtype: torch.dtype, devic
     device = devices[0]
     if settings.quantization not in ("none", "auto"):
         find_scheme(settings.quantization, device, dtype)
-    blocks = settings.num_blocks
-    layers = list(build_skeleton(source, dtype, attention="eager").layers)
+    count = settings.num_blocks
+    first, last = 0, source.num_blocks
     if settings.blocks is not None:
-        start, end = parse_blocks(settings.blocks, source.num_blocks)
-        blocks = end - start
-        layers = layers[start:end]  # they may be smaller than others, as those without experts are
+        first, last = parse_blocks(settings.blocks, source.num_blocks)
+        check_range(first, last, source.inner_boundaries)
+        count = last - first
+    wanted = slice(first, last)
+    layers = build_skeleton(source, dtype, attention="eager").layers
     states = cache_bytes(source, dtype, tokens=0, rows=STATE_ROWS)  # always there, as weights are
     kinds = {"none": None} | {scheme.name: scheme for scheme in schemes_on(device)}
-    sizes = Sizes(
-        num_blocks=source.num_blocks,
-        block_bytes={
-            name: states + max(quantized_bytes(block, kind) for block in layers) for name, kind in kinds.items()
-        },
-        token_bytes=cache_bytes(source, dtype, tokens=1, rows=0),
-        positions=source.max_positions,
-    )
-    free = usable_together([free_memory(each) for each in devices], max(sizes.block_bytes.values()))
-    return plan_memory(free, sizes, Wish(blocks, settings.quantization, settings.cache_tokens))
+    block_bytes = {
+        name: [state + quantized_bytes(block, kind) for state, block in zip(states, layers, strict=True)][wanted]
+        for name, kind in kinds.items()
+    }
+    token_bytes = cache_bytes(source, dtype, tokens=1, rows=0)[wanted]
+    free = [free_memory(each) for each in devices]
+
+    def plan(blocks: int) -> Plan:
+        """If a block needs what it does in a span of so many. A device of several may get just the largest."""
+        together = blocks if len(devices) == 1 else 1
+        sizes = Sizes(
+            num_blocks=source.num_blocks,
+            block_bytes={name: widest_mean(each, together) for name, each in block_bytes.items()},
+            token_bytes=max(1, widest_mean(token_bytes, together)),
+            positions=source.max_positions,
+        )
+        usable = usable_together(free, max(sizes.block_bytes.values()))
+        return plan_memory(usable, sizes, Wish(count, settings.quantization, settings.cache_tokens))
+
+    if count is not None:
+        return plan(min(count, source.num_blocks))
+    plans = ((blocks, plan(blocks)) for blocks in range(source.num_blocks, 0, -1))
+    return next(replace(made, num_blocks=blocks) for blocks, made in plans if made.num_blocks >= blocks)
 
 
 def _choose_blocks(
@@ -255,8 +280,8 @@ def _choose_blocks(
         for span in spans.values()
         if span.peer_id != peer.peer_id
     ]
-    start = choose_start(coverage(others, source.num_blocks), plan.num_blocks)
-    return start, start + plan.num_blocks, "where the swarm is thinnest"
+    covered = coverage(others, source.num_blocks)
+    return (*choose_span(covered, plan.num_blocks, source.inner_boundaries), "where the swarm is thinnest")
 
 
 def _say_ready(settings: NodeSettings, source: ModelSource, peer: Peer, start: int, end: int, output: Output) -> None:

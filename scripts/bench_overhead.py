@@ -59,12 +59,9 @@ def arithmetic_ms(path: Path, blocks: int, hidden: torch.Tensor, steps: int) -> 
     span = load_span(resolve(str(path)), 0, blocks, dtype=hidden.dtype, device="cpu", finish=pack_block)
     cache = KVCache(
         start=0,
-        end=blocks,
         tokens=2 * steps + 64,
         page_size=16,
-        kv_heads=span.kv_heads,
-        key_dim=span.key_dim,
-        value_dim=span.value_dim,
+        kv=span.kv,
         dtype=span.dtype,
         device=span.device,
     )

@@ -249,7 +249,7 @@ def _values(name: str, like: torch.Tensor, std: float, generator: torch.Generato
     # What follows should hang on the token, not on what all positions share, or greedy text would be one token over and
     # over: loud embeddings, small biases.
     scale, mean = std if like.dim() > 1 else std / 5, 0
-    if like.dim() == 1 and name.endswith("weight"):
+    if like.dim() == 1 and name.endswith(("weight", "scale", "scalar")):
         scale, mean = 0.1, 4 if "embed" in name else 1
     elif "embed" in name:
         scale = 10 * std

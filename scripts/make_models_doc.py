@@ -43,6 +43,10 @@ Of checkpoints with images ({multimodal}) the text part is served.
 * Layers with a state (gated DeltaNet, Mamba 2) keep one for each row, of a fixed size, beside the KV cache. It can't be
   cut back: a client that goes back in a session plays the session in again, and transformers itself refuses assisted
   generation with these models. A node keeps the states of at most 64 rows.
+* Blocks that use the keys and values of others, and those others, are one piece: a node serves all of them or none. In
+  Gemma 3n, as transformers has it, that is the second half of the model.
+* What a block of Gemma 3n or 4 is given of a token beside hidden states goes along from node to node. With the sizes
+  that are transformers' defaults, all together is 8 times the hidden size in Gemma 3n and 4 times in Gemma 4.
 * Rotary frequencies that hang on a sequence's length (`longrope`, `dynamic`) are computed row by row, from the row's
   tokens so far. transformers looks at the whole prompt: a prompt longer than the original length of the model that is
   prefilled in pieces can give other text.

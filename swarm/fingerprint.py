@@ -23,5 +23,12 @@ _SHAPE_FIELDS = (
 
 def fingerprint(config: Any) -> str:
     """16 hex digits that depend on what decides the shapes of a model's weights. ``config`` is one of transformers."""
-    shape = {name: getattr(config, name, None) for name in _SHAPE_FIELDS}
+    shape = {name: _field(config, name) for name in _SHAPE_FIELDS}
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _field(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except Exception:  # transformers' for what differs between layers; what is in the config's file is as good here
+        return vars(config).get(name)

@@ -19,6 +19,9 @@ from swarm.families.mixers import Mixer, MixerStates
 
 PROBE = "swarm_probe"
 
+SharedKV = dict[Any, tuple[torch.Tensor, torch.Tensor]]
+"""Keys and values that some blocks leave for later ones, by the name that transformers' modules give them."""
+
 # What the attention function is promised to understand, and keywords that say nothing about the result here.
 _UNDERSTOOD = {"scaling", "alibi", "sliding_window", "softcap", "s_aux", "attention_chunk"}
 _HARMLESS = {"dropout", "position_ids", "use_cache", "output_attentions", "position_embeddings", "cache_position"}
@@ -45,21 +48,38 @@ class KVGeometry:
 
 @dataclass(frozen=True)
 class BlockCache:
-    """What one block keeps: keys and values of each token (or None), and ``state_bytes`` for each row."""
+    """What one block keeps: keys and values of each token (or None), and ``state_bytes`` for each row.
+
+    ``borrows``: it attends over the keys and values of another block, which have the shape ``kv``.
+    """
 
     kv: KVGeometry | None
     state_bytes: int
+    borrows: bool = False
+
+    def bytes(self, *, tokens: int, rows: int, itemsize: int) -> int:
+        """Memory for ``tokens`` tokens, in a dtype of ``itemsize`` bytes, and the states of ``rows`` rows."""
+        per_token = self.kv.elements * itemsize if self.kv and not self.borrows else 0
+        return per_token * tokens + self.state_bytes * rows
 
 
 class _Observer:
-    """Stands where the engine's batch would be, and sees what the block keeps there."""
+    """Stands where the engine's batch would be, and sees what the block keeps there.
 
-    def __init__(self) -> None:
+    ``shared_kv``: what blocks before it left there for it, as in a batch.
+    """
+
+    def __init__(self, shared_kv: SharedKV) -> None:
+        self.shared_kv = shared_kv
+        self._borrowed = list(shared_kv.values())
+        self.borrows = False
         self.kv: KVGeometry | None = None
         self.wrong = ""
         self.state_bytes = 0
 
-    def attends(self, key: torch.Tensor, value: torch.Tensor, mask: Any, options: dict[str, Any]) -> None:
+    def attends(
+        self, module: nn.Module, key: torch.Tensor, value: torch.Tensor, mask: Any, options: dict[str, Any]
+    ) -> None:
         unknown = [
             name
             for name, given in options.items()
@@ -67,10 +87,13 @@ class _Observer:
         ]
         if self.kv is not None:
             self.wrong = "attends more than once in each block"
+        elif getattr(module, "is_causal", True) is False:
+            self.wrong = "attends to later tokens, too"
         elif mask is not None:
             self.wrong = "makes an attention mask of its own"
         elif unknown:
             self.wrong = f"needs {', '.join(unknown)} in attention"
+        self.borrows = any(key is other for other, _ in self._borrowed)
         self.kv = KVGeometry(key.shape[1], key.shape[3], value.shape[3], key is value)
 
     def mix(self, block: int, hidden: torch.Tensor, mixer: Mixer) -> torch.Tensor:
@@ -108,7 +131,7 @@ def _look(
 ) -> tuple[torch.Tensor, None]:
     if batch is None:
         raise TypeError("its keywords don't reach its attention")
-    batch.attends(key, value, attention_mask, options)
+    batch.attends(module, key, value, attention_mask, options)
     return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
 
 
@@ -132,14 +155,15 @@ def probe_block(
     *,
     kind: str,
     model_type: str,
+    shared_kv: SharedKV,
 ) -> BlockCache:
     """What a block on the meta device keeps; its config names :data:`PROBE` as its attention. ``kind`` is its type of
-    layer, ``model_type`` for the error's text.
+    layer, ``model_type`` for the error's text. ``shared_kv`` goes from each block to the next, empty at first.
 
     Raises:
         ModelError: the block can't run over our attention function.
     """
-    seen, name, failure = _Observer(), type(block).__name__, ""
+    seen, name, failure = _Observer(shared_kv), type(block).__name__, ""
     try:
         family.run(block, hidden, positions, embeddings, batch=seen)
     except (NotImplementedError, RuntimeError) as error:
@@ -154,4 +178,4 @@ def probe_block(
         raise unserved(model_type, f"{name} {seen.wrong}")
     if seen.kv is None and not (kind in _STATES_ONLY and seen.state_bytes):
         raise unserved(model_type, f"the attention of {name} does not go through transformers' interface")
-    return BlockCache(seen.kv, seen.state_bytes)
+    return BlockCache(seen.kv, seen.state_bytes, seen.borrows)

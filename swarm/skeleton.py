@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from swarm.checkpoint import Checkpoint
 from swarm.errors import ModelError, UsageError
 from swarm.families import ATTENTION, REFUSED, Family, family_of
-from swarm.probe import PROBE, BlockCache, KVGeometry, probe_block, unserved
+from swarm.layout import carried_size, check_range, kv_sources
+from swarm.probe import PROBE, BlockCache, SharedKV, probe_block, unserved
 from swarm.source import ModelSource
 from swarm.span import Prepared, Span
 from swarm.weights import load_weights, plan_weights
@@ -110,11 +111,12 @@ def load_span(
         finish: changes each block in place once it is loaded, before the next one is.
 
     Raises:
-        UsageError: the model has no such blocks.
+        UsageError: the model has no such blocks, or they can't be without others.
         ModelError: the weights can't be loaded, or this architecture can't be served.
     """
     if not 0 <= start < end <= source.num_blocks:
         raise UsageError(f"blocks {start}:{end} are not in this model: it has blocks 0:{source.num_blocks}")
+    check_range(start, end, source.inner_boundaries)
     skeleton = build_skeleton(source, dtype, attention="eager")
     checkpoint = Checkpoint.open(source)
     plan = plan_weights(skeleton.model, checkpoint)  # before unwanted blocks go: renames look at all names
@@ -169,7 +171,9 @@ def assemble_span(
     for index in wanted:
         family.adapt(skeleton.layers[index], config)
     caches = _probe(skeleton, family, wanted, kinds, dtype, devices[0])
-    geometry = _one_geometry(source, caches)
+    sources = {block: of for block, of in kv_sources(config).items() if block in wanted}
+    if sources.keys() != {index for index, cache in zip(wanted, caches, strict=True) if cache.borrows}:
+        raise unserved(source.model_type, "its blocks share keys and values in another way than its config says")
 
     parameter_bytes = 0
     for done, (index, device) in enumerate(zip(wanted, devices, strict=True)):
@@ -193,11 +197,8 @@ def assemble_span(
         dtype=dtype,
         devices=tuple(devices),
         hidden_size=source.hidden_size,
-        kv_heads=geometry.kv_heads,
-        key_dim=geometry.key_dim,
-        value_dim=geometry.value_dim,
-        shared_kv=geometry.shared,
-        without_kv=frozenset(index for index, cache in zip(wanted, caches, strict=True) if cache.kv is None),
+        kv=tuple(cache.kv for cache in caches),
+        kv_sources=sources,
         state_bytes=sum(cache.state_bytes for cache in caches),
         parameter_bytes=parameter_bytes,
         config=config,
@@ -306,13 +307,16 @@ def _probe(
     config = skeleton.config
     if (why := REFUSED.get(config.model_type)) is not None:
         raise unserved(config.model_type, why)
+    if tied := _tied_blocks(skeleton):
+        raise unserved(config.model_type, f"its blocks {tied[0]} and {tied[1]} share weights, but not a node")
     config._attn_implementation = PROBE
-    hidden = torch.zeros(1, 1, config.hidden_size, dtype=dtype, device=device)
+    hidden = torch.zeros(1, 1, carried_size(config), dtype=dtype, device=device)
     positions = torch.zeros(1, 1, dtype=torch.int64, device=device)
     embeddings = family.position_embeddings(skeleton.base, config, hidden, positions)
     hidden, positions, embeddings = tree_map_only(
         torch.Tensor, lambda tensor: tensor.to("meta"), (hidden, positions, embeddings)
     )
+    shared_kv: SharedKV = {}
     return [
         probe_block(
             family,
@@ -322,17 +326,20 @@ def _probe(
             embeddings[kind] if isinstance(embeddings, dict) else embeddings,
             kind=kind,
             model_type=config.model_type,
+            shared_kv=shared_kv,
         )
         for index, kind in zip(wanted, kinds, strict=True)
     ]
 
 
-def _one_geometry(source: ModelSource, caches: list[BlockCache]) -> KVGeometry:
-    """That of all blocks that have a KV cache."""
-    found = {cache.kv for cache in caches if cache.kv is not None}
-    if len(found) > 1:
-        raise unserved(source.model_type, "its blocks have KV caches of different shapes")
-    return found.pop() if found else KVGeometry(0, 0, 0)
+def _tied_blocks(skeleton: Skeleton) -> tuple[int, int] | None:
+    """Two blocks with weights in common, which are loaded for each of them alone."""
+    begin = skeleton.layers_name + "."
+    for pair in getattr(skeleton.model, "all_tied_weights_keys", {}).items():
+        blocks = sorted({int(name[len(begin) :].partition(".")[0]) for name in pair if name.startswith(begin)})
+        if len(blocks) > 1:
+            return blocks[0], blocks[1]
+    return None
 
 
 def _fill_buffers(model: PreTrainedModel, root: nn.Module, device: torch.device, family: Family) -> None:
@@ -348,7 +355,8 @@ def _fill_buffers(model: PreTrainedModel, root: nn.Module, device: torch.device,
         for name in names:
             buffer = torch.empty_like(module._buffers[name], device=device)  # type: ignore[arg-type]
             module._buffers[name] = buffer.fill_(_never(buffer.dtype))
-        model._init_weights(module)
+        # a model in a model has rules of its own, which look at itself
+        (module if isinstance(module, PreTrainedModel) else model)._init_weights(module)
         for name in names:
             filled = module._buffers[name]
             assert filled is not None
@@ -392,8 +400,8 @@ def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def cache_bytes(source: ModelSource, dtype: torch.dtype, *, tokens: int, rows: int) -> int:
-    """Memory that one block's cache takes for ``tokens`` tokens and the states of ``rows`` rows; of the largest."""
+def cache_bytes(source: ModelSource, dtype: torch.dtype, *, tokens: int, rows: int) -> list[int]:
+    """Memory that each block's cache takes for ``tokens`` tokens and the states of ``rows`` rows."""
     skeleton, family, device = build_skeleton(source, dtype, attention="eager"), family_of(source.model_type), "cpu"
     for module in skeleton.base.children():
         if module is not skeleton.layers and not any(True for _ in module.parameters()):
@@ -401,10 +409,5 @@ def cache_bytes(source: ModelSource, dtype: torch.dtype, *, tokens: int, rows: i
     for block in skeleton.layers:
         family.adapt(block, skeleton.config)
     every = range(source.num_blocks)
-    caches = set(_probe(skeleton, family, every, _layer_kinds(source), dtype, torch.device(device)))
-
-    def size(cache: BlockCache) -> int:
-        per_token = cache.kv.elements * dtype.itemsize if cache.kv else 0
-        return per_token * tokens + cache.state_bytes * rows
-
-    return max(map(size, caches))
+    caches = _probe(skeleton, family, every, _layer_kinds(source), dtype, torch.device(device))
+    return [cache.bytes(tokens=tokens, rows=rows, itemsize=dtype.itemsize) for cache in caches]

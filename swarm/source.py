@@ -17,6 +17,7 @@ from swarm.checkpoint import Checkpoint, require_safetensors
 from swarm.dequantize import Quantization, quantization_of
 from swarm.errors import ModelError, UsageError
 from swarm.hub import HubRepo
+from swarm.layout import carried_size, inner_boundaries
 
 if TYPE_CHECKING:
     from swarm.sharing.store import WeightStore
@@ -64,7 +65,13 @@ class ModelSource:
 
     @property
     def hidden_size(self) -> int:
-        return self.config.hidden_size
+        """Of what goes from block to block: more than the config's in models whose blocks need more of each token."""
+        return carried_size(self.config)
+
+    @property
+    def inner_boundaries(self) -> frozenset[int]:
+        """Where no span may begin or end (:func:`swarm.layout.inner_boundaries`)."""
+        return inner_boundaries(self.config)
 
     @property
     def vocab_size(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from swarm.families import Family
+from swarm.layout import inner_boundaries
+from swarm.probe import KVGeometry
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,8 @@ class Span:
     Attributes:
         devices: where each block is; blocks on one device are side by side.
         bases: for each device, the module with the buffers that position embeddings are made of.
-        kv_heads, key_dim, value_dim: of each block's KV cache.
-        shared_kv: keys and values are the same numbers, and kept once (latent attention).
-        without_kv: blocks that have none.
+        kv: of each block, the shape of its KV cache; None: it has none.
+        kv_sources: blocks that use the KV cache of another one in the span instead of their own: block to that other.
         state_bytes: what all blocks together keep for each row beside KV (recurrent states); 0 in most models. Such
             states can't be cut back to an earlier token, nor shared as a prefix.
         parameter_bytes: memory of the weights as they were loaded, before they were packed or quantized.
@@ -48,11 +50,8 @@ class Span:
     dtype: torch.dtype
     devices: tuple[torch.device, ...]
     hidden_size: int
-    kv_heads: int
-    key_dim: int
-    value_dim: int
-    shared_kv: bool
-    without_kv: frozenset[int]
+    kv: tuple[KVGeometry | None, ...]
+    kv_sources: Mapping[int, int]
     state_bytes: int
     parameter_bytes: int
     config: PreTrainedConfig
@@ -60,6 +59,11 @@ class Span:
     bases: Mapping[torch.device, nn.Module] = field(repr=False)
     family: Family = field(repr=False)
     kinds: tuple[str, ...] = field(repr=False)
+
+    @functools.cached_property
+    def inner_boundaries(self) -> frozenset[int]:
+        """Blocks of the model at which nothing may begin or end (:func:`swarm.layout.inner_boundaries`)."""
+        return inner_boundaries(self.config)
 
     @property
     def device(self) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from swarm.node.engine.batch import pack
 from swarm.node.engine.kv_cache import KVCache, Sequence
 from swarm.node.engine.paged_attention import PagedKernel, torch_kernel
 from swarm.node.engine.static_decode import Record, Step
+from swarm.probe import KVGeometry
 from swarm.span import Span
 
 logger = logging.getLogger(__name__)
@@ -46,14 +48,17 @@ def accelerate(span: Span, *, graphs: bool = True) -> Acceleration:
     """
     if span.device.type != "cuda" or (kernel := torch_kernel()) is None:
         return Acceleration()
-    if not kernel.suits(span.dtype, span.key_dim, span.value_dim):
-        logger.warning(
-            "paged attention: not for %s with heads of %d; attention runs row by row", span.dtype, span.key_dim
-        )
+    shapes = [shape for shape in dict.fromkeys(span.kv) if shape is not None]
+    suited = [shape for shape in shapes if kernel.suits(span.dtype, shape.key_dim, shape.value_dim)]
+    for shape in shapes:
+        if shape not in suited:
+            what = f"{span.dtype} with heads of {shape.key_dim}"
+            logger.warning("paged attention: not for %s; attention runs row by row", what)
+    if not suited:
         return Acceleration()
-    heads = getattr(span.config, "num_attention_heads", span.kv_heads)
-    for device in dict.fromkeys(span.devices):
-        if trouble := find_trouble(kernel, device, span.dtype, heads, span.kv_heads, span.key_dim):
+    for device, shape in itertools.product(dict.fromkeys(span.devices), suited):
+        heads = getattr(span.config, "num_attention_heads", shape.kv_heads)
+        if trouble := find_trouble(kernel, device, span.dtype, heads, shape.kv_heads, shape.key_dim):
             logger.warning("paged attention: not on %s (%s); attention runs row by row", device, trouble)
             return Acceleration()
     if reason := why_unrecorded(span):
@@ -66,8 +71,8 @@ def find_trouble(
 ) -> str | None:
     """Runs ``kernel`` on a few rows of many lengths and compares with attention row by row. None: it is right here."""
     size = kernel.page_size
-    geometry: dict[str, Any] = {"kv_heads": kv_heads, "key_dim": dim, "value_dim": dim, "dtype": dtype}
-    cache = KVCache(start=0, end=1, tokens=16 * size, page_size=size, device=device, kernel=kernel, **geometry)
+    shape = KVGeometry(kv_heads, dim, dim)
+    cache = KVCache(start=0, tokens=16 * size, page_size=size, kv=[shape], dtype=dtype, device=device, kernel=kernel)
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:

@@ -56,7 +56,8 @@ def attention(
     else:
         keys.index_copy_(2, batch.slots, key.transpose(0, 1))
         values.index_copy_(2, batch.slots, value.transpose(0, 1))
-    if batch.paged is not None and rule.plain and rule.slopes is None and attention_chunk is None:
+    suits = batch.paged is not None and rule.plain and rule.slopes is None and attention_chunk is None
+    if batch.paged is not None and suits and batch.cache.in_kernel(keys, values):
         assert batch.cache.kernel is not None
         flat = query[0].transpose(0, 1)
         options: dict[str, Any] = {"page_size": batch.cache.page_size, "scale": rule.scale, "window": rule.window}

@@ -14,6 +14,7 @@ from swarm.node.engine.kv_cache import KVCache, Sequence
 from swarm.node.engine.paged_attention import PagedRows, describe_rows
 from swarm.node.engine.states import RowStates, mix
 from swarm.node.engine.transfer import to_device
+from swarm.probe import SharedKV
 
 SHORT_ROWS, SHORT_LENGTH = 4, 256
 """From how many rows on, and up to which length, one call over copies is quicker than a call for each row in place."""
@@ -65,7 +66,8 @@ class Batch:
     value go, ``run`` is the first of them where they lie side by side. ``rows`` are the rows with new tokens and how
     many, ``pieces`` how :func:`pack` was told to cut them. ``paged`` describes them for the cache's kernel, if it has
     one. What is the same for all blocks is made once; ``masks`` holds the masks that the first block made.
-    ``states`` are those of each row, in models that have any.
+    ``states`` are those of each row, in models that have any. ``shared_kv`` are keys and values of these tokens that
+    blocks leave for later ones.
     """
 
     cache: KVCache
@@ -77,6 +79,7 @@ class Batch:
     paged: PagedRows | None = None
     masks: Masks = field(default_factory=dict)
     states: tuple[RowStates, ...] = ()
+    shared_kv: SharedKV = field(default_factory=dict)
 
     def mix(self, block: int, hidden: torch.Tensor, mixer: Mixer) -> torch.Tensor:
         """``hidden`` ``[1, N, H]`` through a block's mixer, which is called with each row's tokens and states."""
@@ -103,6 +106,7 @@ class Batch:
             slots=self.slots.to(device, non_blocking=True),
             paged=None if self.paged is None else self.paged.to(device),
             masks={},
+            shared_kv=_moved(self.shared_kv, device),
         )
 
 
@@ -114,6 +118,7 @@ class DenseBatch:
     columns: int
     positions: torch.Tensor
     masks: Masks = field(default_factory=dict)
+    shared_kv: SharedKV = field(default_factory=dict)
 
     def mix(self, block: int, hidden: torch.Tensor, mixer: Mixer) -> torch.Tensor:
         """As :meth:`Batch.mix`, and nothing is kept."""
@@ -123,7 +128,12 @@ class DenseBatch:
         """The same for blocks on ``device``."""
         if device == self.positions.device:
             return self
-        return DenseBatch(self.rows, self.columns, self.positions.to(device, non_blocking=True))
+        positions = self.positions.to(device, non_blocking=True)
+        return replace(self, positions=positions, masks={}, shared_kv=_moved(self.shared_kv, device))
+
+
+def _moved(shared_kv: SharedKV, device: torch.device) -> SharedKV:
+    return {name: (key.to(device), value.to(device)) for name, (key, value) in shared_kv.items()}
 
 
 def pack(

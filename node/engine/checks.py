@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import torch
 
-from swarm.errors import BadRequestError
+from swarm.errors import BadRequestError, UsageError
+from swarm.layout import check_range
 from swarm.node.engine.session import EngineSession, StepWork
 from swarm.span import Span
 
 
 def check_blocks(span: Span, first: int, last: int) -> None:
-    """The blocks ``first:last`` are some of ``span``."""
+    """The blocks ``first:last`` are some of ``span``, and don't part those that belong together."""
     if not span.start <= first < last <= span.end:
         raise BadRequestError(f"blocks {first}:{last} are not served here; this node serves {span.start}:{span.end}")
+    try:
+        check_range(first, last, span.inner_boundaries)
+    except UsageError as error:
+        raise BadRequestError(str(error)) from None
 
 
 def check_hidden(span: Span, hidden: torch.Tensor) -> None:

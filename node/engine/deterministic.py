@@ -138,14 +138,12 @@ def _watch(span: Span, others: tuple[int, ...]) -> list[torch.Tensor]:
     mine = torch.randn(73, span.hidden_size, generator=generator).to(span.device, span.dtype)
     cache = KVCache(
         start=span.start,
-        end=span.end,
         tokens=1024,
         page_size=16,
-        kv_heads=span.kv_heads,
-        key_dim=span.key_dim,
-        value_dim=span.value_dim,
+        kv=span.kv,
         dtype=span.dtype,
-        device=span.device,
+        device=span.devices,
+        sources=span.kv_sources,
     )
     lengths = [*others[: len(others) // 2], 70, *others[len(others) // 2 :]]
     watched = len(others) // 2

@@ -70,17 +70,13 @@ class Engine:
         self._deterministic = deterministic
         self._cache = KVCache(
             start=span.start,
-            end=span.end,
             tokens=cache_tokens,
             page_size=page_size or acceleration.page_size,
-            kv_heads=span.kv_heads,
-            key_dim=span.key_dim,
-            value_dim=span.value_dim,
+            kv=span.kv,
             dtype=span.dtype,
             device=span.devices,
             kernel=acceleration.kernel,
-            without=span.without_kv,
-            shared=span.shared_kv,
+            sources=span.kv_sources,
         )
         self._states = StateStore(state_rows) if span.state_bytes else None
         self._turns = TurnRunner(

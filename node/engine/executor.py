@@ -41,12 +41,12 @@ def run_blocks(
     ``prompts`` belong to the blocks from ``prompts_from`` (or ``first``) on.
     """
     for device, begin, end in span.runs(first, last):
-        hidden, here = hidden.to(device, non_blocking=True), batch.to(device)
-        prepared = span.prepare(hidden, here.positions)
+        hidden, batch = hidden.to(device, non_blocking=True), batch.to(device)
+        prepared = span.prepare(hidden, batch.positions)
         for block in range(begin, end):
             if prompts is not None:
                 hidden = prompts.add(block - (first if prompts_from is None else prompts_from), hidden)
-            hidden = span.run(block, hidden, prepared, here)
+            hidden = span.run(block, hidden, prepared, batch)
     return hidden
 
 
@@ -88,7 +88,8 @@ def backward(
     rows, columns, size = hidden.shape
     batch = pack_dense(rows, columns, hidden.device)
     group = max(1, kept_tokens // (rows * columns))
-    starts = list(range(first, last, group))
+    # within a group of blocks gradients also go through keys and values that they share
+    starts = [start for start in range(first, last, group) if start not in span.inner_boundaries]
     with torch.enable_grad():
         leaf_prompts = None if prompts is None else prompts.detach().clone().requires_grad_()
     inputs = [hidden.reshape(1, rows * columns, size)]
@@ -98,11 +99,10 @@ def backward(
             part = run_blocks(span, inputs[-1], batch, first=begin, last=end, prompts=placed, prompts_from=first)
             inputs.append(part)
     flowing = grad.reshape(1, rows * columns, size)
-    for begin, given in zip(reversed(starts), reversed(inputs), strict=True):
+    for begin, end, given in zip(reversed(starts), reversed([*starts[1:], last]), reversed(inputs), strict=True):
         with torch.enable_grad():
             leaf = given.detach().clone().requires_grad_()
             placed = None if leaf_prompts is None else place_dense(leaf_prompts, rows, columns)
-            end = min(begin + group, last)
             output = run_blocks(span, leaf, batch, first=begin, last=end, prompts=placed, prompts_from=first)
         output.backward(flowing.to(output.device))
         assert leaf.grad is not None

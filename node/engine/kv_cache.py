@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Hashable
+from collections.abc import Hashable, Mapping
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 
 from swarm.errors import OutOfCacheError
 from swarm.node.engine.paged_attention import PagedKernel
 from swarm.node.engine.pages import OutOfPages, PageAllocator
+from swarm.probe import KVGeometry
 
 
 @dataclass(eq=False)
@@ -33,13 +35,16 @@ class Sequence:
 
 
 class KVCache:
-    """Keys and values of the blocks ``start:end`` for about ``tokens`` tokens, shared by all sessions.
+    """Keys and values of the blocks from ``start`` on for about ``tokens`` tokens, shared by all sessions.
 
     ``keys[block]`` is ``[kv_heads, 1, slots, key_dim]`` and ``values[block]`` ``[kv_heads, 1, slots, value_dim]``, on
-    the block's device. In memory each head's tokens lie together, which is how attention on a CPU reads them; with a
-    ``kernel`` that attends over pages it is each token's heads. Memory is claimed but, on a CPU, not touched until
-    tokens come. One page covers the same slots in all blocks; those ``without`` a cache of their own have empty pools.
-    ``shared`` keys and values are one pool.
+    the block's device; ``kv`` has the shape of each. In memory each head's tokens lie together, which is how attention
+    on a CPU reads them; with a ``kernel`` that attends over pages it is each token's heads. Memory is claimed but, on a
+    CPU, not touched until tokens come. One page covers the same slots in all blocks; those without a cache (None in
+    ``kv``) have empty pools.
+
+    A block in ``sources`` has the pools of that other block, if they are on one device. It puts what it is handed there
+    once more, which changes nothing; on another device it has pools of its own with the same in them.
 
     With a ``kernel`` there is one page more, ``spare_page``, that belongs to nobody: rows that only fill up a batch
     write there.
@@ -49,24 +54,20 @@ class KVCache:
         self,
         *,
         start: int,
-        end: int,
         tokens: int,
         page_size: int,
-        kv_heads: int,
-        key_dim: int,
-        value_dim: int,
+        kv: Listing[KVGeometry | None],
         dtype: torch.dtype,
         device: torch.device | Listing[torch.device],
         kernel: PagedKernel | None = None,
-        without: Collection[int] = (),
-        shared: bool = False,
+        sources: Mapping[int, int] = MappingProxyType({}),
     ) -> None:
         self.page_size = page_size
         self.pages = PageAllocator(max(1, tokens // page_size))
         self.kernel = kernel
         self.spare_page = self.pages.count
         slots = (self.pages.count + (kernel is not None)) * page_size
-        devices = [device] * (end - start) if isinstance(device, torch.device) else device
+        devices = [device] * len(kv) if isinstance(device, torch.device) else device
 
         def pool(kv_heads: int, dim: int, device: torch.device) -> torch.Tensor:
             if kernel is None:
@@ -75,12 +76,21 @@ class KVCache:
             tokens[self.spare_page * page_size :] = 0  # is read before it is written, and must be finite
             return tokens.transpose(0, 1)[:, None]
 
-        def pools(dim: int) -> dict[int, torch.Tensor]:
-            places = zip(range(start, end), devices, strict=True)
-            return {block: pool(0 if block in without else kv_heads, dim, device) for block, device in places}
+        self.keys: dict[int, torch.Tensor] = {}
+        self.values: dict[int, torch.Tensor] = {}
+        owners: dict[tuple[int, torch.device], int] = {}
+        for block, (shape, place) in enumerate(zip(kv, devices, strict=True), start):
+            shape = shape or KVGeometry(0, 0, 0)
+            owner = owners.setdefault((sources.get(block, block), place), block)
+            if owner != block:
+                self.keys[block], self.values[block] = self.keys[owner], self.values[owner]
+                continue
+            keys = self.keys[block] = pool(shape.kv_heads, shape.key_dim, place)
+            self.values[block] = keys if shape.shared else pool(shape.kv_heads, shape.value_dim, place)
 
-        self.keys = pools(key_dim)
-        self.values = self.keys if shared else pools(value_dim)
+    def in_kernel(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        """Whether the kernel, which there is, takes heads of the size that is in these pools."""
+        return self.kernel is not None and self.kernel.suits(keys.dtype, keys.shape[3], values.shape[3])
 
     @property
     def tokens(self) -> int:
@@ -215,9 +225,9 @@ class KVCache:
 
     def _copy_page(self, source: int, target: int, blocks: range) -> None:
         size = self.page_size
-        for block in blocks:
-            for pool in (self.keys[block], self.values[block]):
-                pool.narrow(2, target * size, size).copy_(pool.narrow(2, source * size, size))
+        pools = {id(pool): pool for block in blocks for pool in (self.keys[block], self.values[block])}
+        for pool in pools.values():
+            pool.narrow(2, target * size, size).copy_(pool.narrow(2, source * size, size))
 
 
 def _side_by_side(pages: Listing[int]) -> bool:

@@ -6,6 +6,7 @@ from swarm.families.base import ATTENTION, Family
 from swarm.families.bloom import BloomFamily
 from swarm.families.falcon import FalconFamily
 from swarm.families.falcon_h1 import FalconH1Family
+from swarm.families.gemma import Gemma3nFamily, Gemma4Family
 from swarm.families.gptj import GPTJFamily
 from swarm.families.latent import LatentFamily
 from swarm.families.llama4 import Llama4Family
@@ -18,13 +19,15 @@ _FAMILIES: dict[str, type[Family]] = {
     "deepseek_v3": LatentFamily,
     "falcon": FalconFamily,
     "falcon_h1": FalconH1Family,
+    "gemma3n_text": Gemma3nFamily,
+    "gemma4_text": Gemma4Family,
+    "gemma4_unified_text": Gemma4Family,
     "glm4_moe_lite": LatentFamily,
     "gptj": GPTJFamily,
     "llama4_text": Llama4Family,
 }
 
-_SHARED = "some of its blocks use the keys and values of others, and each block has an input of its own"
-REFUSED: dict[str, str] = {"gemma3n_text": _SHARED, "gemma4_text": _SHARED}
+REFUSED: dict[str, str] = {}
 """Types of models that can't be served, and why, where that doesn't show when a block is tried."""
 
 

@@ -30,6 +30,18 @@ class Family:
         """The value of a buffer that no checkpoint holds and that transformers doesn't compute module by module."""
         return None
 
+    def adapt_trunk(self, trunk: nn.Module) -> None:
+        """Make the module around a client's one layer, which stands for all blocks, ready for :meth:`pack`."""
+
+    def pack(self, hidden: torch.Tensor, given: tuple[Any, ...]) -> torch.Tensor:
+        """What goes to the first block as ``[rows, T, carried]``, from what the trunk calls its layer with: ``hidden``
+        and ``given``, the other positional arguments."""
+        return hidden
+
+    def unpack(self, carried: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
+        """Hidden states in the shape that the trunk goes on with, from the last block's ``[rows, T, carried]``."""
+        return carried
+
     def position_embeddings(
         self, base: nn.Module, config: PreTrainedConfig, hidden: torch.Tensor, positions: torch.Tensor
     ) -> Any:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from swarm.client.bans import Bans
 from swarm.client.routing import find_route
 from swarm.dht import RemoteSpan
-from swarm.errors import MissingBlocksError
+from swarm.errors import MissingBlocksError, UsageError
 from swarm.records import Offer, ServerInfo, ServerState
 
 
@@ -39,6 +39,22 @@ def test_a_span_may_be_entered_in_its_middle() -> None:
         [(peer("a"), 0, 5), (peer("b"), 5, 8)],
         [(peer("a"), 0, 3), (peer("b"), 3, 8)],
     )
+
+
+INNER = frozenset({4, 5, 6, 7})  # the blocks 3:8 are kept together
+
+
+def test_a_route_keeps_blocks_together() -> None:
+    assert legs([span("a", 0, 8), span("b", 5, 8, rps=1000)], inner=INNER) == [(peer("a"), 0, 8)]
+    assert legs([span("a", 0, 6), span("b", 2, 8, rps=10)], inner=INNER) in (
+        [(peer("a"), 0, 2), (peer("b"), 2, 8)],
+        [(peer("a"), 0, 3), (peer("b"), 3, 8)],
+    )
+    with pytest.raises(MissingBlocksError) as caught:
+        legs([span("a", 0, 6), span("b", 6, 8)], inner=INNER)  # each block is there, but the five aren't together
+    assert caught.value.blocks == (3, 4, 5, 6, 7)
+    with pytest.raises(UsageError, match="blocks 0:5 can't be used without those around them: 3:8"):
+        legs([span("a", 0, 8)], last=5, inner=INNER)
 
 
 def test_fewer_hops_win_among_equals_and_a_slow_node_is_left_early() -> None:

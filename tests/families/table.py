@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
+
+from swarm.layout import inner_boundaries
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300,
@@ -51,6 +54,12 @@ class Case:
     def label(self) -> str:
         return self.name or self.model_type
 
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """Uneven spans, as far as blocks may be on different nodes."""
+        inner = inner_boundaries(self.config())
+        return tuple(itertools.pairwise(boundary for boundary in (0, 1, 4, 5) if boundary not in inner))
+
     def config(self) -> PreTrainedConfig:
         """A tiny one, float32."""
         values = {name: value for name, value in SIZES.items() if name not in self.without}
@@ -93,6 +102,13 @@ _MLA = {
     "n_shared_experts": 1,
     "first_k_dense_replace": 2,
 }
+_GEMMA = {
+    "head_dim": 16,
+    "sliding_window": 8,
+    "layer_types": list(LOCALS),
+    "vocab_size_per_layer_input": 300,
+    "pad_token_id": 0,
+}
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -122,6 +138,18 @@ CASES: tuple[Case, ...] = (
     Case("Gemma 3 (text)", "gemma3_text", "local and global layers with rotary frequencies of their own, normalized "
          "queries and keys", {"sliding_window": 8, "head_dim": 24, "query_pre_attn_scalar": 20, "layer_types":
          list(LOCALS), "pad_token_id": 0}),
+    Case("Gemma 3n (text)", "gemma3n_text", "blocks that use the keys and values of others, an input for each block, "
+         "hidden states side by side, sparse activations", {**_GEMMA, "num_kv_shared_layers": 2, "laurel_rank": 8,
+         "hidden_size_per_layer_input": 8, "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0, 0.0]}),
+    Case("Gemma 4 E2B (text)", "gemma4_text", "blocks that use the keys and values of others, an input for each block, "
+         "global layers with larger heads", {**_GEMMA, "num_kv_shared_layers": 2, "global_head_dim": 24,
+         "hidden_size_per_layer_input": 8, "use_double_wide_mlp": True}, name="gemma4-e2b"),
+    Case("Gemma 4 26B-A4B (text)", "gemma4_text", "global layers with larger and fewer heads, keys as values; "
+         "experts", {**_GEMMA, "global_head_dim": 24, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
+         "hidden_size_per_layer_input": 0, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2,
+         "moe_intermediate_size": 32}, name="gemma4-26b"),
+    Case("Gemma 4 unified (text)", "gemma4_unified_text", "global layers with larger and fewer heads",
+         {**_GEMMA, "global_head_dim": 24, "num_global_key_value_heads": 1, "attention_k_eq_v": True}),
     Case("Phi 1, 1.5, 2", "phi", "rotary on a part of each head, attention and MLP in parallel",
          {"num_key_value_heads": 4}),
     Case("Phi 3, 3.5, 4", "phi3", "fused projections, sliding window", {"sliding_window": 8}),
@@ -186,5 +214,5 @@ CASES: tuple[Case, ...] = (
     Case("Apertus", "apertus", "an activation of its own"),
 )  # fmt: skip
 
-OVER_NODES = ("llama4_text", "gemma3_text", "gpt_oss", "qwen3_next", "deepseek_v3")
+OVER_NODES = ("llama4_text", "gemma3_text", "gemma4-e2b", "gpt_oss", "qwen3_next", "deepseek_v3")
 """Labels of those that tests/swarm_e2e/test_families.py runs over real nodes; test_exact.py has other families."""

@@ -15,6 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from swarm.client import SwarmModelForCausalLM
+from swarm.client.gateway.model_ends import ModelEnds
+from swarm.families import family_of
 from swarm.node.engine.engine import Engine
 from swarm.skeleton import load_ends
 from swarm.source import resolve
@@ -22,8 +24,7 @@ from tests.client.in_process import InProcessConnection
 from tests.families.table import CASES, Case
 from tests.models import make_checkpoint
 
-SPANS = ((0, 1), (1, 4), (4, 5))
-GRADIENTS = {"llama4_text", "gptj", "qwen3_next", "falcon_h1", "deepseek_v3", "gpt_oss", "falcon-180b"}
+GRADIENTS = {"llama4_text", "gptj", "qwen3_next", "falcon_h1", "deepseek_v3", "gpt_oss", "falcon-180b", "gemma3n_text"}
 OPTIONS: dict[str, Any] = {"eos_token_id": None, "pad_token_id": 0, "do_sample": False}
 
 
@@ -44,22 +45,16 @@ class Pair:
 
     @torch.no_grad()
     def states(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What goes into the whole model's first block, and what comes out of its last."""
+        """What goes into the first block, and what comes out of the whole model's last."""
         kept: list[torch.Tensor] = []
         base = self.whole.get_decoder()
         layers = next(module for module in base.modules() if isinstance(module, torch.nn.ModuleList))
-        hooks = [
-            layers[0].register_forward_pre_hook(
-                lambda _m, given, named: kept.append(given[0] if given else named["hidden_states"]), with_kwargs=True
-            ),
-            layers[-1].register_forward_hook(
-                lambda _m, _i, output: kept.append(output[0] if isinstance(output, tuple) else output)
-            ),
-        ]
+        hook = layers[-1].register_forward_hook(
+            lambda _m, _i, output: kept.append(output[0] if isinstance(output, tuple) else output)
+        )
         self.whole(ids, use_cache=False)
-        for hook in hooks:
-            hook.remove()
-        return kept[0], kept[1]
+        hook.remove()
+        return ModelEnds(self.mine).embed(ids, torch.arange(ids.shape[1])[None]), kept[0]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,7 +69,7 @@ def _one_thread() -> Iterator[None]:
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     case: Case = request.param
     path: Path = make_checkpoint(tmp_path_factory.mktemp("family"), case.config(), seed=case.seed)
-    connection: Any = InProcessConnection(path, SPANS, max_batch_tokens=7)
+    connection: Any = InProcessConnection(path, case.spans, max_batch_tokens=7)
     with SwarmModelForCausalLM.from_ends(load_ends(resolve(str(path))), connection) as mine:
         yield Pair(case, mine, AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(), connection)
 
@@ -121,7 +116,8 @@ def test_sessions_of_different_lengths_in_one_batch(pair: Pair) -> None:
         assert together.stats().batches < sum(len(steps) for steps in queued)
         together.stop()
     for mine, (_, expected) in zip(states, given, strict=True):
-        close(mine, expected)
+        config = pair.mine.config
+        close(family_of(config.model_type).unpack(mine, config), expected)
 
 
 @pytest.mark.parametrize(

@@ -29,4 +29,4 @@ def test_a_block(like: str) -> None:
     source = ModelSource(like, Path(), large_config(like, num_hidden_layers=1), like, torch.bfloat16)
     block = build_skeleton(source, torch.bfloat16, attention="eager").layers[0]
     assert round(quantized_bytes(block, None) / 2e6) == parameters
-    assert cache_bytes(source, torch.bfloat16, tokens=1, rows=0) == kv_bytes
+    assert cache_bytes(source, torch.bfloat16, tokens=1, rows=0) == [kv_bytes]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from swarm.node.engine.engine import Engine
+from swarm.probe import KVGeometry
 from swarm.skeleton import cache_bytes, load_span
 from swarm.source import resolve
 from tests.families.table import CASES
@@ -20,15 +21,15 @@ def test_what_is_kept(model_type: str, tmp_path: Path) -> None:
     source = resolve(str(make_checkpoint(tmp_path, config)))
     span = load_span(source, 1, 3, dtype=torch.float32, device="cpu")
     size = config.kv_lora_rank + config.qk_rope_head_dim
-    assert (span.kv_heads, span.key_dim, span.shared_kv) == (1, size, True)
+    assert span.kv == (KVGeometry(1, size, size, shared=True),) * 2
     cache = Engine(span, cache_tokens=64)._cache
-    assert cache.values is cache.keys
-    assert cache_bytes(source, torch.float32, tokens=10, rows=7) == 10 * size * 4
+    assert all(cache.values[block] is cache.keys[block] for block in (1, 2))
+    assert cache_bytes(source, torch.float32, tokens=10, rows=7) == [10 * size * 4] * 5
 
 
 def test_what_hybrids_keep(tmp_path: Path) -> None:
     config = next(case for case in CASES if case.model_type == "qwen3_next").config()
     source = resolve(str(make_checkpoint(tmp_path, config)))
     states = 4 * (4 * 80 + 4 * 8 * 12)  # see tests/node/engine/test_states.py
-    assert cache_bytes(source, torch.float32, tokens=0, rows=3) == 3 * states
-    assert cache_bytes(source, torch.float32, tokens=1000, rows=3) == 1000 * 2 * (16 + 16) * 4  # the largest kind
+    assert cache_bytes(source, torch.float32, tokens=0, rows=3) == [3 * states] * 3 + [0, 3 * states]
+    assert cache_bytes(source, torch.float32, tokens=1000, rows=3)[3] == 1000 * 2 * (16 + 16) * 4

@@ -24,7 +24,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "doge": ({}, "an attention mask of its own"),
     "diffllama": ({}, "attends more than once"),
     "stablelm": ({}, "keywords don't reach its attention"),
-    "gemma4_text": ({"head_dim": 16}, "keys and values of others"),
+    "gemma4_text": ({"head_dim": 16, "hidden_size_per_layer_input": 0, "use_bidirectional_attention": "all"},
+                    "attends to later tokens, too"),
+    "zamba2": ({"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid", "mamba"], "num_mem_blocks": 1,
+                "mamba_d_state": 8, "mamba_headdim": 16, "n_mamba_heads": 8, "mamba_ngroups": 1,
+                "tie_word_embeddings": True},
+               "blocks 1 and 3 share weights"),
     "jamba": ({"num_experts": 4, "mamba_dt_rank": 4}, "forgets its recurrent state"),
     "mamba": ({}, "wants to be called in another way"),
 }  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -11,11 +13,12 @@ from swarm.node.placement import (
     Plan,
     Sizes,
     Wish,
-    choose_start,
+    choose_span,
     coverage,
     plan_memory,
     share_blocks,
     usable_together,
+    widest_mean,
 )
 
 GIB = 2**30
@@ -28,17 +31,49 @@ LLAMA_70B = Sizes(
 
 
 def test_the_hole_is_filled_first() -> None:
-    assert choose_start(coverage([(0, 3, 1.0), (5, 8, 1.0)], 8), 2) == 3
-    assert choose_start(coverage([(0, 8, 5.0), (0, 4, 1.0)], 8), 4) == 4
-    assert choose_start(coverage([], 8), 8) == 0
+    assert choose_span(coverage([(0, 3, 1.0), (5, 8, 1.0)], 8), 2) == (3, 5)
+    assert choose_span(coverage([(0, 8, 5.0), (0, 4, 1.0)], 8), 4) == (4, 8)
+    assert choose_span(coverage([], 8), 8) == (0, 8)
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 10), st.floats(0.1, 100)), max_size=6), st.integers(1, 10))
 def test_the_worst_block_gets_help_wherever_it_is(shapes: list[tuple[int, int, float]], count: int) -> None:
     covered = coverage([(start, min(10, start + length), speed) for start, length, speed in shapes], 10)
-    start = choose_start(covered, count)
-    assert 0 <= start <= 10 - count
-    assert min(covered) in covered[start : start + count]
+    start, end = choose_span(covered, count)
+    assert 0 <= start < end == start + count <= 10
+    assert min(covered) in covered[start:end]
+
+
+def test_blocks_that_belong_together_are_chosen_together() -> None:
+    inner = frozenset({1, 2})  # 0:3 of five
+    assert choose_span([0.0] * 5, 4, inner) == (0, 4)
+    assert choose_span([1.0, 1.0, 1.0, 1.0, 0.0], 4, inner) == (3, 5)  # there are no four with the last among them
+    assert choose_span([0.0, 0.0, 0.0, 1.0, 1.0], 2, inner) == (3, 5)
+    with pytest.raises(UsageError, match="at least 5 of this model's have to be on one node"):
+        choose_span([0.0] * 5, 4, frozenset({1, 2, 3, 4}))
+
+
+@given(st.lists(st.floats(0, 9), min_size=1, max_size=9), st.integers(1, 9), st.frozensets(st.integers(1, 8)))
+def test_nodes_that_come_one_by_one_cover_all_that_fits(
+    covered: list[float], count: int, inner: frozenset[int]
+) -> None:
+    ends = [boundary for boundary in range(len(covered) + 1) if boundary not in inner or boundary == len(covered)]
+    inner = frozenset(range(1, len(covered))) - frozenset(ends)
+    groups = list(itertools.pairwise(ends))
+    assume(any(end - start <= count for start, end in groups))
+    for _ in groups:
+        start, end = choose_span(covered, count, inner)
+        assert end - start <= count
+        assert {start, end} <= set(ends)
+        covered = [speed + 100 * (start <= block < end) for block, speed in enumerate(covered)]
+    assert all(min(covered[start:end]) >= 100 for start, end in groups if end - start <= count)
+
+
+def test_what_neighbours_need_is_summed_up() -> None:
+    assert widest_mean([10, 20, 30, 0], 4) == 15
+    assert widest_mean([10, 20, 30, 1], 2) == 25
+    assert widest_mean([10, 20, 30, 1], 3) == 20
+    assert widest_mean([10, 20, 30, 1], 1) == 30
 
 
 def test_larger_devices_get_more_blocks() -> None:

@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from swarm.checkpoint import INDEX
 from swarm.errors import ModelError, UsageError
 from swarm.families import ATTENTION
+from swarm.probe import KVGeometry
 from swarm.skeleton import Span, build_skeleton, load_ends, load_span
 from swarm.source import resolve
 from tests.models import PRESETS, make_checkpoint, make_config, tiny_model
@@ -92,7 +93,7 @@ def test_blocks_equal_the_whole_models(like: str) -> None:
         output = span.run(block, hidden, span.prepare(hidden, torch.arange(LENGTH)[None]), blocks)
         torch.testing.assert_close(output, expected.hidden_states[block + 1], atol=1e-5, rtol=1e-5)
     assert blocks == [0, 1, 2, 3, 4]
-    assert (span.kv_heads, span.key_dim, span.value_dim, span.hidden_size) == (KV_HEADS.get(like, 2), 16, 16, 64)
+    assert (span.kv, span.hidden_size) == ((KVGeometry(KV_HEADS.get(like, 2), 16, 16),) * 5, 64)
     block = build_skeleton(source, torch.float32).layers[0]
     assert span.parameter_bytes == 5 * sum(4 * parameter.numel() for parameter in block.parameters())
     assert not any(parameter.requires_grad or parameter.is_meta for parameter in span.blocks.parameters())

@@ -18,6 +18,7 @@ from swarm.node.engine.engine import Engine
 from swarm.node.engine.kv_cache import KVCache, Sequence
 from swarm.node.engine.paged_attention import describe_rows, torch_kernel
 from swarm.node.engine.static_decode import StaticDecode, Step, fitting
+from swarm.probe import KVGeometry
 from swarm.skeleton import load_span
 from swarm.source import resolve
 from tests.models import tiny_model
@@ -200,8 +201,8 @@ def test_recordings_are_bounded(
 ) -> None:
     monkeypatch.setattr(static_decode, "_MOST_RECORDINGS", 2)
     span = reference("llama-gqa").span
-    geometry: Any = {"kv_heads": 2, "key_dim": 16, "value_dim": 16, "dtype": torch.float32, "device": CPU}
-    cache = KVCache(start=0, end=4, tokens=400, page_size=4, kernel=acceleration.kernel, **geometry)
+    options: Any = {"kernel": acceleration.kernel, "dtype": torch.float32, "device": CPU}
+    cache = KVCache(start=0, tokens=400, page_size=4, kv=[KVGeometry(2, 16, 16)] * 4, **options)
     decode = StaticDecode(span, cache, recorder)
     rows = [Sequence(0, [page]) for page in range(65)]
     assert decode.run([(row, 1) for row in rows], torch.zeros(65, 64), 0, 4) is None

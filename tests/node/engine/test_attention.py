@@ -17,6 +17,7 @@ from swarm.node.engine.attention import attention
 from swarm.node.engine.batch import pack, pack_dense
 from swarm.node.engine.kv_cache import KVCache, Sequence
 from swarm.node.engine.paged_attention import PagedKernel
+from swarm.probe import KVGeometry
 from tests.node.engine.paged_reference import KERNEL
 
 DIM = 8
@@ -92,12 +93,9 @@ def test_rows_of_a_batch_see_their_own_past_only(
     cpu = torch.device("cpu")
     cache = KVCache(
         start=3,
-        end=4,
         tokens=400,
         page_size=2,
-        kv_heads=kv_heads,
-        key_dim=DIM,
-        value_dim=DIM,
+        kv=[KVGeometry(kv_heads, DIM, DIM)],
         dtype=torch.float32,
         device=cpu,
         kernel=kernel,

@@ -22,6 +22,7 @@ from swarm.node.engine.engine import Engine
 from swarm.node.engine.kv_cache import KVCache, Sequence
 from swarm.node.engine.packing import pack_block
 from swarm.node.engine.scheduler import Waiting, plan_turn
+from swarm.probe import KVGeometry
 from swarm.skeleton import load_span
 from swarm.source import resolve
 from swarm.span import Span
@@ -211,9 +212,7 @@ def test_steps_are_cut_at_fixed_columns(data: st.DataObject) -> None:
 
 
 def test_segments_end_at_fixed_columns_of_a_row_with_padding() -> None:
-    cache = KVCache(
-        start=0, end=1, tokens=512, page_size=16, kv_heads=1, key_dim=4, value_dim=4, dtype=torch.float32, device=CPU
-    )
+    cache = KVCache(start=0, tokens=512, page_size=16, kv=[KVGeometry(1, 4, 4)], dtype=torch.float32, device=CPU)
     rows = cache.arrange([Sequence(), Sequence()], sources=None, keep=[0, 0], grow=[100, 97], blocks=range(1))
     whole = pack(cache, [(rows[0], 100), (rows[1], 97)], CPU, pieces=[(0, 32), (3, 32)])
     assert [(segment.begin, segment.end, segment.past) for segment in whole.segments] == [

@@ -10,17 +10,15 @@ from hypothesis import strategies as st
 from swarm.errors import OutOfCacheError
 from swarm.node.engine.kv_cache import KVCache, Sequence
 from swarm.node.engine.pages import OutOfPages, PageAllocator
+from swarm.probe import KVGeometry
 
 
 def make_cache(pages: int, page_size: int) -> KVCache:
     return KVCache(
         start=0,
-        end=1,
         tokens=pages * page_size,
         page_size=page_size,
-        kv_heads=1,
-        key_dim=1,
-        value_dim=1,
+        kv=[KVGeometry(1, 1, 1)],
         dtype=torch.int64,
         device=torch.device("cpu"),
     )

@@ -13,6 +13,7 @@ from swarm.families.mixers import MixerStates
 from swarm.node.engine.engine import Engine
 from swarm.node.engine.kv_cache import Sequence
 from swarm.node.engine.states import StateStore, join, split
+from swarm.probe import KVGeometry
 from swarm.skeleton import load_span
 from swarm.source import resolve
 from swarm.span import Span
@@ -34,8 +35,7 @@ def hidden(columns: int, seed: int = 0, rows: int = 1) -> torch.Tensor:
 
 
 def test_what_a_span_keeps(span: Span) -> None:
-    assert span.without_kv == {1, 2}
-    assert (span.kv_heads, span.key_dim, span.value_dim) == (2, 16, 16)
+    assert span.kv == (None, None, KVGeometry(2, 16, 16))
     # the convolution's last 4 inputs of 2 · 2 · 8 + 4 · 12 channels, and 4 heads of 8 × 12, in each of two blocks
     assert span.state_bytes == 2 * 4 * (4 * 80 + 4 * 8 * 12)
 
