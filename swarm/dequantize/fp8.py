@@ -25,4 +25,8 @@ def formats(config: Mapping[str, Any]) -> list[Format]:
         scale = scale.float() if scale.dtype.itemsize > 1 else power_of_two(scale)
         return by_blocks(torch.Tensor.mul_, weight.float(), scale, block=block)
 
-    return [Format("", ("_scale_inv",), (), "", unpack)]
+    return [
+        Format(
+            "", ("_scale_inv",), (), "", unpack, rows={"": 0, "_scale_inv": 0}, row_block=block[0] if block else None
+        )
+    ]

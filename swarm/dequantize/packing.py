@@ -16,8 +16,11 @@ def unpack_words(words: torch.Tensor, bits: int) -> torch.Tensor:
         words: ``[..., N]`` int32. Where ``bits`` does not divide 32, numbers lie across the edges of words.
 
     Returns:
-        ``[..., N * 32 // bits]`` int32.
+        ``[..., N * 32 // bits]``, uint8 for 4 and 8 bits, else int32.
     """
+    if bits in (4, 8):  # a byte at a time, for a matrix in int32 would be eight times as large as what is stored
+        octets = words.contiguous().view(torch.uint8)
+        return octets if bits == 8 else torch.stack((octets & 15, octets >> 4), -1).flatten(-2)
     if 32 % bits == 0:
         shifts = torch.arange(0, 32, bits, dtype=torch.int32)
         return ((words[..., None] >> shifts) & ((1 << bits) - 1)).flatten(-2)
