@@ -38,7 +38,7 @@ def unpack_fp4(packed: torch.Tensor) -> torch.Tensor:
     Returns:
         ``[..., 2 * N]`` float32.
     """
-    table = torch.tensor([*_E2M1, *(-value for value in _E2M1)])
+    table = torch.tensor([*_E2M1, *(-value for value in _E2M1)], device=packed.device)
     packed = packed.view(torch.uint8)
     return table[torch.stack([packed & 15, packed >> 4], -1).flatten(-2).int()]
 
@@ -90,9 +90,9 @@ def by_blocks(
             raise misfit
         lengths.append(size if count == 1 else length)
     if columns is None:
-        columns = torch.arange(width) // lengths[1]
+        columns = torch.arange(width, device=grid.device) // lengths[1]
     for start in range(0, rows, 1024):
         stop = min(start + 1024, rows)
-        part = grid[..., torch.arange(start, stop) // lengths[0], :]
+        part = grid[..., torch.arange(start, stop, device=grid.device) // lengths[0], :]
         operation(numbers[..., start:stop, :], part[..., columns])
     return numbers
