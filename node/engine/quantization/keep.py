@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from enum import Enum
 
 import torch
 from torch import nn
 
+from swarm.codec import dtype_name
 from swarm.dequantize import Parts
 from swarm.node.engine.quantization.blocks import QuantizedLinear, find_places, quantized_bytes
 from swarm.node.engine.quantization.experts import QuantizedExperts
@@ -17,6 +19,14 @@ from swarm.node.engine.quantization.stored import JoinedMatrix, StoredMatrix
 from swarm.packed import PackedRows, PackedWeight
 
 Read = Callable[[PackedRows], Parts]
+
+
+class Use(Enum):
+    """What can be done with packed weights of a kind on this machine."""
+
+    KERNEL = "multiply with them"
+    SLOW = "dequantize them each time"
+    NONE = "dequantize them once"
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,18 @@ class Keep:
                         known = kernel is not None and layout is not None
                         total += kernel.size(layout, height, inputs, self.dtype) if known else rows.stored_bytes  # type: ignore[union-attr, arg-type]
         return total
+
+    def uses(self, block: nn.Module, packed: Mapping[str, PackedWeight], device: torch.device) -> dict[str, Use]:
+        """What can be done with the kinds of packed weights in ``block``, by what they are called."""
+        fast = replace(self, slow=False).choose(block, packed, device)
+        slow = set(replace(self, slow=True).choose(block, packed, device)) - set(fast)
+        found: dict[str, Use] = {}
+        for name, weight in packed.items():
+            *_, out, inputs = block.get_parameter(name).shape
+            for matrix in weight.matrices[:1]:
+                use = Use.KERNEL if name in fast else Use.SLOW if name in slow else Use.NONE
+                found[_label(matrix[0], out // len(matrix), inputs)] = use
+        return found
 
     def fill(self, block: nn.Module, packed: Mapping[str, PackedWeight], device: torch.device, read: Read) -> None:
         """Puts matrices of the chosen weights in the place of the modules that had them."""
@@ -119,6 +141,30 @@ class Keep:
             shape = [result.out_features, result.in_features]
             raise ValueError(f"{rows.key} is {shape}, but the config asks for {[out, inputs]}")
         return result
+
+
+def describe(uses: Mapping[str, Use], keep: Keep | None, dtype: str) -> str:
+    """What becomes of a quantized checkpoint's weights, in words. ``keep``: ``None`` dequantizes all of them."""
+    by_use = {use: ", ".join(sorted(name for name, its in uses.items() if its == use)) for use in Use}
+    said = []
+    if keep is not None and (names := by_use[Use.KERNEL]):
+        said.append(f"served packed ({names})")
+    if keep is not None and keep.slow and (names := by_use[Use.SLOW]):
+        said.append(
+            f"{names} served packed but dequantized at each use, which is slow: there is no kernel for it here "
+            "(--quantization none takes more memory and is faster)"
+        )
+    missing = [by_use[Use.NONE], *([] if keep is not None and keep.slow else [by_use[Use.SLOW]])]
+    if names := ", ".join(filter(None, missing)):
+        said.append(f"dequantized to {dtype}: no kernel here for {names}")
+    return "; ".join(said) if said else f"dequantized to {dtype}"
+
+
+def _label(rows: PackedRows, out: int, inputs: int) -> str:
+    layout = rows.format.layout(rows.headers, out, inputs)
+    if layout is None:
+        return dtype_name(rows.headers[rows.format.main].dtype)
+    return layout.kind if layout.kind == "int8" else f"{layout.kind}, group {min(layout.group, inputs)}"
 
 
 def _heights(matrix: tuple[PackedRows, ...], out: int) -> list[int]:
