@@ -13,7 +13,7 @@ import torch
 
 from swarm.dequantize.format import Format, Headers, Parts
 from swarm.dequantize.numbers import Integers, Layout
-from swarm.dequantize.packing import by_blocks, power_of_two, unpack_fp4, unpack_words
+from swarm.dequantize.packing import by_blocks, fp8_to_float, power_of_two, unpack_fp4, unpack_words
 
 _KNOWN = {
     "dense",
@@ -49,7 +49,8 @@ def formats(config: Mapping[str, Any]) -> list[Format]:
             raise ValueError(f"its weight is {weight.dtype}, though it has scales")
         zero = parts["_zero_point"].float() if "_zero_point" in parts else None
         scale = power_of_two(scale) if scale.dtype is torch.uint8 else scale.float()
-        return _grouped(weight.float(), zero, scale, parts.get("_g_idx"), block)
+        numbers = weight.float() if weight.dtype is torch.int8 else fp8_to_float(weight)
+        return _grouped(numbers, zero, scale, parts.get("_g_idx"), block)
 
     def plain_layout(headers: Headers, out: int, inputs: int) -> Layout | None:
         by_row = headers["_scale"].numel in (1, out) and "_zero_point" not in headers

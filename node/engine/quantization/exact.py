@@ -44,10 +44,9 @@ class ExactInt4Matrix(QuantizedMatrix):
         self.group = int4_group(layout, self.in_features) or self.in_features
         groups = self.in_features // min(layout.group, self.in_features)
         self.register_buffer("order", _order(found.columns, groups))
-        numbers = found.numbers if self.order is None else found.numbers[:, self.order]
-        if numbers.shape[1] % groups or found.scales.numel() not in (1, self.out_features * groups):
-            raise ValueError(f"scales {list(found.scales.shape)} don't fit a weight {list(numbers.shape)}")
-        self.register_buffer("packed", torch.cat([self._pack(chunk) for chunk in chunks(numbers, rows=_ROWS)]))
+        if self.in_features % groups or found.scales.numel() not in (1, self.out_features * groups):
+            raise ValueError(f"scales {list(found.scales.shape)} don't fit a weight {list(found.numbers.shape)}")
+        self.register_buffer("packed", self._pack_all(found.numbers))
         scale = found.scales.float()
         zero = torch.zeros_like(scale) if found.zeros is None else found.zeros.float()
         pairs = torch.stack(torch.broadcast_tensors(scale, (8 - zero) * scale), dim=-1)
@@ -56,7 +55,7 @@ class ExactInt4Matrix(QuantizedMatrix):
         self.register_buffer("scales", pairs.to(dtype) if self._short(dtype) else pairs)
         rest = (pairs - self.scales.float()).to(self.scales.dtype)
         self.register_buffer("rest", rest if rest.any() else None)
-        self.many_rows = 128 if self.rest is None else 64
+        self.many_rows = 256 if self.rest is None else 128
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         rows = x if self.order is None else x.index_select(1, self.order)
@@ -91,6 +90,16 @@ class ExactInt4Matrix(QuantizedMatrix):
     @staticmethod
     def _short(dtype: torch.dtype) -> bool:
         return dtype == torch.bfloat16
+
+    def _pack_all(self, numbers: torch.Tensor) -> torch.Tensor:
+        whole, done = torch.empty(0), 0
+        for chunk in chunks(numbers, rows=_ROWS):
+            packed = self._pack(chunk if self.order is None else chunk[:, self.order])
+            if not done:
+                whole = packed.new_empty(len(packed) * len(numbers) // len(chunk), *packed.shape[1:])
+            whole[done : done + len(packed)] = packed
+            done += len(packed)
+        return whole
 
     @staticmethod
     def _pack(numbers: torch.Tensor) -> torch.Tensor:
@@ -139,7 +148,7 @@ class CudaExactInt4Matrix(ExactInt4Matrix):
 class ExactInt8Matrix(QuantizedMatrix):
     """int8 ``[out, in]`` and scales float32 ``[out]``, on a CPU."""
 
-    many_rows = 24
+    many_rows = 80
     weight: torch.Tensor
     scale: torch.Tensor
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from swarm.codec import dtype_name
 from swarm.dequantize import Parts
+from swarm.memory import trim
 from swarm.node.engine.quantization.blocks import QuantizedLinear, find_places, quantized_bytes
 from swarm.node.engine.quantization.experts import QuantizedExperts
 from swarm.node.engine.quantization.kernels import Kernel, find_kernel, to_device
@@ -88,6 +89,7 @@ class Keep:
                     setattr(place.parent, place.name, QuantizedLinear(matrix, place.module.bias))
                 else:
                     setattr(place.parent, place.name, QuantizedExperts(place.module, made))
+        trim()
 
     def _chosen(
         self, block: nn.Module, packed: Mapping[str, PackedWeight], device: torch.device
@@ -145,6 +147,8 @@ class Keep:
 
 def describe(uses: Mapping[str, Use], keep: Keep | None, dtype: str) -> str:
     """What becomes of a quantized checkpoint's weights, in words. ``keep``: ``None`` dequantizes all of them."""
+    if keep is None and Use.KERNEL in uses.values():
+        return f"dequantized to {dtype}, as asked"
     by_use = {use: ", ".join(sorted(name for name, its in uses.items() if its == use)) for use in Use}
     said = []
     if keep is not None and (names := by_use[Use.KERNEL]):
