@@ -47,7 +47,7 @@ class Wish:
     Attributes:
         blocks: how many.
         quantization: one of ``Sizes.block_bytes``; ``"checkpoint"``: packed, but what is slow to compute with only if
-            not all blocks asked for fit without it; or ``"auto"``: the same for a quantized checkpoint, for others none
+            the blocks asked for don't fit without it; or ``"auto"``: the same for a quantized checkpoint, for others none
             if all blocks asked for fit, else nf4.
         cache_tokens: size of the KV cache.
     """
@@ -91,15 +91,15 @@ def plan_memory(free_bytes: int, sizes: Sizes, wish: Wish) -> Plan:
 
 
 def _choose(budget: int, sizes: Sizes, wish: Wish) -> str:
-    """One of ``sizes.block_bytes``: the fastest with which all blocks asked for fit, else the smallest."""
+    """One of ``sizes.block_bytes``: the fastest with which the blocks asked for fit, else the smallest."""
+    count = wish.blocks or 1
     if wish.quantization == "checkpoint" or (wish.quantization == "auto" and "packed" in sizes.block_bytes):
-        order: tuple[str, ...] = (sizes.fastest, "packed")
+        order = (sizes.fastest, "packed")
     elif wish.quantization == "auto":
-        order = ("none", "nf4")
+        order, count = ("none", "nf4"), wish.blocks or sizes.num_blocks
     else:
         return wish.quantization
     known = [name for name in order if name in sizes.block_bytes]
-    count = wish.blocks or sizes.num_blocks
     return next((name for name in known if _cache_tokens(budget, sizes, wish, name, count) is not None), known[-1])
 
 
@@ -147,7 +147,7 @@ def _reason(free_bytes: int, budget: int, sizes: Sizes, wish: Wish, quantization
         f"{count} × {_size(block)}{weights} and {_size(cache)} for {tokens} tokens of KV cache, "
         f"of {_size(free_bytes)} free"
     )
-    if wish.blocks is None and count < sizes.num_blocks and quantization == "none":
+    if wish.blocks is None and count < sizes.num_blocks and quantization in ("none", "kernels"):
         more = {name: _most_blocks(budget, sizes, wish, name) for name in sizes.block_bytes}
         best = max(more, key=lambda name: more[name])
         if more[best] > count:

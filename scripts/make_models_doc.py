@@ -47,9 +47,25 @@ Of checkpoints with images ({multimodal}) the text part is served.
   tokens so far. transformers looks at the whole prompt: a prompt longer than the original length of the model that is
   prefilled in pieces can give other text.
 
+## Quantized checkpoints
+What a node makes of them on a CPU with AVX-512 (elsewhere kernels are tried on a small matrix first; it says what it does
+when it starts). *Packed*: kept as small as it is, with a kernel. *Slow*: dequantized to the node's dtype once, or, if the
+blocks asked for fit only packed, or with `--quantization packed`, some rows at a time whenever they are used. *Once*:
+dequantized block by block when loaded. `--quantization none` does that with all of them.
+
+| format | | packed |
+| --- | --- | --- |
+| GPTQ 4 bits, AWQ 4 bits (gemm), compressed-tensors `pack-quantized` 4 bits | packed, exact | in groups of a multiple of 32 inputs, or a scale a row; act-order too |
+| bitsandbytes 8 bits, compressed-tensors `int-quantized`, GPTQ 8 bits | packed, exact | with one scale a row and no zeros |
+| bitsandbytes NF4 and FP4 | packed, scales rounded to bfloat16 | in bfloat16, with the package bitsandbytes and AVX-512 BF16; nested scales too |
+| FP8 (per block, row or tensor), MXFP4 (gpt-oss), compressed-tensors with other scales, NVFP4, MXFP4, MXFP8 | slow, exact | |
+| GPTQ 2, 3, other 8 bits; compressed-tensors `pack-quantized` of other bits; GGUF | once | |
+
+Exact: the weights are to the last bit those that dequantizing gives, rounded once to the node's dtype. Experts are packed
+like other layers. Layers that transformers splits or joins when it loads them are dequantized once.
+
 ## Refused
 {refused}
-* Quantized checkpoints, whatever their type.
 * Models that bring their own code.
 
 How a family is added: [adding-a-model.md](adding-a-model.md).

@@ -77,21 +77,25 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
         plan_memory(24 * GIB, LLAMA_70B, Wish(blocks=81))
 
 
-def test_a_quantized_checkpoint_stays_packed_where_that_is_fast_or_all_does_not_fit() -> None:
-    def plan(memory: int, fastest: str, quantization: str, **more: int) -> Plan:
+def test_a_quantized_checkpoint_stays_packed_where_that_is_fast_or_nothing_else_fits() -> None:
+    def plan(memory: int, fastest: str, quantization: str, blocks: int | None = None, **more: int) -> Plan:
         sizes = Sizes(80, {"none": 8 * GIB, "int8": 4 * GIB, "packed": 2 * GIB, **more}, 4096, 4096, fastest)
-        return plan_memory(memory * GIB, sizes, Wish(quantization=quantization, cache_tokens=1024))
+        return plan_memory(memory * GIB, sizes, Wish(blocks, quantization, cache_tokens=1024))
 
     for wish in ("checkpoint", "auto"):
         assert plan(1000, "packed", wish).quantization == "packed"
-        assert plan(1000, "none", wish).quantization == "none"
-        tight = plan(500, "none", wish)
+        fewer = plan(500, "none", wish)
+        assert (fewer.quantization, fewer.num_blocks) == ("none", 53)
+        assert "--quantization packed would fit 80" in fewer.reason
+        assert plan(1000, "none", wish, blocks=80).quantization == "none"
+        tight = plan(500, "none", wish, blocks=80)
         assert (tight.quantization, tight.num_blocks) == ("packed", 80)
         assert "80 × 2.0 GiB packed and" in tight.reason
-        assert plan(600, "kernels", wish, kernels=5 * GIB).quantization == "kernels"
-        assert plan(400, "kernels", wish, kernels=5 * GIB).quantization == "packed"
+        assert plan(6, "none", wish).quantization == "packed"
+        assert plan(600, "kernels", wish, blocks=80, kernels=5 * GIB).quantization == "kernels"
+        assert plan(400, "kernels", wish, blocks=80, kernels=5 * GIB).quantization == "packed"
     assert plan(1000, "packed", "none").quantization == "none"
-    assert "--quantization packed would fit 42" in plan(100, "packed", "none").reason
+    assert "--quantization packed would fit 41" in plan(100, "packed", "none").reason
     assert plan(1000, "none", "packed").quantization == "packed"
     assert plan(1000, "none", "int8").quantization == "int8"
 

@@ -89,7 +89,6 @@ class Keep:
                     setattr(place.parent, place.name, QuantizedLinear(matrix, place.module.bias))
                 else:
                     setattr(place.parent, place.name, QuantizedExperts(place.module, made))
-        trim()
 
     def _chosen(
         self, block: nn.Module, packed: Mapping[str, PackedWeight], device: torch.device
@@ -137,6 +136,7 @@ class Keep:
             return StoredMatrix(moved, rows.format, (out, inputs), self.dtype)
         found = rows.format.read(parts)
         del parts
+        trim()  # or what each matrix takes for a while adds up
         moved_fields = {name: to_device(value, device) for name, value in vars(found).items()}
         result = kernel.make(replace(found, **moved_fields), layout, self.dtype)
         if (result.out_features, result.in_features) != (out, inputs):

@@ -147,15 +147,22 @@ def _check_engine(span: Span, whole: PreTrainedModel, start_engine: Any, bound: 
         assert (found.double() - expected.double()).norm() / expected.double().norm() < bound
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind is not None])
+_IN_BFLOAT16 = ("gptq-4-gptq_v2-True", "awq", "ct-int4", "nf4-nested", "fp4", "int8", "fp8")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.float32) for name, kind in KINDS.items() if kind not in (None, NF4Matrix)),
+        *((name, torch.bfloat16) for name in _IN_BFLOAT16),
+    ],
+)
 def test_the_engine_equals_the_whole_model(name: str, dtype: torch.dtype, tmp_path: Path, start_engine: Any) -> None:
-    if dtype == torch.float32 and KINDS[name] is NF4Matrix:
-        pytest.skip("its kernel is for bfloat16: weights are dequantized")
     packed, plain = quantized(tmp_path, tiny_model("llama-gqa", layers=2, hidden=128), *EVERY[name])
     span = _load(packed, dtype, 2)
     assert any(isinstance(module, QuantizedMatrix) for module in span.blocks.modules())
-    _check_engine(span, _reference(plain, dtype), start_engine, 1e-5 if dtype == torch.float32 else 0.02)
+    exact = dtype == torch.float32 and name != "ct-nvfp4"  # whose package multiplies scales in bfloat16
+    _check_engine(span, _reference(plain, dtype), start_engine, 1e-5 if exact else 0.02)
 
 
 @pytest.mark.parametrize("name", ["fp8", "gptq-4-gptq_v2-True", "ct-int4", "int8"])
@@ -212,11 +219,11 @@ def test_experts_of_gpt_oss_stay_packed(tmp_path: Path, start_engine: Any) -> No
 def test_gradients_go_through_what_is_packed(tmp_path: Path, start_engine: Any) -> None:
     packed, plain = quantized(tmp_path, tiny_model("llama-gqa", layers=2, hidden=128), *EVERY["gptq-4-gptq_v2-True"])
     hidden, grad = torch.randn(2, 7, 128), torch.randn(2, 7, 128)
-    grads = [
+    mine, theirs = (
         start_engine(_load(path, torch.float32, 2, packed=path == packed)).backward(hidden, grad, first=0, last=2)
         for path in (packed, plain)
-    ]
-    torch.testing.assert_close(grads[0].result()[0], grads[1].result()[0], atol=1e-4, rtol=1e-4)
+    )
+    assert (mine.result()[0] - theirs.result()[0]).norm() < 1e-5 * theirs.result()[0].norm()
 
 
 def test_groups_of_different_sizes_are_refused(tmp_path: Path) -> None:
@@ -300,29 +307,32 @@ print(json.dumps([measure(path) for path in sys.argv[1:]]))
 """
 
 
-def _large(path: Path, config: dict[str, Any], pack: Callable[[str, torch.Tensor], Tensors]) -> Path:
+def _large(path: Path, config: dict[str, Any], pack: Callable[[str, torch.Size], Tensors]) -> Path:
     sizes = {"hidden": 1024, "heads": 16, "kv_heads": 4, "intermediate": 4096, "layers": 4}
-    make_checkpoint(path, make_config("llama-gqa", dtype="bfloat16", **sizes))
+    made = make_config("llama-gqa", dtype="bfloat16", **sizes)
+    with torch.device("meta"):
+        weights = AutoModelForCausalLM.from_config(made).state_dict()
     tensors = Tensors()
-    for name, tensor in load_file(path / SINGLE).items():
-        tensors |= pack(name.removesuffix(".weight"), tensor) if name.endswith("proj.weight") else {name: tensor}
+    for name, tensor in weights.items():
+        stem, plain = name.removesuffix(".weight"), torch.ones(tensor.shape, dtype=torch.bfloat16)
+        tensors |= pack(stem, tensor.shape) if name.endswith("proj.weight") else {name: plain}
+    made.quantization_config = config
+    made.save_pretrained(path)
     save_file(tensors, path / SINGLE)
-    raw = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**raw, "quantization_config": config}))
     return path
 
 
-def _random_gptq(stem: str, weight: torch.Tensor) -> Tensors:
-    out, inputs = weight.shape
+def _random_gptq(stem: str, shape: torch.Size) -> Tensors:
+    out, inputs = shape
     words = torch.randint(-(2**31), 2**31, (inputs // 8, out), dtype=torch.int64).to(torch.int32)
     zeros = torch.randint(-(2**31), 2**31, (inputs // 128, out // 8), dtype=torch.int64).to(torch.int32)
     scales = torch.rand(inputs // 128, out).half()
     return {f"{stem}.qweight": words, f"{stem}.qzeros": zeros, f"{stem}.scales": scales}
 
 
-def _random_fp8(stem: str, weight: torch.Tensor) -> Tensors:
-    scale = torch.ones(weight.shape[0] // 128, weight.shape[1] // 128)
-    return {f"{stem}.weight": weight.to(torch.float8_e4m3fn), f"{stem}.weight_scale_inv": scale}
+def _random_fp8(stem: str, shape: torch.Size) -> Tensors:
+    scale = torch.ones(shape[0] // 128, shape[1] // 128)
+    return {f"{stem}.weight": torch.ones(shape, dtype=torch.float8_e4m3fn), f"{stem}.weight_scale_inv": scale}
 
 
 def test_the_peak_of_loading_is_one_block_above_what_is_packed(tmp_path: Path) -> None:
