@@ -47,8 +47,8 @@ class Wish:
     Attributes:
         blocks: how many.
         quantization: one of ``Sizes.block_bytes``; ``"checkpoint"``: packed, but what is slow to compute with only if
-            the blocks asked for don't fit without it; or ``"auto"``: the same for a quantized checkpoint, for others none
-            if all blocks asked for fit, else nf4.
+            the blocks asked for don't fit without it; or ``"auto"``: the same for a quantized checkpoint, for others
+            none if all blocks asked for fit, else nf4.
         cache_tokens: size of the KV cache.
     """
 

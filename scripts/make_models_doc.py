@@ -48,21 +48,20 @@ Of checkpoints with images ({multimodal}) the text part is served.
   prefilled in pieces can give other text.
 
 ## Quantized checkpoints
-What a node makes of them on a CPU with AVX-512 (elsewhere kernels are tried on a small matrix first; it says what it does
-when it starts). *Packed*: kept as small as it is, with a kernel. *Slow*: dequantized to the node's dtype once, or, if the
-blocks asked for fit only packed, or with `--quantization packed`, some rows at a time whenever they are used. *Once*:
-dequantized block by block when loaded. `--quantization none` does that with all of them.
+A node says at its start what it makes of one; kernels are tried on a small matrix first. On a CPU:
 
-| format | | packed |
-| --- | --- | --- |
-| GPTQ 4 bits, AWQ 4 bits (gemm), compressed-tensors `pack-quantized` 4 bits | packed, exact | in groups of a multiple of 32 inputs, or a scale a row; act-order too |
-| bitsandbytes 8 bits, compressed-tensors `int-quantized`, GPTQ 8 bits | packed, exact | with one scale a row and no zeros |
-| bitsandbytes NF4 and FP4 | packed, scales rounded to bfloat16 | in bfloat16, with the package bitsandbytes and AVX-512 BF16; nested scales too |
-| FP8 (per block, row or tensor), MXFP4 (gpt-oss), compressed-tensors with other scales, NVFP4, MXFP4, MXFP8 | slow, exact | |
-| GPTQ 2, 3, other 8 bits; compressed-tensors `pack-quantized` of other bits; GGUF | once | |
+* In memory as small as they are, with a kernel, and exact: 4 bits of GPTQ (act-order too), AWQ ("gemm") and
+  compressed-tensors (`pack-quantized`) in groups of a multiple of 32 inputs, or with a scale a row; 8 bits of
+  bitsandbytes, compressed-tensors and symmetric GPTQ with a scale a row.
+* The same, with scales rounded to bfloat16, as the package bitsandbytes does: its NF4 and FP4, on processors with
+  AVX-512 BF16 and for nodes in bfloat16.
+* Exact, without a kernel: FP8, MXFP4 (gpt-oss), and compressed-tensors' `nvfp4`, `mxfp4`, `mxfp8` and 8-bit groups.
+  They are dequantized block by block when loaded; or each time they are used, which takes the least memory and is
+  slow, if the blocks asked for don't fit otherwise, or with `--quantization packed`.
+* Dequantized block by block when loaded: GPTQ and compressed-tensors with other numbers of bits or scales, GGUF, layers
+  that transformers splits or joins when it loads them, and everything with `--quantization none`.
 
-Exact: the weights are to the last bit those that dequantizing gives, rounded once to the node's dtype. Experts are packed
-like other layers. Layers that transformers splits or joins when it loads them are dequantized once.
+Exact: the weights are to the last bit those that dequantizing gives, rounded once to the node's dtype.
 
 ## Refused
 {refused}

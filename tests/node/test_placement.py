@@ -86,7 +86,7 @@ def test_a_quantized_checkpoint_stays_packed_where_that_is_fast_or_nothing_else_
         assert plan(1000, "packed", wish).quantization == "packed"
         fewer = plan(500, "none", wish)
         assert (fewer.quantization, fewer.num_blocks) == ("none", 53)
-        assert "--quantization packed would fit 80" in fewer.reason
+        assert "--quantization int8 would fit 80" in fewer.reason
         assert plan(1000, "none", wish, blocks=80).quantization == "none"
         tight = plan(500, "none", wish, blocks=80)
         assert (tight.quantization, tight.num_blocks) == ("packed", 80)
@@ -139,7 +139,7 @@ def test_no_plan_is_larger_than_memory(free: int, sizes: Sizes, wish: Wish) -> N
     assert plan is not None
     weights = plan.num_blocks * sizes.block_bytes[plan.quantization]
     assert weights + plan.num_blocks * plan.cache_tokens * sizes.token_bytes <= free
-    loading = sizes.block_bytes["none"] if plan.quantization in ("int8", "nf4") else sizes.block_bytes[plan.quantization]
+    loading = sizes.block_bytes["none" if plan.quantization in ("int8", "nf4") else plan.quantization]
     assert plan.quantization == "none" or weights + loading <= free
     assert 1 <= plan.num_blocks <= sizes.num_blocks
     assert plan.cache_tokens > 0

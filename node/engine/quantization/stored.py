@@ -1,4 +1,4 @@
-"""Matrices as a quantized checkpoint has them, for which there is no kernel: they are dequantized when they are used."""
+"""Matrices as a quantized checkpoint has them, for which there is no kernel: they are dequantized when used."""
 
 from __future__ import annotations
 

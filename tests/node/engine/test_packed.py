@@ -201,8 +201,14 @@ def mxfp4(tmp_path: Path, original: Path) -> tuple[Path, Path]:
 
 
 def test_experts_of_gpt_oss_stay_packed(tmp_path: Path, start_engine: Any) -> None:
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
-    experts = {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": 320}
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    experts = {
+        "head_dim": 16,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "vocab_size": 320,
+    }
     config = AutoConfig.for_model("gpt_oss", **sizes, **experts, initializer_range=0.3, dtype="float32")
     packed, plain = mxfp4(tmp_path, make_checkpoint(tmp_path / "original", config))
     span, whole = _load(packed, torch.float32, 2), _reference(plain, torch.float32)
