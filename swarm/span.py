@@ -40,7 +40,8 @@ class Span:
         without_kv: blocks that have none.
         state_bytes: what all blocks together keep for each row beside KV (recurrent states); 0 in most models. Such
             states can't be cut back to an earlier token, nor shared as a prefix.
-        parameter_bytes: memory of the weights as they were loaded, before they were packed or quantized.
+        parameter_bytes: memory of the weights as they were loaded, before they were packed or quantized; without
+            those of a quantized checkpoint that are kept as they are.
     """
 
     start: int

@@ -155,7 +155,7 @@ def describe(uses: Mapping[str, Use], keep: Keep | None, dtype: str) -> str:
         said.append(f"served packed ({names})")
     if keep is not None and keep.slow and (names := by_use[Use.SLOW]):
         said.append(
-            f"{names} served packed but dequantized at each use, which is slow: there is no kernel for it here "
+            f"{names} served packed but dequantized at each use, which is slow: there is no kernel for them here "
             "(--quantization none takes more memory and is faster)"
         )
     missing = [by_use[Use.NONE], *([] if keep is not None and keep.slow else [by_use[Use.SLOW]])]
@@ -167,7 +167,7 @@ def describe(uses: Mapping[str, Use], keep: Keep | None, dtype: str) -> str:
 def _label(rows: PackedRows, out: int, inputs: int) -> str:
     layout = rows.format.layout(rows.headers, out, inputs)
     if layout is None:
-        return dtype_name(rows.headers[rows.format.main].dtype)
+        return f"{dtype_name(rows.headers[rows.format.main].dtype)} weights"
     return layout.kind if layout.kind == "int8" else f"{layout.kind}, group {min(layout.group, inputs)}"
 
 

@@ -266,14 +266,14 @@ def _uses(path: Path, dtype: torch.dtype) -> dict[str, Use]:
         ("awq", "served packed (int4, group 32)", "served packed (int4, group 32)"),
         (
             "fp8",
-            "dequantized to bfloat16: no kernel here for float8_e4m3fn",
-            "float8_e4m3fn served packed but dequantized at each use, which is slow: there is no kernel for it here "
-            "(--quantization none takes more memory and is faster)",
+            "dequantized to bfloat16: no kernel here for float8_e4m3fn weights",
+            "float8_e4m3fn weights served packed but dequantized at each use, which is slow: there is no kernel for them "
+            "here (--quantization none takes more memory and is faster)",
         ),
         (
             "gptq-3-gptq-True",
-            "dequantized to bfloat16: no kernel here for int32",
-            "dequantized to bfloat16: no kernel here for int32",
+            "dequantized to bfloat16: no kernel here for int32 weights",
+            "dequantized to bfloat16: no kernel here for int32 weights",
         ),
     ],
 )
