@@ -267,8 +267,8 @@ def _uses(path: Path, dtype: torch.dtype) -> dict[str, Use]:
         (
             "fp8",
             "dequantized to bfloat16: no kernel here for float8_e4m3fn weights",
-            "float8_e4m3fn weights served packed but dequantized at each use, which is slow: there is no kernel for them "
-            "here (--quantization none takes more memory and is faster)",
+            "float8_e4m3fn weights served packed but dequantized at each use, which is slow: there is no kernel for "
+            "them here (--quantization none takes more memory and is faster)",
         ),
         (
             "gptq-3-gptq-True",
