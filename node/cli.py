@@ -167,13 +167,15 @@ def serve(
         str,
         typer.Option(
             envvar="SWARM_QUANTIZATION",
-            metavar="none|int8|nf4|int4|auto",
-            help="Bits of the weights. none: as they are, for exactly the tokens of the whole model. int8 (half the "
-            "memory), nf4, int4 (a quarter): more blocks fit, with a small error. auto: none if all that is asked for "
-            "fits, else nf4. int8 on a GPU and nf4 need bitsandbytes.",
+            metavar="checkpoint|none|int8|nf4|int4|auto|packed",
+            help="Bits of the weights. checkpoint: as they are there, for exactly the tokens of the whole model; those "
+            "of a quantized one stay packed where there is a kernel, or if the blocks asked for don't fit otherwise. "
+            "none: dequantized. int8 (half the memory), nf4, int4 (a quarter): more blocks fit, with a small error. "
+            "auto: checkpoint if that is quantized or all that is asked for fits, else nf4. packed: as checkpoint, "
+            "even if it is slow. int8 on a GPU and nf4 need bitsandbytes.",
             rich_help_panel=_COMPUTE,
         ),
-    ] = "none",
+    ] = "checkpoint",
     cache_tokens: Annotated[
         int | None,
         typer.Option(

@@ -28,15 +28,18 @@ class Sizes:
 
     Attributes:
         num_blocks: of the whole model.
-        block_bytes: weights of one block by quantization; there is always ``"none"``.
+        block_bytes: weights of one block by quantization; there is always ``"none"``. For a quantized checkpoint also
+            ``"packed"``, all weights as they are there; and ``"kernels"``, only those for which there is a kernel.
         token_bytes: one token in the KV cache of one block.
         positions: that the model has; ``None``: no limit is known.
+        fastest: how a quantized checkpoint is computed with fastest.
     """
 
     num_blocks: int
     block_bytes: Mapping[str, int]
     token_bytes: int
     positions: int | None = None
+    fastest: str = "none"
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,14 @@ class Wish:
 
     Attributes:
         blocks: how many.
-        quantization: one of ``Sizes.block_bytes``, or ``"auto"``: none if all blocks asked for fit, else nf4.
+        quantization: one of ``Sizes.block_bytes``; ``"checkpoint"``: packed, but what is slow to compute with only if
+            the blocks asked for don't fit without it; or ``"auto"``: the same for a quantized checkpoint, for others
+            none if all blocks asked for fit, else nf4.
         cache_tokens: size of the KV cache.
     """
 
     blocks: int | None = None
-    quantization: str = "none"
+    quantization: str = "checkpoint"
     cache_tokens: int | None = None
 
 
@@ -78,16 +83,26 @@ def plan_memory(free_bytes: int, sizes: Sizes, wish: Wish) -> Plan:
     if wish.blocks is not None and not 1 <= wish.blocks <= sizes.num_blocks:
         raise UsageError(f"--num-blocks {wish.blocks}: the model has {sizes.num_blocks} blocks")
     budget = int(free_bytes * (MEMORY_SHARE if wish.blocks is None else ASKED_SHARE))
-    quantization = wish.quantization
-    if quantization == "auto":
-        all_fit = _cache_tokens(budget, sizes, wish, "none", wish.blocks or sizes.num_blocks) is not None
-        quantization = "none" if all_fit or "nf4" not in sizes.block_bytes else "nf4"
+    quantization = _choose(budget, sizes, wish)
     count = wish.blocks or _most_blocks(budget, sizes, wish, quantization)
     tokens = _cache_tokens(budget, sizes, wish, quantization, count) if count else None
     if tokens is None:
         raise UsageError(_refusal(free_bytes, budget, sizes, wish, quantization))
     reason = _reason(free_bytes, budget, sizes, wish, quantization, count, tokens)
     return Plan(count, quantization, tokens, sizes.block_bytes[quantization] + tokens * sizes.token_bytes, reason)
+
+
+def _choose(budget: int, sizes: Sizes, wish: Wish) -> str:
+    """One of ``sizes.block_bytes``: the fastest with which the blocks asked for fit, else the smallest."""
+    count = wish.blocks or 1
+    if wish.quantization == "checkpoint" or (wish.quantization == "auto" and "packed" in sizes.block_bytes):
+        order = (sizes.fastest, "packed")
+    elif wish.quantization == "auto":
+        order, count = ("none", "nf4"), wish.blocks or sizes.num_blocks
+    else:
+        return wish.quantization
+    known = [name for name in order if name in sizes.block_bytes]
+    return next((name for name in known if _cache_tokens(budget, sizes, wish, name, count) is not None), known[-1])
 
 
 def _most_blocks(budget: int, sizes: Sizes, wish: Wish, quantization: str) -> int:
@@ -121,18 +136,20 @@ def _usual_tokens(sizes: Sizes) -> int:
 
 
 def _loading(sizes: Sizes, quantization: str) -> int:
-    """What is needed while loading beyond the weights: a block that is not quantized yet."""
+    """What is needed while loading beyond the weights: a block that is not quantized yet; parts of packed ones."""
+    if quantization in ("packed", "kernels"):
+        return sizes.block_bytes[quantization]
     return 0 if quantization == "none" else sizes.block_bytes["none"]
 
 
 def _reason(free_bytes: int, budget: int, sizes: Sizes, wish: Wish, quantization: str, count: int, tokens: int) -> str:
     block, cache = sizes.block_bytes[quantization], count * tokens * sizes.token_bytes
-    weights = "" if quantization == "none" else f" in {quantization}"
+    weights = {"none": "", "packed": " packed", "kernels": " packed in part"}.get(quantization, f" in {quantization}")
     reason = (
         f"{count} × {_size(block)}{weights} and {_size(cache)} for {tokens} tokens of KV cache, "
         f"of {_size(free_bytes)} free"
     )
-    if wish.blocks is None and count < sizes.num_blocks and quantization == "none":
+    if wish.blocks is None and count < sizes.num_blocks and quantization in ("none", "kernels"):
         more = {name: _most_blocks(budget, sizes, wish, name) for name in sizes.block_bytes}
         best = max(more, key=lambda name: more[name])
         if more[best] > count:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +20,16 @@ from swarm.node.announcer import Announcer
 from swarm.node.engine.acceleration import Acceleration, accelerate
 from swarm.node.engine.deterministic import check, make_deterministic
 from swarm.node.engine.engine import STATE_ROWS, Engine
-from swarm.node.engine.quantization import Scheme, find_scheme, finish_block, quantized_bytes, schemes_on
+from swarm.node.engine.quantization import (
+    Keep,
+    Scheme,
+    Use,
+    describe,
+    find_scheme,
+    finish_block,
+    quantized_bytes,
+    schemes_on,
+)
 from swarm.node.handler import Handler
 from swarm.node.hardware import choose_devices, choose_dtype, free_memory
 from swarm.node.life import run_until
@@ -44,7 +53,7 @@ from swarm.node.sharing import find_source
 from swarm.node.throughput import measure
 from swarm.peer import Peer
 from swarm.records import Offer, ServerInfo, ServerState
-from swarm.skeleton import Span, build_skeleton, cache_bytes, fetch_span, load_span
+from swarm.skeleton import Span, build_skeleton, cache_bytes, fetch_span, load_span, packed_blocks
 from swarm.source import ModelSource
 from swarm.threads import in_thread
 
@@ -82,12 +91,14 @@ async def serve(settings: NodeSettings, output: Output, stop: asyncio.Event) -> 
 async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) -> Serving:
     devices = choose_devices(settings.device)
     source, peer, sharing = await find_source(settings, output, stack)
-    if source.quantization is not None:
-        text = f"The checkpoint is quantized ({source.quantization.title}): each block is dequantized when it is loaded"
-        output.event("dequantize", text, format=source.quantization.title)
     dtype = choose_dtype(settings.dtype, source.dtype, devices[0])
-    plan = await in_thread(lambda: _plan(settings, source, dtype, devices))  # before the network is touched
-    scheme = None if plan.quantization == "none" else find_scheme(plan.quantization, devices[0], dtype)
+    plan, use = await in_thread(lambda: _plan(settings, source, dtype, devices))  # before the network is touched
+    kept = plan.quantization in ("packed", "kernels")
+    scheme = None if kept or plan.quantization == "none" else find_scheme(plan.quantization, devices[0], dtype)
+    keep = Keep(dtype, slow=plan.quantization == "packed") if kept else None
+    if source.quantization is not None:
+        text = f"The checkpoint is quantized ({source.quantization.title}): {describe(use, keep, dtype_name(dtype))}"
+        output.event("checkpoint", text, format=source.quantization.title, packed=kept)
 
     if peer is None:
         peer = await Peer.start(settings.peer)
@@ -96,12 +107,13 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
     shape = fingerprint(source.config)
     root = sharing.root if sharing is not None else ""
     _check_same_model(records, shape, root, source, peer)
+    quantization = source.quantization.title if kept and source.quantization is not None else plan.quantization
     start, end, reason = _choose_blocks(settings, source, plan, records, peer)
     output.event(
         "blocks",
         f"Serving blocks {start}:{end} of {source.num_blocks} in {dtype_name(dtype)}, {reason}: {plan.reason}",
         blocks=[start, end],
-        quantization=plan.quantization,
+        quantization=quantization,
         cache_tokens=plan.cache_tokens,
     )
 
@@ -122,7 +134,7 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
         public_name=settings.name,
         version=__version__,
         torch_dtype=dtype_name(dtype),
-        quant_type=plan.quantization,
+        quant_type=quantization,
         using_relay=settings.peer.relay,
         offer=offer,
     )
@@ -133,7 +145,7 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
     if sharing is not None:
         await sharing.begin(stack)
         await sharing.fetch(start, end)
-    span = await _load(source, start, end, dtype, _place(devices, plan, end - start), scheme, output)
+    span = await _load(source, start, end, dtype, _place(devices, plan, end - start), scheme, keep, output)
     if settings.deterministic:
         with output.stage("deterministic", "Making sure that results don't depend on the batch"):
             await in_thread(lambda: _make_deterministic(span))
@@ -179,6 +191,7 @@ async def _load(
     dtype: torch.dtype,
     devices: Sequence[torch.device],
     scheme: Scheme | None,
+    keep: Keep | None,
     output: Output,
 ) -> Span:
     if source.hub is not None:
@@ -194,6 +207,7 @@ async def _load(
                 device=devices,
                 progress=lambda *done: report(*done),
                 finish=lambda block: finish_block(block, scheme),
+                keeper=keep,
             )
         )
 
@@ -229,10 +243,12 @@ def _check_same_model(
                 )
 
 
-def _plan(settings: NodeSettings, source: ModelSource, dtype: torch.dtype, devices: Sequence[torch.device]) -> Plan:
-    """What fits into the memory of ``devices``, which are of one kind."""
+def _plan(
+    settings: NodeSettings, source: ModelSource, dtype: torch.dtype, devices: Sequence[torch.device]
+) -> tuple[Plan, Mapping[str, Use]]:
+    """What fits into the memory of ``devices``, which are of one kind; and what can be done with packed weights."""
     device = devices[0]
-    if settings.quantization not in ("none", "auto"):
+    if settings.quantization not in ("none", "auto", "checkpoint", "packed"):
         find_scheme(settings.quantization, device, dtype)
     count = settings.num_blocks
     first, last = 0, source.num_blocks
@@ -244,9 +260,25 @@ def _plan(settings: NodeSettings, source: ModelSource, dtype: torch.dtype, devic
     layers = build_skeleton(source, dtype, attention="eager").layers
     states = cache_bytes(source, dtype, tokens=0, rows=STATE_ROWS)  # always there, as weights are
     kinds = {"none": None} | {scheme.name: scheme for scheme in schemes_on(device)}
-    block_bytes = {
-        name: [state + quantized_bytes(block, kind) for state, block in zip(states, layers, strict=True)][wanted]
-        for name, kind in kinds.items()
+    block_bytes = {name: [quantized_bytes(block, kind) for block in layers] for name, kind in kinds.items()}
+    use: dict[str, Use] = {}
+    if source.quantization is not None and source.quantization.formats:
+        packed = list(zip(layers, packed_blocks(source), strict=True))
+        for block, weights in packed:
+            use |= Keep(dtype, slow=True).uses(block, weights, device)
+        for name, slow in (("packed", True), ("kernels", False)):
+            keep = Keep(dtype, slow)
+            block_bytes[name] = [keep.size(block, weights, device) for block, weights in packed]
+    fastest = "none" if Use.KERNEL not in use.values() else "kernels" if Use.SLOW in use.values() else "packed"
+    if set(use.values()) <= {Use.NONE}:
+        if settings.quantization == "packed":
+            raise UsageError("--quantization packed: no weights of this checkpoint can stay packed here; leave it out")
+        block_bytes.pop("packed", None)  # nothing would be packed
+    if fastest != "kernels":
+        block_bytes.pop("kernels", None)
+    needed = {
+        name: [state + size for state, size in zip(states, sizes, strict=True)][wanted]
+        for name, sizes in block_bytes.items()
     }
     token_bytes = cache_bytes(source, dtype, tokens=1, rows=0)[wanted]
     free = [free_memory(each) for each in devices]
@@ -256,17 +288,18 @@ def _plan(settings: NodeSettings, source: ModelSource, dtype: torch.dtype, devic
         together = blocks if len(devices) == 1 else 1
         sizes = Sizes(
             num_blocks=source.num_blocks,
-            block_bytes={name: widest_mean(each, together) for name, each in block_bytes.items()},
+            block_bytes={name: widest_mean(each, together) for name, each in needed.items()},
             token_bytes=max(1, widest_mean(token_bytes, together)),
             positions=source.max_positions,
+            fastest=fastest,
         )
         usable = usable_together(free, max(sizes.block_bytes.values()))
         return plan_memory(usable, sizes, Wish(count, settings.quantization, settings.cache_tokens))
 
     if count is not None:
-        return plan(min(count, source.num_blocks))
+        return plan(min(count, source.num_blocks)), use
     plans = ((blocks, plan(blocks)) for blocks in range(source.num_blocks, 0, -1))
-    return next(replace(made, num_blocks=blocks) for blocks, made in plans if made.num_blocks >= blocks)
+    return next(replace(made, num_blocks=blocks) for blocks, made in plans if made.num_blocks >= blocks), use
 
 
 def _choose_blocks(

@@ -15,7 +15,8 @@ class NodeSettings:
     Attributes:
         blocks: ``"START:END"``.
         num_blocks: how many blocks, where the swarm is thinnest.
-        quantization: of the weights: ``"none"``, ``"int8"``, ``"nf4"``, ``"int4"``, or ``"auto"``.
+        quantization: of the weights: ``"checkpoint"``, ``"packed"``, ``"none"``, ``"int8"``, ``"nf4"``, ``"int4"``, or
+            ``"auto"``.
         cache_tokens: size of the KV cache in tokens, over all sessions.
         max_batch_tokens: tokens computed in one turn; a longer prompt is cut into chunks.
         deterministic: a session's results don't depend on who else uses the node, to the last bit.
@@ -36,7 +37,7 @@ class NodeSettings:
     num_blocks: int | None = None
     device: str = "auto"
     dtype: str = "auto"
-    quantization: str = "none"
+    quantization: str = "checkpoint"
     cache_tokens: int | None = None
     max_batch_tokens: int = 512
     deterministic: bool = False

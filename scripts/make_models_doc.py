@@ -51,9 +51,24 @@ Of checkpoints with images ({multimodal}) the text part is served.
   tokens so far. transformers looks at the whole prompt: a prompt longer than the original length of the model that is
   prefilled in pieces can give other text.
 
+## Quantized checkpoints
+A node says at its start what it makes of one; kernels are tried on a small matrix first. On a CPU:
+
+* In memory as small as they are, with a kernel, and exact: 4 bits of GPTQ (act-order too), AWQ ("gemm") and
+  compressed-tensors (`pack-quantized`) in groups of a multiple of 32 inputs, or with a scale a row; 8 bits of
+  bitsandbytes, compressed-tensors and symmetric GPTQ with a scale a row.
+* The same, with scales rounded to bfloat16, as the package bitsandbytes does: its NF4 and FP4, on processors with
+  AVX-512 BF16 and for nodes in bfloat16.
+* Exact, without a kernel: FP8, MXFP4 (gpt-oss), and compressed-tensors' `nvfp4`, `mxfp4`, `mxfp8` and 8-bit groups.
+  They are dequantized block by block when loaded; or each time they are used, which takes the least memory and is
+  slow, if the blocks asked for don't fit otherwise, or with `--quantization packed`.
+* Dequantized block by block when loaded: GPTQ and compressed-tensors with other numbers of bits or scales, GGUF, layers
+  that transformers splits or joins when it loads them, and everything with `--quantization none`.
+
+Exact: the weights are to the last bit those that dequantizing gives, rounded once to the node's dtype.
+
 ## Refused
 {refused}
-* Quantized checkpoints, whatever their type.
 * Models that bring their own code.
 
 How a family is added: [adding-a-model.md](adding-a-model.md).

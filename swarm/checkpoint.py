@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from swarm.dequantize import PackedTensor, find_packed
+from swarm.dequantize import Header, Headers, PackedTensor, Parts, find_packed
 from swarm.downloads import download
 from swarm.errors import ModelError
 from swarm.hub import HubRepo, NoSuchFileError
@@ -204,6 +204,26 @@ class Checkpoint:
         except (ValueError, KeyError, IndexError, RuntimeError, TypeError) as error:  # shapes that strangers chose
             reason = str(error).splitlines()[0]
             raise ModelError(f"can't compute {name} from its parts in {self.info(name).file}: {reason}") from error
+
+    def packed(self, name: str) -> PackedTensor | None:
+        """What a tensor is computed from; ``None``: it is stored as it is."""
+        return self._packed.get(name)
+
+    def headers(self, name: str) -> Headers:
+        """The parts that a tensor is computed from, by suffix. Reads no data."""
+        return {suffix: self._header(part) for suffix, part in self._packed[name].parts.items()}
+
+    def read_parts(self, name: str) -> Parts:
+        """The same, read.
+
+        Raises:
+            ModelError: as for :meth:`read`.
+        """
+        return {suffix: self._read_stored(part, mapped=False) for suffix, part in self._packed[name].parts.items()}
+
+    def _header(self, name: str) -> Header:
+        info = self.info(name)
+        return Header(info.shape, info.dtype)
 
     def stored(self, name: str) -> tuple[str, ...]:
         """The names in the file of what makes the tensor."""

@@ -19,6 +19,7 @@ from swarm.checkpoint import Checkpoint
 from swarm.errors import ModelError, UsageError
 from swarm.families import ATTENTION, REFUSED, Family, family_of
 from swarm.layout import carried_size, check_range, kv_sources
+from swarm.packed import Keeper, PackedWeight, PartReader, packed_weights
 from swarm.probe import PROBE, BlockCache, SharedKV, probe_block, unserved
 from swarm.source import ModelSource
 from swarm.span import Prepared, Span
@@ -35,6 +36,7 @@ __all__ = [
     "fetch_span",
     "load_ends",
     "load_span",
+    "packed_blocks",
 ]
 
 _KNOWN_LAYER_TYPES = {
@@ -102,6 +104,7 @@ def load_span(
     device: torch.device | str | Sequence[torch.device],
     progress: Callable[[int, int], None] | None = None,
     finish: Callable[[nn.Module], None] | None = None,
+    keeper: Keeper | None = None,
 ) -> Span:
     """Blocks ``start:end``, one at a time, so that little more memory is used than they need in the end.
 
@@ -109,6 +112,7 @@ def load_span(
         device: for all blocks, or one for each.
         progress: called with the number of blocks done and the number of blocks, from ``(0, n)`` to ``(n, n)``.
         finish: changes each block in place once it is loaded, before the next one is.
+        keeper: of a quantized checkpoint, keeps weights as they are; without one, all are dequantized.
 
     Raises:
         UsageError: the model has no such blocks, or they can't be without others.
@@ -129,8 +133,20 @@ def load_span(
     def fill(index: int, device: torch.device) -> None:
         if index == start:
             checkpoint.fetch([key for part in plans.values() for key in part.keys()])  # noqa: SIM118
-        missing = load_weights(skeleton.model, plans[index], checkpoint, dtype=dtype, device=device)
-        _require_none(checkpoint, sorted(key for key in missing if key.startswith(names[index])))
+        plan, begin, block = plans[index], names[index], skeleton.layers[index]
+        packed = packed_weights(plan, checkpoint, begin) if keeper is not None else {}
+        chosen = set(keeper.choose(block, packed, device)) if keeper is not None else set()
+        kept = {begin + name for name in chosen}
+        rest = plan.only(lambda name: name not in kept)
+        missing = load_weights(skeleton.model, rest, checkpoint, dtype=dtype, device=device)
+        _require_none(checkpoint, sorted(key for key in missing - kept if key.startswith(begin)))
+        if keeper is not None and chosen:
+            try:
+                reader = PartReader(checkpoint)
+                keeper.fill(block, {name: packed[name] for name in chosen}, device, reader)
+            except (ValueError, KeyError, IndexError, RuntimeError, TypeError) as error:  # shapes that strangers chose
+                reason = str(error).splitlines()[0]
+                raise ModelError(f"can't use block {index} as it is in {checkpoint.listing}: {reason}") from error
 
     devices = [torch.device(device)] * (end - start) if isinstance(device, str | torch.device) else device
     span = assemble_span(
@@ -246,6 +262,16 @@ def block_tensors(source: ModelSource) -> list[list[str]]:
         begin = f"{skeleton.layers_name}.{index}."
         names = plan.only(lambda name, begin=begin: name.startswith(begin)).keys()  # type: ignore[misc]
         blocks.append([stored for name in names for stored in checkpoint.stored(name)])
+    checkpoint.close()
+    return blocks
+
+
+def packed_blocks(source: ModelSource) -> list[dict[str, PackedWeight]]:
+    """For each block, what a quantized checkpoint holds packed of it. Reads headers only."""
+    skeleton, checkpoint = build_skeleton(source, source.dtype, attention="eager"), Checkpoint.open(source)
+    plan = plan_weights(skeleton.model, checkpoint)
+    every = range(source.num_blocks)
+    blocks = [packed_weights(plan, checkpoint, f"{skeleton.layers_name}.{index}.") for index in every]
     checkpoint.close()
     return blocks
 

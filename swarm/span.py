@@ -42,7 +42,8 @@ class Span:
         kv_sources: blocks that use the KV cache of another one in the span instead of their own: block to that other.
         state_bytes: what all blocks together keep for each row beside KV (recurrent states); 0 in most models. Such
             states can't be cut back to an earlier token, nor shared as a prefix.
-        parameter_bytes: memory of the weights as they were loaded, before they were packed or quantized.
+        parameter_bytes: memory of the weights as they were loaded, before they were packed or quantized; without
+            those of a quantized checkpoint that are kept as they are.
     """
 
     start: int

@@ -40,16 +40,19 @@ class WeightPlan:
         sources: by the model's name of a tensor, the checkpoint's names of what it is made of. Where one of the
             checkpoint's makes several of the model's, it stands under the first.
         stacks: for those of them that are stacked experts, the names by kind of part.
+        converted: those that are changed in more than their names.
     """
 
     sources: Mapping[str, tuple[str, ...]]
     stacks: Mapping[str, tuple[tuple[str, ...], ...]]
+    converted: frozenset[str]
 
     def only(self, wanted: Callable[[str], bool]) -> WeightPlan:
         """The part for the model's tensors whose names are ``wanted``."""
         return WeightPlan(
             {name: keys for name, keys in self.sources.items() if wanted(name)},
             {name: columns for name, columns in self.stacks.items() if wanted(name)},
+            self.converted,
         )
 
     def keys(self) -> list[str]:
@@ -66,6 +69,7 @@ def plan_weights(model: PreTrainedModel, checkpoint: Checkpoint) -> WeightPlan:
     own = model.state_dict()
     sources: defaultdict[str, list[str]] = defaultdict(list)
     columns: defaultdict[str, defaultdict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    converted: set[str] = set()
     for key in sorted(checkpoint.files, key=dot_natural_key):
         given = _in_text_model(key, own)
         name, pattern = rename_source_key(given, renamings, converters, model.base_model_prefix, own)
@@ -74,13 +78,15 @@ def plan_weights(model: PreTrainedModel, checkpoint: Checkpoint) -> WeightPlan:
         if name not in own:
             continue
         sources[name].append(key)
+        if pattern is not None:
+            converted.add(name)
         if pattern is not None and can_stack(by_pattern[pattern]):
             columns[name][pattern].append(key)
     stacks = {}
     for name, found in columns.items():
         kinds = by_pattern[next(iter(found))].source_patterns
         stacks[name] = tuple(tuple(found[kind]) for kind in kinds)
-    return WeightPlan({name: tuple(keys) for name, keys in sources.items()}, stacks)
+    return WeightPlan({name: tuple(keys) for name, keys in sources.items()}, stacks, frozenset(converted))
 
 
 def load_weights(

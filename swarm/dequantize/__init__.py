@@ -11,10 +11,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from swarm.dequantize import awq, bitsandbytes, compressed_tensors, fp8, gptq, mxfp4
-from swarm.dequantize.format import Format, PackedTensor, Parts, find_packed
+from swarm.dequantize.format import Format, Header, Headers, PackedTensor, Parts, find_packed
+from swarm.dequantize.numbers import Codes, Integers, Layout
 from swarm.errors import ModelError
 
-__all__ = ["Format", "PackedTensor", "Parts", "Quantization", "find_packed", "quantization_of"]
+__all__ = [
+    "Codes",
+    "Format",
+    "Header",
+    "Headers",
+    "Integers",
+    "Layout",
+    "PackedTensor",
+    "Parts",
+    "Quantization",
+    "find_packed",
+    "quantization_of",
+]
 
 _METHODS: dict[str, tuple[str, Callable[[Mapping[str, Any]], list[Format]]]] = {
     "awq": ("AWQ", awq.formats),

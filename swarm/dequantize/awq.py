@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from swarm.dequantize.format import Format, Parts
-from swarm.dequantize.packing import by_blocks, unpack_words
+from swarm.dequantize.format import Format, Headers, Parts
+from swarm.dequantize.numbers import Integers, Layout
+from swarm.dequantize.packing import unpack_words
 
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -21,16 +22,19 @@ def formats(config: Mapping[str, Any]) -> list[Format]:
     bits, version = int(config.get("bits") or config.get("w_bit") or 4), str(config.get("version") or "gemm").lower()
     if bits != 4 or version != "gemm":
         raise ValueError(f"{bits} bits in version {version!r}")
-    return [Format(".qweight", (".qzeros", ".scales"), (), ".weight", _unpack)]
+    needed = (".qzeros", ".scales")
+    return [Format(".qweight", needed, (), ".weight", lambda parts: _read(parts).weight(), _layout, _read)]
 
 
-def _unpack(parts: Parts) -> torch.Tensor:
+def _read(parts: Parts) -> Integers:
     numbers, zeros = (_ordered(unpack_words(parts[name], 4)) for name in (".qweight", ".qzeros"))  # [in or groups, out]
-    scales = parts[".scales"].float()
-    if zeros.shape != scales.shape:
-        raise ValueError(f"zeros {list(zeros.shape)} don't fit scales {list(scales.shape)}")
-    weight = by_blocks(torch.Tensor.sub_, numbers.float(), zeros.float())
-    return by_blocks(torch.Tensor.mul_, weight, scales).T
+    if zeros.shape != parts[".scales"].shape:
+        raise ValueError(f"zeros {list(zeros.shape)} don't fit scales {list(parts['.scales'].shape)}")
+    return Integers(numbers.T.contiguous(), zeros.T, parts[".scales"].T)
+
+
+def _layout(headers: Headers, out: int, inputs: int) -> Layout | None:
+    return Layout("int4", inputs * out // headers[".scales"].numel)
 
 
 def _ordered(numbers: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from swarm.dequantize.format import Format, Parts
-from swarm.dequantize.packing import by_blocks, power_of_two, unpack_fp4, unpack_words
+from swarm.dequantize.format import Format, Headers, Parts
+from swarm.dequantize.numbers import Integers, Layout
+from swarm.dequantize.packing import by_blocks, fp8_to_float, power_of_two, unpack_fp4, unpack_words
 
 _KNOWN = {
     "dense",
@@ -48,30 +49,65 @@ def formats(config: Mapping[str, Any]) -> list[Format]:
             raise ValueError(f"its weight is {weight.dtype}, though it has scales")
         zero = parts["_zero_point"].float() if "_zero_point" in parts else None
         scale = power_of_two(scale) if scale.dtype is torch.uint8 else scale.float()
-        return _grouped(weight.float(), zero, scale, parts.get("_g_idx"), block)
+        numbers = weight.float() if weight.dtype is torch.int8 else fp8_to_float(weight)
+        return _grouped(numbers, zero, scale, parts.get("_g_idx"), block)
 
-    def integers(parts: Parts) -> torch.Tensor:
+    def plain_layout(headers: Headers, out: int, inputs: int) -> Layout | None:
+        by_row = headers["_scale"].numel in (1, out) and "_zero_point" not in headers
+        return Layout("int8", inputs) if by_row and headers[""].dtype is torch.int8 else None
+
+    def plain_integers(parts: Parts) -> Integers:
+        return Integers(parts[""], None, parts["_scale"].reshape(-1, 1))
+
+    def integers(parts: Parts) -> Integers:
         rows, columns = (int(size) for size in parts["_shape"])
-        words, scale, group = parts["_packed"], parts["_scale"].float(), parts.get("_g_idx")
+        words, scale, group = parts["_packed"], parts["_scale"], parts.get("_g_idx")
         fitting = [each for each in bits if -(-columns * each // 32) == words.shape[1]]
         if len(fitting) != 1 or words.shape[0] != rows:
             raise ValueError(f"{list(words.shape)} words can't hold {rows} x {columns} numbers of {bits} bits")
-        numbers = _signed(words, fitting[0])[:, :columns]
-        packed = parts.get("_zero_point")
-        zero = None if packed is None else _signed(packed.T.contiguous(), fitting[0]).T[:rows]
-        return _grouped(numbers, zero, scale, group, None)
+        numbers = unpack_words(words, fitting[0])[:, :columns]  # plus half of what there is, as are the zeros
+        if "_zero_point" in parts:
+            zero = unpack_words(parts["_zero_point"].T.contiguous(), fitting[0]).T[:rows]
+        else:
+            zero = torch.full((1, 1), 1 << (fitting[0] - 1))
+        ordered = group is not None and scale.ndim == 2 and scale.shape[1] > 1 and bool((group >= 0).all())
+        return Integers(numbers, zero, scale, group.long() if ordered and group is not None else None)
+
+    def layout(headers: Headers, out: int, inputs: int) -> Layout | None:
+        words, scale = headers["_packed"], headers["_scale"]
+        group, zeros = inputs * out // scale.numel, "_zero_point" in headers
+        if words.numel == out * -(-inputs // 8) and 4 in bits:
+            short = scale.dtype is torch.bfloat16 and not zeros
+            return Layout("int4", group, short, "_g_idx" in headers)
+        eight = words.numel == out * -(-inputs // 4) and 8 in bits
+        return Layout("int8", inputs) if eight and group >= inputs and not zeros else None
 
     optional = ("_zero_point", "_g_idx", "_shape")
+    rows = dict.fromkeys(("", "_packed", "_scale", "_zero_point"), 0)
     return [
-        Format("", ("_scale",), optional, "", plain),
-        Format("_packed", ("_scale", "_shape"), optional[:2], "", integers),
-        Format("_packed", ("_scale", "_global_scale"), (), "", _nvfp4),
-        Format("_packed", ("_scale",), (), "", _mxfp4),
+        Format(
+            "",
+            ("_scale",),
+            optional,
+            "",
+            plain,
+            plain_layout,
+            plain_integers,
+            rows,
+            block[0] if block else None,
+        ),
+        Format(
+            "_packed",
+            ("_scale", "_shape"),
+            optional[:2],
+            "",
+            lambda parts: integers(parts).weight(),
+            layout,
+            integers,
+        ),
+        Format("_packed", ("_scale", "_global_scale"), (), "", _nvfp4, rows=rows),
+        Format("_packed", ("_scale",), (), "", _mxfp4, rows=rows),
     ]
-
-
-def _signed(words: torch.Tensor, bits: int) -> torch.Tensor:
-    return unpack_words(words, bits).float() - (1 << (bits - 1))
 
 
 def _nvfp4(parts: Parts) -> torch.Tensor:

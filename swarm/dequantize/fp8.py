@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from swarm.dequantize.format import Format, Parts
-from swarm.dequantize.packing import by_blocks, power_of_two
+from swarm.dequantize.packing import by_blocks, fp8_to_float, power_of_two
 
 
 def formats(config: Mapping[str, Any]) -> list[Format]:
@@ -23,6 +23,10 @@ def formats(config: Mapping[str, Any]) -> list[Format]:
         if weight.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
             raise ValueError(f"its weight is {weight.dtype}, not FP8")
         scale = scale.float() if scale.dtype.itemsize > 1 else power_of_two(scale)
-        return by_blocks(torch.Tensor.mul_, weight.float(), scale, block=block)
+        return by_blocks(torch.Tensor.mul_, fp8_to_float(weight), scale, block=block)
 
-    return [Format("", ("_scale_inv",), (), "", unpack)]
+    return [
+        Format(
+            "", ("_scale_inv",), (), "", unpack, rows={"": 0, "_scale_inv": 0}, row_block=block[0] if block else None
+        )
+    ]

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from swarm.dequantize.format import Format, Parts
-from swarm.dequantize.packing import by_blocks, unpack_words
+from swarm.dequantize.format import Format, Headers, Parts
+from swarm.dequantize.numbers import Integers, Layout
+from swarm.dequantize.packing import unpack_words
 
 
 def formats(config: Mapping[str, Any]) -> list[Format]:
@@ -21,15 +22,24 @@ def formats(config: Mapping[str, Any]) -> list[Format]:
     if bits not in (2, 3, 4, 8) or form not in ("gptq", "gptq_v2"):
         raise ValueError(f"{bits} bits in format {form!r}")
 
-    def unpack(parts: Parts) -> torch.Tensor:
+    def read(parts: Parts) -> Integers:
         numbers = unpack_words(parts[".qweight"].T.contiguous(), bits)  # [out, in]
-        zeros = unpack_words(parts[".qzeros"], bits) + (1 if form == "gptq" else 0)  # [groups, out]
-        scales, inputs = parts[".scales"].float(), numbers.shape[1]
+        zeros = unpack_words(parts[".qzeros"], bits).int() + (1 if form == "gptq" else 0)  # [groups, out]
+        scales, inputs = parts[".scales"], numbers.shape[1]
         if zeros.shape != scales.shape:
             raise ValueError(f"zeros {list(zeros.shape)} don't fit scales {list(scales.shape)}")
         group = parts.get(".g_idx")
         columns = torch.arange(inputs) // -(-inputs // len(scales)) if group is None else group.long()
-        weight = by_blocks(torch.Tensor.sub_, numbers.float(), zeros.T.float(), columns=columns)
-        return by_blocks(torch.Tensor.mul_, weight, scales.T, columns=columns)
+        return Integers(numbers, zeros.T, scales.T, columns)
 
-    return [Format(".qweight", (".qzeros", ".scales"), (".g_idx",), ".weight", unpack)]
+    def layout(headers: Headers, out: int, inputs: int) -> Layout | None:
+        group = inputs * out // headers[".scales"].numel
+        if bits == 4:
+            return Layout("int4", group, ordered=".g_idx" in headers)
+        return Layout("int8", group) if bits == 8 and config.get("sym") and group == inputs else None
+
+    return [
+        Format(
+            ".qweight", (".qzeros", ".scales"), (".g_idx",), ".weight", lambda parts: read(parts).weight(), layout, read
+        )
+    ]

@@ -17,7 +17,7 @@ from swarm.dequantize.packing import power_of_two, unpack_fp4
 
 
 def formats(config: Mapping[str, Any]) -> list[Format]:
-    return [Format("_blocks", ("_scales",), (), "", _unpack)]
+    return [Format("_blocks", ("_scales",), (), "", _unpack, rows={"_blocks": 1, "_scales": 1}, stacked=True)]
 
 
 def _unpack(parts: Parts) -> torch.Tensor:

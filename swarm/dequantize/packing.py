@@ -16,8 +16,16 @@ def unpack_words(words: torch.Tensor, bits: int) -> torch.Tensor:
         words: ``[..., N]`` int32. Where ``bits`` does not divide 32, numbers lie across the edges of words.
 
     Returns:
-        ``[..., N * 32 // bits]`` int32.
+        ``[..., N * 32 // bits]``, uint8 for 4 and 8 bits, else int32.
     """
+    if bits in (4, 8):  # a byte at a time, for a matrix in int32 would be eight times as large as what is stored
+        octets = words.contiguous().view(torch.uint8)
+        if bits == 8:
+            return octets
+        numbers = torch.empty(*octets.shape, 2, dtype=torch.uint8, device=words.device)
+        torch.bitwise_and(octets, 15, out=numbers[..., 0])
+        torch.bitwise_right_shift(octets, 4, out=numbers[..., 1])
+        return numbers.flatten(-2)
     if 32 % bits == 0:
         shifts = torch.arange(0, 32, bits, dtype=torch.int32)
         return ((words[..., None] >> shifts) & ((1 << bits) - 1)).flatten(-2)
@@ -35,9 +43,18 @@ def unpack_fp4(packed: torch.Tensor) -> torch.Tensor:
     Returns:
         ``[..., 2 * N]`` float32.
     """
-    table = torch.tensor([*_E2M1, *(-value for value in _E2M1)])
+    table = torch.tensor([*_E2M1, *(-value for value in _E2M1)], device=packed.device)
     packed = packed.view(torch.uint8)
-    return table[torch.stack([packed & 15, packed >> 4], -1).flatten(-2).int()]
+    pairs = torch.stack((table.repeat(16), table.repeat_interleave(16)), -1)  # of a byte: half as many are looked up
+    return pairs.index_select(0, packed.flatten().int()).view(*packed.shape[:-1], -1)
+
+
+def fp8_to_float(numbers: torch.Tensor) -> torch.Tensor:
+    """FP8 as float32, by a table: torch's own conversion takes several times as long on a CPU."""
+    if numbers.device.type != "cpu":
+        return numbers.float()
+    table = torch.arange(256, dtype=torch.uint8).view(numbers.dtype).float()
+    return table.index_select(0, numbers.contiguous().view(torch.uint8).flatten().int()).view(numbers.shape)
 
 
 def power_of_two(exponents: torch.Tensor) -> torch.Tensor:
@@ -86,10 +103,14 @@ def by_blocks(
         if count > 1 and (length * count < size or (length * (count - 1) >= size)):
             raise misfit
         lengths.append(size if count == 1 else length)
+    regular = columns is None and width == grid.shape[-1] * lengths[1]
     if columns is None:
-        columns = torch.arange(width) // lengths[1]
+        columns = torch.arange(width, device=grid.device) // lengths[1]
     for start in range(0, rows, 1024):
         stop = min(start + 1024, rows)
-        part = grid[..., torch.arange(start, stop) // lengths[0], :]
-        operation(numbers[..., start:stop, :], part[..., columns])
+        part = grid[..., torch.arange(start, stop, device=grid.device) // lengths[0], :]
+        if regular:
+            operation(numbers[..., start:stop, :].unflatten(-1, (-1, lengths[1])), part[..., None])
+        else:
+            operation(numbers[..., start:stop, :], part[..., columns])
     return numbers

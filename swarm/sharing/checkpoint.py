@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from swarm.checkpoint import DTYPES, Checkpoint
+from swarm.dequantize import Header
 from swarm.errors import ModelError
 from swarm.safetensors_header import read_ranges
 from swarm.sharing.store import WeightStore
@@ -18,7 +19,8 @@ class StoreCheckpoint(Checkpoint):
     """The tensors of a :class:`WeightStore`; those that are not here can't be read, rather than read as zeros."""
 
     def __init__(self, store: WeightStore) -> None:
-        files = {tensor.name: tensor.file for tensor in store.manifest.tensors}
+        self._tensors = {tensor.name: tensor for tensor in store.manifest.tensors}
+        files = {name: tensor.file for name, tensor in self._tensors.items()}
         super().__init__(store.directory, None, files, store.directory)
         self._store = store
         self._checked: set[str] = set()
@@ -40,6 +42,10 @@ class StoreCheckpoint(Checkpoint):
     def main_dtype(self) -> torch.dtype:
         counts = Counter(tensor.dtype for tensor in self._store.manifest.tensors)
         return DTYPES.get(counts.most_common(1)[0][0], torch.float32)
+
+    def _header(self, name: str) -> Header:
+        tensor = self._tensors[name]  # the file need not be here yet
+        return Header(tensor.shape, DTYPES.get(tensor.dtype, torch.uint8))
 
     def _check(self, file: str) -> None:
         """What to fetch for a tensor is what the manifest says; where it is read, the file says itself."""

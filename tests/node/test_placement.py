@@ -112,19 +112,50 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
         plan_memory(24 * GIB, LLAMA_70B, Wish(blocks=81))
 
 
+def test_a_quantized_checkpoint_stays_packed_where_that_is_fast_or_nothing_else_fits() -> None:
+    def plan(memory: int, fastest: str, quantization: str, blocks: int | None = None, **more: int) -> Plan:
+        sizes = Sizes(80, {"none": 8 * GIB, "int8": 4 * GIB, "packed": 2 * GIB, **more}, 4096, 4096, fastest)
+        return plan_memory(memory * GIB, sizes, Wish(blocks, quantization, cache_tokens=1024))
+
+    for wish in ("checkpoint", "auto"):
+        assert plan(1000, "packed", wish).quantization == "packed"
+        fewer = plan(500, "none", wish)
+        assert (fewer.quantization, fewer.num_blocks) == ("none", 53)
+        assert "--quantization int8 would fit 80" in fewer.reason
+        assert plan(1000, "none", wish, blocks=80).quantization == "none"
+        tight = plan(500, "none", wish, blocks=80)
+        assert (tight.quantization, tight.num_blocks) == ("packed", 80)
+        assert "80 × 2.0 GiB packed and" in tight.reason
+        assert plan(6, "none", wish).quantization == "packed"
+        assert plan(600, "kernels", wish, blocks=80, kernels=5 * GIB).quantization == "kernels"
+        assert plan(400, "kernels", wish, blocks=80, kernels=5 * GIB).quantization == "packed"
+    assert plan(1000, "packed", "none").quantization == "none"
+    assert "--quantization packed would fit 41" in plan(100, "packed", "none").reason
+    assert plan(1000, "none", "packed").quantization == "packed"
+    assert plan(1000, "none", "int8").quantization == "int8"
+
+
 sizes = st.builds(
-    lambda blocks, block, token, positions: Sizes(
-        blocks, {"none": 8 * block, "int8": 4 * block, "nf4": 2 * block}, token, positions
+    lambda blocks, block, token, positions, packed: Sizes(
+        blocks, {"none": 8 * block, "int8": 4 * block, "nf4": 2 * block} | packed[0](block), token, positions, packed[1]
     ),
     st.integers(1, 80),
     st.integers(1, 1000),
     st.integers(1, 4),
     st.none() | st.integers(1, 10_000),
+    st.sampled_from(
+        [
+            (lambda block: {}, "none"),
+            (lambda block: {"packed": 3 * block}, "none"),
+            (lambda block: {"packed": 3 * block}, "packed"),
+            (lambda block: {"packed": 3 * block, "kernels": 6 * block}, "kernels"),
+        ]
+    ),
 )
 wishes = st.builds(
     Wish,
     st.none() | st.integers(1, 80),
-    st.sampled_from(["none", "int8", "nf4", "auto"]),
+    st.sampled_from(["none", "int8", "nf4", "auto", "checkpoint"]),
     st.none() | st.integers(16, 20_000),
 )
 
@@ -143,12 +174,13 @@ def test_no_plan_is_larger_than_memory(free: int, sizes: Sizes, wish: Wish) -> N
     assert plan is not None
     weights = plan.num_blocks * sizes.block_bytes[plan.quantization]
     assert weights + plan.num_blocks * plan.cache_tokens * sizes.token_bytes <= free
-    assert plan.quantization == "none" or weights + sizes.block_bytes["none"] <= free
+    loading = sizes.block_bytes["none" if plan.quantization in ("int8", "nf4") else plan.quantization]
+    assert plan.quantization == "none" or weights + loading <= free
     assert 1 <= plan.num_blocks <= sizes.num_blocks
     assert plan.cache_tokens > 0
     assert wish.blocks in (None, plan.num_blocks)
     assert wish.cache_tokens in (None, plan.cache_tokens)
-    assert wish.quantization in ("auto", plan.quantization)
+    assert wish.quantization in ("auto", "checkpoint", plan.quantization)
 
 
 @given(st.integers(0, 10**7), st.integers(0, 10**6), sizes, wishes)

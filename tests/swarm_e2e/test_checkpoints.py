@@ -31,6 +31,26 @@ def test_a_quantized_checkpoint(tmp_path: Path) -> None:
         assert torch.equal(model.generate(ids, **options), expected)
 
 
+def test_a_packed_checkpoint_takes_less_memory(tmp_path: Path) -> None:
+    packed, plain = quantized(tmp_path, tiny_model("llama-gqa", hidden=128), *FORMATS["gptq-4-gptq_v2-True"])
+    ids = torch.randint(10, 250, (2, 9), generator=torch.Generator().manual_seed(0))
+    options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = AutoModelForCausalLM.from_pretrained(plain).generate(ids, **options)
+    sizes = []
+    for arguments in ((), ("--quantization", "none")):
+        with (
+            run_swarm(packed, ("0:6",), *arguments) as swarm,
+            SwarmModelForCausalLM.from_pretrained(str(packed), initial_peers=swarm.initial_peers) as model,
+        ):
+            assert torch.equal(model.generate(ids, **options), expected)
+            said = {event["event"]: event for event in swarm.nodes[0].events()}
+            sizes.append(float(said["blocks"]["message"].split(" × ")[1].split(" MiB")[0]))
+            assert said["blocks"]["quantization"] == ("none" if arguments else "GPTQ")
+            assert ("served packed (int4, group 32)" in said["checkpoint"]["message"]) == (not arguments)
+            assert ("dequantized to float32" in said["checkpoint"]["message"]) == bool(arguments)
+    assert sizes[0] < 0.3 * sizes[1]
+
+
 def test_a_model_from_the_hub(tmp_path: Path) -> None:
     """The command, with the progress of its download in bytes."""
     sizes = {"hidden": 128, "heads": 4, "kv_heads": 2, "intermediate": 512, "layers": 12}

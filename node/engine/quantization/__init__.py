@@ -5,6 +5,17 @@ says what there is, :mod:`~swarm.node.engine.quantization.blocks` puts it into a
 """
 
 from swarm.node.engine.quantization.blocks import finish_block, quantized_bytes
+from swarm.node.engine.quantization.keep import Keep, Use, describe
 from swarm.node.engine.quantization.schemes import SCHEMES, Scheme, find_scheme, schemes_on
 
-__all__ = ["SCHEMES", "Scheme", "find_scheme", "finish_block", "quantized_bytes", "schemes_on"]
+__all__ = [
+    "SCHEMES",
+    "Keep",
+    "Scheme",
+    "Use",
+    "describe",
+    "find_scheme",
+    "finish_block",
+    "quantized_bytes",
+    "schemes_on",
+]

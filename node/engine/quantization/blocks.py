@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -35,13 +35,19 @@ class QuantizedLinear(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Place:
-    """A module that is quantized, by where it is. ``shapes``: ``(matrices, out, in)`` of each of its weights."""
+class Place:
+    """A module that can hold quantized matrices, by where it is.
+
+    Attributes:
+        path: its name in the block.
+        shapes: ``(matrices, out, in)`` of each of its weights, by the parameter's name.
+    """
 
     parent: nn.Module
     name: str
+    path: str
     module: nn.Module
-    shapes: tuple[tuple[int, int, int], ...]
+    shapes: Mapping[str, tuple[int, int, int]]
 
 
 def finish_block(block: nn.Module, scheme: Scheme | None) -> None:
@@ -49,7 +55,7 @@ def finish_block(block: nn.Module, scheme: Scheme | None) -> None:
     other, so that only one has its weights twice at a time; packs the linear layers that are left."""
     if scheme is not None:
         with torch.no_grad():
-            places = list(_places(block, scheme))
+            places = [place for place in find_places(block) if _fits(place, scheme)]
             while places:  # what is done is forgotten, and with it its weights
                 place = places.pop()
                 setattr(place.parent, place.name, _quantized(place.module, scheme))
@@ -63,26 +69,30 @@ def quantized_bytes(block: nn.Module, scheme: Scheme | None) -> int:
     if scheme is None:
         return total
     dtype = next(block.parameters()).dtype
-    for place in _places(block, scheme):
-        for count, out, size in place.shapes:
+    for place in find_places(block):
+        for count, out, size in place.shapes.values() if _fits(place, scheme) else ():
             total -= count * (out * size * dtype.itemsize - scheme.size(out, size, dtype))
     return total
 
 
-def _places(block: nn.Module, scheme: Scheme) -> Iterator[_Place]:
-    for parent in list(block.modules()):
+def find_places(block: nn.Module) -> Iterator[Place]:
+    """All that is in ``block``, which may be changed meanwhile; without routers."""
+    for path, parent in list(block.named_modules()):
         for name, child in list(parent.named_children()):
             if is_plain_linear(child) and name not in _ROUTERS:
-                shapes: tuple[tuple[int, int, int], ...] = ((1, child.out_features, child.in_features),)
+                shapes: dict[str, tuple[int, int, int]] = {"weight": (1, child.out_features, child.in_features)}
             elif weights := expert_weights(child):
-                shapes = tuple(tuple(weight.shape) for weight in weights.values())  # type: ignore[misc]
+                shapes = {name: tuple(weight.shape) for name, weight in weights.items()}  # type: ignore[misc]
             else:
                 continue
-            if all(scheme.fits(out, size) for _, out, size in shapes):
-                yield _Place(parent, name, child, shapes)
+            yield Place(parent, name, f"{path}.{name}" if path else name, child, shapes)
+
+
+def _fits(place: Place, scheme: Scheme) -> bool:
+    return all(scheme.fits(out, size) for _, out, size in place.shapes.values())
 
 
 def _quantized(module: nn.Module, scheme: Scheme) -> nn.Module:
     if isinstance(module, nn.Linear):
         return QuantizedLinear(scheme.make(module.weight.detach()), module.bias)
-    return QuantizedExperts(module, scheme.make)
+    return QuantizedExperts.of(module, scheme.make)

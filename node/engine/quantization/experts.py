@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -34,18 +34,27 @@ class QuantizedExperts(nn.Module):
     """Computes what the experts that it is made of compute, one after the other of those that a token chose.
 
     What is special about a family (how gate and up are told apart, the activation) stays with its own module, which
-    loses its weights projection by projection.
+    loses its weights. ``matrices``: by projection, one for each expert.
     """
 
-    def __init__(self, experts: nn.Module, make: Callable[[torch.Tensor], QuantizedMatrix]) -> None:
+    def __init__(self, experts: nn.Module, matrices: Mapping[str, Iterable[QuantizedMatrix]]) -> None:
         super().__init__()
         self.family: Any = experts
+        for name, made in matrices.items():
+            self.add_module(name, nn.ModuleList(made))
+            delattr(experts, name)
+
+    @classmethod
+    def of(cls, experts: nn.Module, make: Callable[[torch.Tensor], QuantizedMatrix]) -> QuantizedExperts:
+        """Quantizes the weights of ``experts``, which go projection by projection."""
+        self = cls(experts, {})
         for name in list(expert_weights(experts)):
             weights = _weights_of(experts, name)
             assert weights is not None
             self.add_module(name, nn.ModuleList(make(weight.contiguous()) for weight in weights))
             del weights
             delattr(experts, name)
+        return self
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor

@@ -71,12 +71,10 @@ class CudaInt4Matrix(QuantizedMatrix):
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__(*weight.shape)
         self.group = _group(weight)
-        tiles = 8 if self.in_features % 128 == 0 else 4 if self.in_features % 64 == 0 else 2
         pieces, scales = [], []
         for chunk in chunks(weight, rows=_ROWS):
             steps, scale = _quantize(chunk, self.group, torch.bfloat16)
-            pairs = (steps[:, ::2] << 4 | steps[:, 1::2]).to(torch.uint8)
-            pieces.append(torch.ops.aten._convert_weight_to_int4pack(pairs, tiles))
+            pieces.append(pack_for_cuda(steps))
             scales.append(scale)
         self.register_buffer("packed", torch.cat(pieces))
         self.register_buffer("scales", torch.cat(scales, dim=1).contiguous())
@@ -94,6 +92,14 @@ class CudaInt4Matrix(QuantizedMatrix):
     def size(out_features: int, in_features: int, dtype: torch.dtype) -> int:
         """Bytes of such a matrix."""
         return Int4Matrix.size(out_features, in_features, torch.bfloat16)
+
+
+def pack_for_cuda(steps: torch.Tensor) -> torch.Tensor:
+    """Steps ``[out, in]`` in the layout of tensor cores."""
+    tiles = next(tiles for tiles in (8, 4, 2) if steps.shape[1] % (16 * tiles) == 0)
+    pairs = (steps[:, ::2] << 4 | steps[:, 1::2]).to(torch.uint8)
+    packed: torch.Tensor = torch.ops.aten._convert_weight_to_int4pack(pairs, tiles)
+    return packed
 
 
 def _group(weight: torch.Tensor) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from swarm.dequantize import Codes, Layout
 from swarm.node.engine.quantization.bnb import bitsandbytes, has_cpu_kernel
 from swarm.node.engine.quantization.matrix import QuantizedMatrix, chunks
 
@@ -26,6 +27,7 @@ class NF4Matrix(QuantizedMatrix):
     """
 
     many_rows = 192
+    group, kind = GROUP, "nf4"
     packed: torch.Tensor
     scale: torch.Tensor
     code: torch.Tensor
@@ -42,11 +44,23 @@ class NF4Matrix(QuantizedMatrix):
         self.register_buffer("scale", torch.cat(scales, dim=1).contiguous())
         self.code = state.code  # of 16 floats, the same for all
 
+    @classmethod
+    def of(cls, found: Codes, layout: Layout, dtype: torch.dtype) -> NF4Matrix:
+        """A matrix of a checkpoint's own codes, NF4 or FP4, whose scales are rounded to bfloat16."""
+        self = cls.__new__(cls)
+        QuantizedMatrix.__init__(self, len(found.numbers), 2 * found.numbers.shape[1])
+        self.group, self.kind = layout.group, found.kind
+        _check_scales(found, layout)
+        self.register_buffer("packed", torch.cat([_interleave(rows) for rows in chunks(found.numbers, rows=_ROWS)]))
+        self.register_buffer("scale", found.scales.T.to(torch.bfloat16).contiguous())
+        self.code = found.code
+        return self
+
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         if x.dtype != torch.bfloat16 or not has_cpu_kernel():
             return nn.functional.linear(x, self.dequantize(x.dtype))
         output: torch.Tensor = torch.ops.bitsandbytes.gemv_4bit(
-            x.contiguous(), self.packed, (self.out_features, self.in_features), self.scale, self.code, GROUP
+            x.contiguous(), self.packed, (self.out_features, self.in_features), self.scale, self.code, self.group
         )
         return output
 
@@ -54,8 +68,8 @@ class NF4Matrix(QuantizedMatrix):
         output: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit(
             _part(self.packed),
             self.scale.T.float().contiguous().view(-1),
-            GROUP,
-            "nf4",
+            self.group,
+            self.kind,
             (self.out_features, self.in_features),
             dtype,
         )
@@ -71,6 +85,18 @@ class CudaNF4Matrix(QuantizedMatrix):
     """bitsandbytes' own layout and state."""
 
     packed: torch.Tensor
+
+    @classmethod
+    def of(cls, found: Codes, layout: Layout, dtype: torch.dtype) -> CudaNF4Matrix:
+        """A matrix of a checkpoint's own codes, NF4 or FP4."""
+        self, shape = cls.__new__(cls), torch.Size((len(found.numbers), 2 * found.numbers.shape[1]))
+        QuantizedMatrix.__init__(self, *shape)
+        _check_scales(found, layout)
+        self.register_buffer("packed", found.numbers.reshape(-1, 1))
+        self.state = bitsandbytes().functional.QuantState(
+            found.scales.reshape(-1).contiguous(), shape, found.code, layout.group, found.kind, dtype
+        )
+        return self
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__(*weight.shape)
@@ -90,7 +116,9 @@ class CudaNF4Matrix(QuantizedMatrix):
     @property
     def stored_bytes(self) -> int:
         state: Any = self.state
-        tensors = (self.packed, state.absmax, state.offset, state.state2.absmax, state.state2.code, state.code)
+        tensors = [self.packed, state.absmax, state.code]
+        if state.nested:
+            tensors += (state.offset, state.state2.absmax, state.state2.code)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     @staticmethod
@@ -98,6 +126,12 @@ class CudaNF4Matrix(QuantizedMatrix):
         """Bytes of such a matrix: bits, a byte a scale, a float for 256 scales, two tables and the offset."""
         groups = out_features * in_features // GROUP
         return out_features * in_features // 2 + groups + -(-groups // 256) * 4 + 256 * 4 + 16 * 4 + 4
+
+
+def _check_scales(found: Codes, layout: Layout) -> None:
+    wanted = len(found.numbers), 2 * found.numbers.shape[1] // layout.group
+    if found.scales.shape != wanted or found.code.shape != (16,):
+        raise ValueError(f"scales {list(found.scales.shape)} or a code of {len(found.code)} don't fit")
 
 
 def _interleave(rows: torch.Tensor) -> torch.Tensor:

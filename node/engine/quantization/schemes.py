@@ -67,7 +67,7 @@ def find_scheme(name: str, device: torch.device, dtype: torch.dtype) -> Scheme:
         UsageError: there is none of that name, a package is missing, or this machine doesn't compute it right.
     """
     if name not in SCHEMES:
-        raise UsageError(f"--quantization {name!r} is not one of none, auto, {', '.join(SCHEMES)}")
+        raise UsageError(f"--quantization {name!r} is not one of checkpoint, packed, none, auto, {', '.join(SCHEMES)}")
     kinds = schemes_on(device)
     if not kinds:
         raise UsageError(f"--quantization {name} works on cpu and cuda, not on {device.type}: leave it out")

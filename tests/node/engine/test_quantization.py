@@ -166,7 +166,7 @@ def test_the_engine_equals_the_whole_model(name: str, like: str, start_engine: A
 
 
 def test_what_can_not_be_done_is_said() -> None:
-    with pytest.raises(UsageError, match="not one of none, auto, int8, nf4, int4"):
+    with pytest.raises(UsageError, match="not one of checkpoint, packed, none, auto, int8, nf4, int4"):
         find_scheme("int3", CPU, torch.float32)
     with pytest.raises(UsageError, match="not on mps"):
         find_scheme("int8", torch.device("mps"), torch.float32)
