@@ -7,7 +7,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -89,6 +89,10 @@ class Handler:
             await self._p2p.add_protobuf_handler(rpc.handle_name(name), _unary(answer), Request)
         await self._p2p.add_protobuf_handler(rpc.handle_name(rpc.INFO), self._info, runtime_pb2.ExpertUID)
         self._spawn(self._end_idle_sessions())
+
+    def serve(self, start: int, end: int) -> None:
+        """From now on these are the blocks that are served; sessions that are open go on."""
+        self._served = replace(self._served, start=start, end=end)
 
     async def leave(self, timeout: float) -> None:
         """Takes no more work, gives what is under way ``timeout`` seconds, then ends the sessions."""

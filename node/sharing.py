@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 from hivemind.p2p import PeerID
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
+from numpy.typing import NDArray
 
 from swarm.checkpoint import INDEX, SINGLE, Checkpoint
 from swarm.errors import ModelError, UsageError
@@ -53,6 +55,7 @@ class Sharing:
         self._blocks: list[Bits] = []
         self._refused: set[PeerID] = set()
         self._announcing: asyncio.Task[None] | None = None
+        self._arrived = asyncio.Event()
 
     @property
     def root(self) -> str:
@@ -84,16 +87,29 @@ class Sharing:
         """Gets the config and what else everybody needs."""
         await self._fetch(self.store.small_pieces(), "Getting the model's config from peers")
 
-    async def fetch(self, start: int, end: int) -> None:
-        """Gets the blocks ``start:end``, which :meth:`know` must have made known."""
-        wanted = np.logical_or.reduce(self._blocks[start:end])
-        await self._fetch(wanted, f"Getting blocks {start}:{end} from peers")
+    async def fetch(self, order: Sequence[int]) -> None:
+        """Gets the blocks of a range, in this order, which :meth:`know` must have made known."""
+        when = np.full(self.store.num_pieces, len(order), np.int64)
+        for number, block in reversed(list(enumerate(order))):
+            when[self._blocks[block]] = number
+        text = f"Getting blocks {min(order)}:{max(order) + 1} from peers"
+        await self._fetch(when < len(order), text, when)
+
+    def has_block(self, block: int) -> bool:
+        """Whether all of a block is here."""
+        return not (self._blocks[block] & ~self.store.has).any()
+
+    async def wait_for(self, block: int) -> None:
+        """Returns once all of a block is here, which somebody else sees to."""
+        while not self.has_block(block):
+            self._arrived.clear()
+            await self._arrived.wait()
 
     async def fetch_all(self) -> None:
         """Gets the whole checkpoint."""
         await self._fetch(np.ones(self.store.num_pieces, np.bool_), "Getting the weights from peers")
 
-    async def _fetch(self, wanted: Bits, text: str) -> None:
+    async def _fetch(self, wanted: Bits, text: str, order: NDArray[np.int64] | None = None) -> None:
         store = self.store
         if not (wanted & ~store.has).any():
             return
@@ -104,8 +120,9 @@ class Sharing:
 
                 def report(done: int, total: int, count: int) -> None:
                     stage(done, total, _from(count))
+                    self._arrived.set()
 
-                download = Download(self.peer, self.prefix, store, wanted, report, self._refused)
+                download = Download(self.peer, self.prefix, store, wanted, report, self._refused, order=order)
                 sources = await download.run()
         finally:
             try:
@@ -137,8 +154,7 @@ class Sharing:
             await asyncio.sleep(self._period)
 
     async def _announce(self) -> None:
-        has = self.store.has
-        blocks = as_ranges(index for index, pieces in enumerate(self._blocks) if not (pieces & ~has).any())
+        blocks = as_ranges(block for block in range(len(self._blocks)) if self.has_block(block))
         await self._tell(Holder(self.root, blocks, self.store.is_whole))
 
     async def _tell(self, holder: Holder | None) -> None:

@@ -70,17 +70,19 @@ async def fetch(dht: DHTNode, prefix: str, num_blocks: int) -> list[dict[PeerID,
 def spans_of(
     blocks: list[dict[PeerID, ServerInfo]], *, min_state: ServerState = ServerState.ONLINE
 ) -> dict[PeerID, RemoteSpan]:
-    """Each peer's span, from the records of single blocks. A peer's record says its span; else its blocks do."""
+    """Each peer's span, from the records of single blocks. A peer's record says its span; else its blocks do. Of a peer
+    that serves some blocks and is still getting others, it is what it serves."""
     spans: dict[PeerID, RemoteSpan] = {}
     for block, servers in enumerate(blocks):
         for peer_id, info in servers.items():
             if info.state < min_state:
                 continue
             known = spans.get(peer_id)
-            if known is not None and known.end == block:
-                spans[peer_id] = RemoteSpan(peer_id, known.start, block + 1, info)
-            elif known is None or known.end < block:
+            if known is None or info.state > known.info.state:
                 spans[peer_id] = RemoteSpan(peer_id, block, block + 1, info)
+            elif info.state == known.info.state:
+                start = known.start if known.end == block else block
+                spans[peer_id] = RemoteSpan(peer_id, start, block + 1, info)
     return {peer_id: _within_record(span) for peer_id, span in spans.items()}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ class Span:
         without_kv: blocks that have none.
         state_bytes: what all blocks together keep for each row beside KV (recurrent states); 0 in most models. Such
             states can't be cut back to an earlier token, nor shared as a prefix.
-        parameter_bytes: memory of the weights as they were loaded, before they were packed or quantized.
+        parameter_bytes: memory of the weights as they are loaded, before they are packed or quantized.
     """
 
     start: int
@@ -75,6 +75,19 @@ class Span:
         for device, blocks in itertools.groupby(range(first, last), self.device_of):
             stretch = list(blocks)
             yield device, stretch[0], stretch[-1] + 1
+
+    def part(self, first: int, last: int) -> Span:
+        """The blocks ``first:last`` of it as a span of their own, the same modules. ``parameter_bytes`` and
+        ``state_bytes`` stay those of the whole."""
+        own = slice(first - self.start, last - self.start)
+        return replace(
+            self,
+            start=first,
+            end=last,
+            devices=self.devices[own],
+            blocks=nn.ModuleList(list(self.blocks)[own]).eval(),
+            kinds=self.kinds[own],
+        )
 
     @property
     def ropes_vary(self) -> bool:

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from hivemind.p2p import PeerID
+from numpy.typing import NDArray
 
 from swarm.errors import BadRequestError, ModelError
 from swarm.peer import Peer
@@ -48,13 +49,21 @@ class _DiskError(Exception):
 
 class Download:
     """Gets the pieces ``wanted`` (``[pieces]`` of bool) into a store whose lock the caller has. ``refused`` are peers
-    that have sent wrong pieces; it grows."""
+    that have sent wrong pieces; it grows. ``order`` (``[pieces]``): those with smaller numbers are got first."""
 
     def __init__(
-        self, peer: Peer, prefix: str, store: WeightStore, wanted: Bits, report: Report, refused: set[PeerID]
+        self,
+        peer: Peer,
+        prefix: str,
+        store: WeightStore,
+        wanted: Bits,
+        report: Report,
+        refused: set[PeerID],
+        *,
+        order: NDArray[np.int64] | None = None,
     ) -> None:
         self._peer, self._prefix, self._store, self._report = peer, prefix, store, report
-        self._picker: Picker[PeerID] = Picker(wanted & ~store.has, refused)
+        self._picker: Picker[PeerID] = Picker(wanted & ~store.has, refused, order=order)
         self._refused = refused
         self._total, self._done = store.size_of(self._picker.missing), 0
         self._sources: Counter[PeerID] = Counter()
