@@ -15,6 +15,7 @@ from swarm.records import ServerInfo, ServerState, block_uid
 
 logger = logging.getLogger(__name__)
 MODELS_KEY = "_petals.models"
+_MAX_BLOCKS = 10_000  # that a stranger's record may make anybody ask for
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,19 @@ async def announce_model(dht: DHTNode, prefix: str, num_blocks: int, repository:
         value={"num_blocks": num_blocks, "repository": repository},
         expiration_time=get_dht_time() + ttl,
     )
+
+
+async def fetch_models(dht: DHTNode) -> dict[str, int]:
+    """The models that are listed, by their names in the DHT, with their numbers of blocks."""
+    found = await dht.get(MODELS_KEY, latest=True)
+    models: dict[str, int] = {}
+    if found is not None and isinstance(found.value, Mapping):
+        for name, record in found.value.items():
+            value = record.value if isinstance(record.value, Mapping) else {}
+            count = value.get("num_blocks")
+            if isinstance(name, str) and type(count) is int and 0 < count <= _MAX_BLOCKS:
+                models[name] = count
+    return models
 
 
 async def fetch(dht: DHTNode, prefix: str, num_blocks: int) -> list[dict[PeerID, ServerInfo]]:

@@ -150,8 +150,7 @@ async def find_weights(peer: Peer, model: str, *, prefix: str | None, root: str 
 
 async def nobody_has(peer: Peer, model: str) -> ModelError:
     """The error for weights that the swarm doesn't have; it names those that are listed."""
-    found = await peer.dht.get(dht.MODELS_KEY, latest=True)
-    listed = sorted(map(str, found.value)) if found is not None and isinstance(found.value, Mapping) else []
+    listed = sorted(await dht.fetch_models(peer.dht))
     others = f"; models in this swarm: {', '.join(listed[:20])}" if listed else ""
     return ModelError(
         f"no node in this swarm hands out weights of {model!r}{others}. Run swarm-node seed where they are, "

@@ -13,6 +13,7 @@ from swarm.node.placement import (
     Wish,
     choose_start,
     coverage,
+    order_of_need,
     plan_memory,
     share_blocks,
     usable_together,
@@ -39,6 +40,24 @@ def test_the_worst_block_gets_help_wherever_it_is(shapes: list[tuple[int, int, f
     start = choose_start(covered, count)
     assert 0 <= start <= 10 - count
     assert min(covered) in covered[start : start + count]
+
+
+@given(st.integers(0, 9), st.integers(1, 9), st.sets(st.integers(0, 20)), st.lists(st.floats(0, 9), min_size=20))
+def test_what_comes_first_is_always_one_run(start: int, count: int, here: set[int], covered: list[float]) -> None:
+    order = order_of_need(start, start + count, here, covered)
+    assert sorted(order) == list(range(start, start + count))
+    for number in range(1, count + 1):
+        assert max(order[:number]) - min(order[:number]) == number - 1
+    if not here & set(order):
+        assert covered[order[0]] == min(covered[start : start + count])
+    else:
+        assert order[0] in here
+
+
+def test_what_is_here_comes_first_and_then_what_others_lack() -> None:
+    assert order_of_need(0, 4, set(), [0.0, 5.0, 5.0, 5.0]) == [0, 1, 2, 3]
+    assert order_of_need(2, 6, set(), [0.0, 0.0, 9.0, 7.0, 1.0, 2.0]) == [4, 5, 3, 2]
+    assert order_of_need(0, 6, {1, 3, 4}, [0.0] * 6) == [3, 4, 5, 2, 1, 0]
 
 
 def test_larger_devices_get_more_blocks() -> None:
@@ -91,6 +110,7 @@ wishes = st.builds(
     st.none() | st.integers(1, 80),
     st.sampled_from(["none", "int8", "nf4", "auto"]),
     st.none() | st.integers(16, 20_000),
+    st.booleans(),
 )
 
 
@@ -108,7 +128,8 @@ def test_no_plan_is_larger_than_memory(free: int, sizes: Sizes, wish: Wish) -> N
     assert plan is not None
     weights = plan.num_blocks * sizes.block_bytes[plan.quantization]
     assert weights + plan.num_blocks * plan.cache_tokens * sizes.token_bytes <= free
-    assert plan.quantization == "none" or weights + sizes.block_bytes["none"] <= free
+    cache = plan.num_blocks * plan.cache_tokens * sizes.token_bytes if wish.early else 0
+    assert plan.quantization == "none" or weights + sizes.block_bytes["none"] + cache <= free
     assert 1 <= plan.num_blocks <= sizes.num_blocks
     assert plan.cache_tokens > 0
     assert wish.blocks in (None, plan.num_blocks)

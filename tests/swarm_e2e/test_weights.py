@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -22,12 +24,15 @@ from swarm.sharing.holders import Holder, announce_holder, fetch_manifest
 from swarm.sharing.protocol import MAX_REPLY_BYTES, PIECES, PiecesRequest, load_have
 from swarm.sharing.seeder import Seeder
 from swarm.sharing.store import WeightStore
+from swarm.skeleton import block_tensors
+from swarm.source import resolve
 from swarm.stream import MessageStream
 from tests.models import tiny_model
-from tests.swarm_e2e.nodes import Node, run_to_end
+from tests.swarm_e2e.nodes import Node, run_command, run_to_end
 
 HERE = ("--host", "127.0.0.1", "--log-format", "json")
 NAME = "weights-hf"
+MORE = {"max_new_tokens": 18}
 FAST = "6"  # MB/s, slow enough that something can happen in between
 
 
@@ -281,6 +286,58 @@ def test_nodes_without_a_checkpoint_generate_what_transformers_does(processes: P
     alone = ["serve", NAME, "--weights", "peers", "--blocks", "0:6", "--cache-dir", str(cache), *HERE]
     processes.nodes.append(Node(alone, processes.workdir))
     processes.nodes[-1].wait_ready()  # nobody is up any more, but all is here
+
+
+def served(peers: list[str]) -> list[tuple[list[int], str]]:
+    """What a machine that hasn't even the config sees."""
+    found = run_command(["swarm-node", "status", NAME, "--json", "--initial-peers", peers[0]])
+    assert found.returncode == 0, found.stderr
+    return sorted((each["blocks"], each["state"]) for each in json.loads(found.stdout)["nodes"])
+
+
+def test_a_block_is_served_before_the_others_are_here(processes: Processes, model: Path) -> None:
+    ids = torch.randint(10, 250, (2, 9), generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+    def watch(go_on: Callable[[], None]) -> None:
+        others = [processes.start("serve", str(model), "--blocks", one, "--dht-prefix", NAME) for one in ("1:6", "4:6")]
+        for other in others:
+            other.wait_ready()
+        node = processes.start("serve", NAME, "--weights", "peers", "--blocks", "0:4")
+        wait_until(lambda: last(node, "serving"), node)
+        begun = last(node, "serving")
+        assert begun is not None
+        assert (begun["blocks"], begun["span"]) == ([0, 1], [0, 4])
+        rest = [([1, 6], "online"), ([4, 6], "online")]
+        assert served(processes.peers) == [([0, 1], "online"), *rest]
+        where: dict[str, Any] = {"initial_peers": processes.peers, "dht_prefix": NAME, "update_period": 0.2}
+        with SwarmModelForCausalLM.from_pretrained(str(model), **where) as ours, ours.session(max_length=32) as session:
+            text = ours.generate(ids, session=session, **options)
+            assert [str(hop.peer_id) for hop in ours.last_route if hop.start == 0] == [begun["peer_id"]]
+            assert node.ready is None
+            go_on()
+            assert node.wait_ready()["blocks"] == [0, 4]
+            assert served(processes.peers) == [([0, 4], "online"), *rest]
+            text = ours.generate(text, session=session, **options)  # over the one block, as before
+            others[0].kill()
+            text = ours.generate(text, session=session, **options)  # and now over all four
+        assert torch.equal(text, AutoModelForCausalLM.from_pretrained(model).generate(ids, **options | MORE))
+
+    async def run() -> None:
+        peer = await Peer.start(PeerOptions(host="127.0.0.1"))
+        try:
+            store = WeightStore(model, make_manifest(model))
+            blocks = [store.pieces_of(names) for names in block_tensors(resolve(str(model)))]
+            missing = (blocks[1] | blocks[2] | blocks[3]) & ~blocks[0]
+            store.has &= ~missing
+            await Seeder(peer.p2p, store).register()
+            await announce_holder(peer.dht, NAME, Holder(store.manifest.root), ttl=60)
+            processes.peers = list(peer.addresses[:1])
+            await asyncio.to_thread(watch, lambda: store.has.__ior__(missing))
+        finally:
+            await peer.stop()
+
+    asyncio.run(run())
 
 
 def test_other_weights_are_refused(processes: Processes, model: Path, tmp_path: Path) -> None:
