@@ -32,6 +32,7 @@ __all__ = [
     "block_tensors",
     "build_skeleton",
     "cache_bytes",
+    "end_tensors",
     "fetch_span",
     "load_ends",
     "load_span",
@@ -316,6 +317,16 @@ def block_tensors(source: ModelSource) -> list[list[str]]:
         blocks.append([stored for name in names for stored in checkpoint.stored(name)])
     checkpoint.close()
     return blocks
+
+
+def end_tensors(source: ModelSource) -> list[str]:
+    """The names in the checkpoint's files of all that :func:`load_ends` reads."""
+    skeleton, checkpoint = build_skeleton(source, source.dtype), Checkpoint.open(source)
+    plan = plan_weights(skeleton.model, checkpoint)
+    skeleton.empty_layers()
+    names = plan.only(set(skeleton.model.state_dict()).__contains__).keys()
+    checkpoint.close()
+    return [stored for name in names for stored in checkpoint.stored(name)]
 
 
 def load_ends(source: ModelSource, *, dtype: torch.dtype | str = "checkpoint") -> PreTrainedModel:

@@ -35,6 +35,8 @@ MAX_LINKS = 32
 PATIENCE_SECONDS = 120.0
 """Without a single piece; then nobody is expected any more."""
 
+_LOCK_SECONDS = 0.5  # between two looks whether another process is done
+
 Report = Callable[[int, int, int], None]
 """``report(bytes done, bytes to get, peers that send)``."""
 
@@ -211,3 +213,36 @@ class Download:
     def _tell_coming(self) -> None:
         self._store.coming[:] = False
         self._store.coming[list(self._picker.asked)] = True
+
+
+async def download(
+    peer: Peer,
+    prefix: str,
+    store: WeightStore,
+    wanted: Bits,
+    report: Report,
+    *,
+    refused: set[PeerID] | None = None,
+    order: NDArray[np.int64] | None = None,
+    on_wait: Callable[[], None] = lambda: None,
+) -> Mapping[PeerID, int]:
+    """As :class:`Download`, with the store's lock: waits while another process downloads into it, after ``on_wait``.
+
+    Raises:
+        ModelError: as :meth:`Download.run`, or what has come can't be kept.
+    """
+    waited = False
+    while not store.try_lock():
+        if not waited:
+            waited = True
+            on_wait()
+        await asyncio.sleep(_LOCK_SECONDS)
+    try:
+        await asyncio.to_thread(store.refresh)
+        coming = Download(peer, prefix, store, wanted, report, set() if refused is None else refused, order=order)
+        return await coming.run()
+    finally:
+        try:
+            store.finish()
+        except OSError as error:
+            raise ModelError(f"can't keep weights in {store.directory}: {error.strerror or error}") from error

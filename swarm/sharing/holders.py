@@ -123,15 +123,18 @@ def possible_prefixes(model: str, asked: str | None) -> list[str]:
 
 
 async def find_weights(peer: Peer, model: str, *, prefix: str | None, root: str | None) -> Found | None:
-    """Which weights the swarm has for ``model``; None if it has none.
+    """Which weights the swarm has for ``model``, a name or a manifest's root; None if it has none.
 
     Raises:
         UsageError: several, and ``root`` doesn't say which; or others than ``root``.
     """
-    for name in possible_prefixes(model, prefix):
+    names = possible_prefixes(model, prefix)
+    if by_root := is_root(model):
+        root, names = model, [prefix] if prefix is not None else sorted(await dht.fetch_models(peer.dht))
+    for name in names:
         holders = await fetch_holders(peer.dht, name)
         roots = sorted({holder.root for holder in holders.values()})
-        if not roots:
+        if not roots or (by_root and root not in roots):
             continue
         if root is not None and root not in roots:
             raise UsageError(

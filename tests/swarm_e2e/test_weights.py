@@ -10,21 +10,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from swarm.client import SwarmModelForCausalLM
-from swarm.errors import BadRequestError, RemoteError
+from swarm.errors import BadRequestError, ModelError, RemoteError, UsageError
 from swarm.manifest import make_manifest
 from swarm.peer import Peer, PeerOptions
 from swarm.rpc import Response
-from swarm.sharing.holders import Holder, announce_holder, fetch_manifest
+from swarm.sharing.holders import Holder, announce_holder, fetch_holders, fetch_manifest
 from swarm.sharing.protocol import MAX_REPLY_BYTES, PIECES, PiecesRequest, load_have
 from swarm.sharing.seeder import Seeder
 from swarm.sharing.store import WeightStore
-from swarm.skeleton import block_tensors
+from swarm.skeleton import block_tensors, end_tensors
 from swarm.source import resolve
 from swarm.stream import MessageStream
 from tests.models import tiny_model
@@ -338,6 +337,59 @@ def test_a_block_is_served_before_the_others_are_here(processes: Processes, mode
             await peer.stop()
 
     asyncio.run(run())
+
+
+def test_a_client_needs_no_checkpoint_either(processes: Processes, tmp_path: Path) -> None:
+    """Nothing but the name, or the manifest's root, and the swarm."""
+    seeder = processes.start("seed", "demo", "--dht-prefix", NAME)
+    root = seeder.wait_ready()["manifest"]
+    processes.peers = seeder.wait_ready()["maddrs"][:1]
+    node = processes.start("serve", NAME, "--weights", "peers")
+    node.wait_ready()
+    source = resolve("demo")
+    tokenizer, whole = AutoTokenizer.from_pretrained(source.path), AutoModelForCausalLM.from_pretrained(source.path)
+    ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
+    expected = whole.generate(ids, max_new_tokens=12, do_sample=False)
+
+    generate = ["swarm", "generate", NAME, "--weights", "peers", "--manifest", root, "--cache-dir", str(tmp_path / "c")]
+    options = ["-p", "Once upon a time", "--max-new-tokens", "12", "--json", "--initial-peers", processes.peers[0]]
+    found = run_command([*generate, *options])
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout)["text"] == tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True)
+    assert "from peers: 100%" in found.stderr
+
+    where: dict[str, Any] = {"initial_peers": processes.peers, "weights": "peers", "cache_dir": tmp_path / "d"}
+    with SwarmModelForCausalLM.from_pretrained(root, **where) as model:
+        assert torch.equal(model.generate(ids, max_new_tokens=12, do_sample=False), expected)
+        assert AutoTokenizer.from_pretrained(model.files)("Once upon a time").input_ids == ids[0].tolist()
+        store = WeightStore.open(model.files)
+    assert store is not None
+    assert (store.has == (store.small_pieces() | store.pieces_of(end_tensors(source)))).all()
+    assert not store.is_whole
+
+    async def holders() -> set[str]:
+        peer = await Peer.start(PeerOptions(initial_peers=processes.peers, client=True))
+        try:
+            return {peer_id.to_base58() for peer_id in await fetch_holders(peer.dht, NAME)}
+        finally:
+            await peer.stop()
+
+    assert asyncio.run(holders()) == {seeder.peer_id, node.peer_id}, "clients hand nothing out"
+    seeder.terminate()
+    seeder.wait_gone(15)
+    where["initial_peers"] = node.wait_ready()["maddrs"][:1]
+    with SwarmModelForCausalLM.from_pretrained(NAME, manifest=root, **where) as model:  # all is here
+        assert torch.equal(model.generate(ids, max_new_tokens=12, do_sample=False), expected)
+    for wrong, message in (
+        ({"manifest": "00" * 32}, "nobody in this swarm has weights"),
+        ({"manifest": "x"}, "64 hex digits"),
+        ({"weights": "torrent"}, "hub, peers, auto"),
+        ({"weights": "hub", "manifest": root}, "for weights from peers"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            SwarmModelForCausalLM.from_pretrained(NAME, **where | wrong)
+    with pytest.raises(ModelError, match="no node in this swarm hands out weights of 'x'"):
+        SwarmModelForCausalLM.from_pretrained("x", **where)
 
 
 def test_other_weights_are_refused(processes: Processes, model: Path, tmp_path: Path) -> None:
