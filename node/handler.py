@@ -71,6 +71,7 @@ class Handler:
         self._pusher = Pusher(p2p)
         self._sessions: dict[str, _Session] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._pushed: set[MessageStream] = set()  # streams over which others push
         self._leaving = False
         self._busy = 0  # steps and requests under way
         self._waiting = 0  # sessions that wait for cache
@@ -107,6 +108,15 @@ class Handler:
         for task in self._tasks:
             task.cancel()
         self._pusher.close()
+
+    async def unregister(self) -> None:
+        """After :meth:`leave`: another handler may take this one's place."""
+        for stream in self._pushed:  # or others would go on pushing to this one
+            stream.close()
+        for name in (rpc.INFERENCE, rpc.PUSH_STREAM, rpc.FORWARD_STREAM, rpc.BACKWARD_STREAM):
+            await self._p2p.remove_binary_stream_handler(rpc.handle_name(name))
+        for name in (rpc.PUSH, rpc.FORWARD, rpc.BACKWARD, rpc.INFO):
+            await self._p2p.remove_protobuf_handler(rpc.handle_name(name))
 
     # sessions
 
@@ -253,8 +263,12 @@ class Handler:
     # pushes from other nodes
 
     async def _push_stream(self, stream: MessageStream, peer: PeerID) -> None:
-        while (request := await stream.receive(Request)) is not None:
-            self._deliver(request)
+        self._pushed.add(stream)
+        try:
+            while (request := await stream.receive(Request)) is not None:
+                self._deliver(request)
+        finally:
+            self._pushed.discard(stream)
 
     async def _push(self, request: Request) -> Response:
         self._deliver(request)

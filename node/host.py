@@ -1,10 +1,12 @@
-"""What a node serves: a span that comes up, block by block if need be, and goes down again."""
+"""What a node serves: a span that comes up, block by block if need be, and may give way to another one."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import logging
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +16,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from swarm import dht
 from swarm.errors import ModelError
+from swarm.memory import trim
 from swarm.node.announcer import Announcer
+from swarm.node.balance import better_start, covered_by_others
 from swarm.node.engine.acceleration import Acceleration, accelerate
 from swarm.node.engine.deterministic import check, make_deterministic
 from swarm.node.engine.engine import Engine
 from swarm.node.engine.quantization import Scheme, finish_block
+from swarm.node.engine.stats import EngineStats
 from swarm.node.handler import Handler
 from swarm.node.limits import Limits
 from swarm.node.metrics import serve_metrics
@@ -52,7 +58,8 @@ class Means:
 
 
 class Host:
-    """Serves one span. If the weights come from peers, it serves what is there of it, a run of blocks that grows.
+    """Serves a span. If the weights come from peers, it serves what is there of it, a run of blocks that grows. If
+    nobody has said which blocks, it moves to others that need it more.
 
     The engine and its KV cache are made for the whole span at once. Blocks get their weights in another thread, one
     after the other, while those that have theirs run; a block that has none is never run, since :class:`Handler` lets
@@ -79,6 +86,11 @@ class Host:
         self._order: list[int] = []
         self._loaded = 0  # of the order
         self._fetching: asyncio.Future[None] | None = None
+        self._loader: SpanLoader | None = None
+        self._engine: Engine | None = None
+        self._handler: Handler | None = None
+        self._stats: EngineStats | None = None  # of an engine that has ended
+        self._metrics = False
 
     @property
     def ready(self) -> tuple[int, int]:
@@ -98,8 +110,7 @@ class Host:
         self._announcer = self._make_announcer()
         await self._announcer.announce(ServerState.JOINING)
         if self._source.hub is not None:
-            with self._output.stage("download", f"Downloading blocks {start}:{end}") as fetched:
-                await in_thread(lambda: fetch_span(self._source, start, end, progress=lambda *done: fetched(*done)))
+            await self._download(start, end)
         if self._sharing is not None:
             here = {block for block in self._order if self._sharing.has_block(block)}
             self._order = order_of_need(start, end, here, covered)
@@ -109,32 +120,99 @@ class Host:
         await self._begin()
 
     async def run(self) -> None:
-        """Gets and serves what is missing of the span.
+        """Gets and serves what is missing of the span; then moves whenever that is good for the swarm.
 
         Raises:
-            ModelError, UsageError: it can't be used; nothing is wrong with what is served already.
+            ModelError, UsageError: a block can't be used.
         """
-        early = self._loaded < len(self._order)
-        while self._loaded < len(self._order):
-            await self._load_next()
-            self._handler.serve(*self.ready)
-            await self._announcer.announce(ServerState.ONLINE, ready=self.ready)
-            self._say_serving()
-        await in_thread(self._loader.close)
-        if early and not self._engine.stats().sessions:
-            await self._announce_speed()  # what was measured while others were loaded is too little
+        await self._grow()
+        while self._settings.blocks is None and self._settings.balance_quality:
+            start, covered = await self._find_better()
+            end = start + len(self._order)
+            text = f"Moving from blocks {self._start}:{self._end} to {start}:{end}, which need it more"
+            self._output.event("moving", text, blocks=[start, end])
+            await self._give_up_span()
+            await self.take(start, end, covered)
+            await self._grow()
 
     async def leave(self) -> None:
         """Tells the swarm, finishes what is under way."""
         await asyncio.wait({asyncio.create_task(self._announcer.announce(ServerState.OFFLINE))}, timeout=3.0)
-        await self._handler.leave(LEAVE_SECONDS)
+        if self._handler is not None:
+            await self._handler.leave(LEAVE_SECONDS)
+
+    async def _grow(self) -> None:
+        early = self._loaded < len(self._order)
+        while self._loaded < len(self._order):
+            await self._load_next()
+            assert self._handler is not None
+            self._handler.serve(*self.ready)
+            await self._announcer.announce(ServerState.ONLINE, ready=self.ready)
+            self._say_serving()
+        assert self._loader is not None
+        assert self._engine is not None
+        await in_thread(self._loader.close)
+        if early and not self._engine.stats().sessions:  # what was measured while others were loaded is too little
+            await self._announcer.announce(ServerState.ONLINE, **await self._measure())
+
+    async def _find_better(self) -> tuple[int, list[float]]:
+        """Waits until the node would help more elsewhere: the first block there, and what others serve. Then the
+        weights are here, so that it is soon up again."""
+        period = self._settings.balance_period
+        while True:
+            await asyncio.sleep(period * random.uniform(0.5, 1.5))  # nodes that look at the same time move together
+            try:
+                start, covered = await self._look()
+                if start is None:
+                    continue
+                await self._prefetch(start)
+                again, covered = await self._look()
+                if again == start:  # nobody else has moved there meanwhile
+                    return start, covered
+            except Exception as error:
+                logger.warning("could not see to the swarm's balance, will try again: %s", error)
+
+    async def _look(self) -> tuple[int | None, list[float]]:
+        source, me, speed = self._source, self._peer.peer_id, self._info.throughput
+        records = await dht.fetch(self._peer.dht, source.dht_prefix, source.num_blocks)
+        online, planned = (
+            covered_by_others(records, me, min_state=state, unknown=speed)
+            for state in (ServerState.ONLINE, ServerState.JOINING)
+        )
+        quality = self._settings.balance_quality
+        return better_start(online, planned, self._start, self._end - self._start, speed, quality), planned
+
+    async def _prefetch(self, start: int) -> None:
+        end = start + self._end - self._start
+        if self._source.hub is not None:
+            await self._download(start, end)
+        elif self._sharing is not None:
+            await self._sharing.fetch(range(start, end))
+
+    async def _download(self, start: int, end: int) -> None:
+        with self._output.stage("download", f"Downloading blocks {start}:{end}") as fetched:
+            await in_thread(lambda: fetch_span(self._source, start, end, progress=lambda *done: fetched(*done)))
+
+    async def _give_up_span(self) -> None:
+        """Leaves, and frees the memory."""
+        await self.leave()
+        assert self._handler is not None
+        assert self._engine is not None
+        await self._handler.unregister()
+        await in_thread(self._engine.stop)
+        self._stats = self._engine.stats()
+        self._handler = self._engine = self._loader = None
+        gc.collect()  # modules and what they were made by refer to each other
+        trim()
+        if self._means.devices[0].type == "cuda":
+            torch.cuda.empty_cache()
 
     async def close(self) -> None:
         """Ends what is still going on."""
         if self._fetching is not None:
             self._fetching.cancel()
             await asyncio.wait({self._fetching})
-        if hasattr(self, "_engine"):
+        if self._engine is not None:
             self._engine.stop()
 
     def _make_announcer(self) -> Announcer:
@@ -167,7 +245,8 @@ class Host:
 
     async def _load_next(self) -> None:
         """Loads the next block of the order as soon as it is here, and those that follow it and are here too."""
-        coming = self._order[self._loaded :]
+        loader, coming = self._loader, self._order[self._loaded :]
+        assert loader is not None
         if self._sharing is not None and self._fetching is not None:
             arriving = asyncio.ensure_future(self._sharing.wait_for(coming[0]))
             try:
@@ -182,15 +261,16 @@ class Host:
             with self._output.stage("load", f"Loading blocks {first}:{last}") as report:
                 for block in range(first, last):
                     report(block - first, last - first)
-                    await in_thread(partial(self._loader.load, block))
+                    await in_thread(partial(loader.load, block))
                 report(last - first, last - first)
             if self._settings.deterministic:
                 with self._output.stage("deterministic", "Making sure that results don't depend on the batch"):
-                    await in_thread(partial(check, self._loader.span.part(first, last)))
+                    await in_thread(partial(check, loader.span.part(first, last)))
         self._loaded += len(coming)
 
     async def _begin(self) -> None:
         """Serves what is loaded."""
+        assert self._loader is not None
         source, settings, means, span = self._source, self._settings, self._means, self._loader.span
         tokens = means.plan.cache_tokens
         self._engine = Engine(
@@ -212,8 +292,9 @@ class Host:
         with self._output.stage("warm-up", "Warming up"):
             speed = await self._measure()
         await self._handler.register()
-        if settings.metrics_port is not None:
-            serve_metrics(self._engine, settings.metrics_port)
+        if settings.metrics_port is not None and not self._metrics:
+            self._metrics = True
+            serve_metrics(self._stats_now, settings.metrics_port)
         self._announcer.watch(self._engine)
         offer = self._info.offer
         assert offer is not None
@@ -221,17 +302,23 @@ class Host:
         await self._announcer.announce(ServerState.ONLINE, ready=self.ready, offer=offer, **speed)
         self._say_serving()
 
-    async def _announce_speed(self) -> None:
-        await self._announcer.announce(ServerState.ONLINE, **await self._measure())
-
     async def _measure(self) -> dict[str, Any]:
-        hidden = self._source.hidden_size
-        speed = await in_thread(lambda: measure(self._engine, *self.ready, hidden))
+        engine, hidden = self._engine, self._source.hidden_size
+        assert engine is not None
+        speed = await in_thread(lambda: measure(engine, *self.ready, hidden))
+        self._info = dataclasses.replace(self._info, throughput=speed.inference_rps)
         return {
             "throughput": speed.inference_rps,
             "inference_rps": speed.inference_rps,
             "forward_rps": speed.forward_rps,
         }
+
+    def _stats_now(self) -> EngineStats:
+        engine, last = self._engine, self._stats
+        if engine is not None:
+            return engine.stats()
+        assert last is not None  # in between
+        return last
 
     def _say_serving(self) -> None:
         model, peer, join = self._settings.model, self._peer, reachable(self._peer)

@@ -13,6 +13,7 @@ from swarm import __version__, dht
 from swarm.codec import dtype_name
 from swarm.errors import UsageError, parse_blocks
 from swarm.fingerprint import fingerprint
+from swarm.node.balance import covered_by_others
 from swarm.node.engine.engine import STATE_ROWS
 from swarm.node.engine.quantization import find_scheme, quantized_bytes, schemes_on
 from swarm.node.hardware import choose_devices, choose_dtype, free_memory
@@ -24,7 +25,6 @@ from swarm.node.placement import (
     Sizes,
     Wish,
     choose_start,
-    coverage,
     plan_memory,
     share_blocks,
     usable_together,
@@ -70,7 +70,7 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
     shape = fingerprint(source.config)
     root = sharing.root if sharing is not None else ""
     _check_same_model(records, shape, root, source, peer)
-    covered = _coverage(records, peer)
+    covered = covered_by_others(records, peer.peer_id)
     start, end, reason = _choose_blocks(settings, source, plan, covered)
     output.event(
         "blocks",
@@ -162,14 +162,3 @@ def _choose_blocks(
         return (*parse_blocks(settings.blocks, source.num_blocks), "as asked")
     start = choose_start(covered, plan.num_blocks)
     return start, start + plan.num_blocks, "where the swarm is thinnest"
-
-
-def _coverage(records: list[dict[PeerID, ServerInfo]], peer: Peer) -> list[float]:
-    """What others serve, and are about to: their throughput isn't known then, and counts as 1."""
-    spans = [
-        (block, block + 1, max(info.throughput, 1.0))
-        for block, servers in enumerate(records)
-        for peer_id, info in servers.items()
-        if peer_id != peer.peer_id and info.state != ServerState.OFFLINE and info.names(block)
-    ]
-    return coverage(spans, len(records))

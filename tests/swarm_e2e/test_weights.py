@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from swarm import dht
 from swarm.client import SwarmModelForCausalLM
 from swarm.errors import BadRequestError, ModelError, RemoteError, UsageError
 from swarm.manifest import make_manifest
 from swarm.peer import Peer, PeerOptions
+from swarm.records import ServerInfo, ServerState
 from swarm.rpc import Response
 from swarm.sharing.holders import Holder, announce_holder, fetch_holders, fetch_manifest
 from swarm.sharing.protocol import MAX_REPLY_BYTES, PIECES, PiecesRequest, load_have
@@ -287,6 +291,19 @@ def test_nodes_without_a_checkpoint_generate_what_transformers_does(processes: P
     processes.nodes[-1].wait_ready()  # nobody is up any more, but all is here
 
 
+@contextlib.asynccontextmanager
+async def seeding(model: Path) -> AsyncIterator[tuple[Peer, WeightStore]]:
+    """A seeder in this process, which hands out what its store says that it has."""
+    peer = await Peer.start(PeerOptions(host="127.0.0.1"))
+    try:
+        store = WeightStore(model, make_manifest(model))
+        await Seeder(peer.p2p, store).register()
+        await announce_holder(peer.dht, NAME, Holder(store.manifest.root), ttl=60)
+        yield peer, store
+    finally:
+        await peer.stop()
+
+
 def served(peers: list[str]) -> list[tuple[list[int], str]]:
     """What a machine that hasn't even the config sees."""
     found = run_command(["swarm-node", "status", NAME, "--json", "--initial-peers", peers[0]])
@@ -323,20 +340,55 @@ def test_a_block_is_served_before_the_others_are_here(processes: Processes, mode
         assert torch.equal(text, AutoModelForCausalLM.from_pretrained(model).generate(ids, **options | MORE))
 
     async def run() -> None:
-        peer = await Peer.start(PeerOptions(host="127.0.0.1"))
-        try:
-            store = WeightStore(model, make_manifest(model))
+        async with seeding(model) as (peer, store):
             blocks = [store.pieces_of(names) for names in block_tensors(resolve(str(model)))]
             missing = (blocks[1] | blocks[2] | blocks[3]) & ~blocks[0]
             store.has &= ~missing
-            await Seeder(peer.p2p, store).register()
-            await announce_holder(peer.dht, NAME, Holder(store.manifest.root), ttl=60)
             processes.peers = list(peer.addresses[:1])
             await asyncio.to_thread(watch, lambda: store.has.__ior__(missing))
-        finally:
-            await peer.stop()
 
     asyncio.run(run())
+
+
+def test_a_node_moves_to_blocks_that_nobody_serves_any_more(processes: Processes, model: Path) -> None:
+    """One of two, and with the weights that it then needs."""
+    serve = ("serve", NAME, "--weights", "peers", "--num-blocks", "3", "--mean-balance-check-period", "0.7")
+
+    async def run() -> list[Node]:
+        async with seeding(model) as (peer, _):
+            processes.peers = list(peer.addresses[:1])
+            there = ServerInfo(ServerState.ONLINE, 1e9, start_block=3, end_block=6)
+            await dht.announce(peer.dht, NAME, 3, 6, there, ttl=60)
+            nodes = [processes.start(*serve) for _ in range(2)]
+            for node in nodes:
+                assert (await asyncio.to_thread(node.wait_ready))["blocks"] == [0, 3]
+            gone = dataclasses.replace(there, state=ServerState.OFFLINE)
+            await dht.announce(peer.dht, NAME, 3, 6, gone, ttl=60)
+            everything = [([0, 3], "online"), ([3, 6], "online")]
+            for _ in range(100):
+                if await asyncio.to_thread(served, processes.peers) == everything:
+                    break
+                await asyncio.sleep(0.1)
+            assert await asyncio.to_thread(served, processes.peers) == everything
+            await asyncio.to_thread(generate)
+        return nodes
+
+    def generate() -> None:
+        ids = torch.randint(10, 250, (2, 9), generator=torch.Generator().manual_seed(0))
+        options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        with SwarmModelForCausalLM.from_pretrained(str(model), initial_peers=processes.peers, dht_prefix=NAME) as ours:
+            assert torch.equal(
+                ours.generate(ids, **options), AutoModelForCausalLM.from_pretrained(model).generate(ids, **options)
+            )
+
+    nodes = asyncio.run(run())
+    moved = [event["blocks"] for node in nodes for event in node.events() if event["event"] == "moving"]
+    assert moved == [[3, 6]]
+    assert sorted(event["blocks"] for node in nodes for event in node.events() if event["event"] == "ready") == [
+        [0, 3],
+        [0, 3],
+        [3, 6],
+    ]
 
 
 def test_a_client_needs_no_checkpoint_either(processes: Processes, tmp_path: Path) -> None:
