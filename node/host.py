@@ -322,6 +322,7 @@ class Host:
 
     def _say_serving(self) -> None:
         model, peer, join = self._settings.model, self._peer, reachable(self._peer)
+        option, argument = ("", "") if self._source.store is None else (" --weights peers", ", weights='peers'")
         (first, last), span = self.ready, f"{self._start}:{self._end}"
         fields = {"maddrs": list(peer.addresses), "peer_id": peer.peer_id.to_base58(), "blocks": [first, last]}
         if (first, last) != (self._start, self._end):
@@ -333,11 +334,11 @@ class Host:
             f"Serving blocks {span} of {self._source.name}",
             [
                 "Others join with:",
-                f"  swarm-node serve {model} --initial-peers {join}",
+                f"  swarm-node serve {model}{option} --initial-peers {join}",
                 "Generate with:",
-                f"  swarm chat {model} --initial-peers {join}",
+                f"  swarm chat {model}{option} --initial-peers {join}",
                 "or in Python:",
-                f"  model = SwarmModelForCausalLM.from_pretrained({model!r}, initial_peers=[{join!r}])",
+                f"  model = SwarmModelForCausalLM.from_pretrained({model!r}, initial_peers=[{join!r}]{argument})",
             ],
             model=self._source.name,
             **fields,

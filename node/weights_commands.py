@@ -73,6 +73,8 @@ async def _seed(settings: NodeSettings, output: Output, stack: AsyncExitStack) -
         [
             "Others serve blocks of it with:",
             f"  swarm-node serve {sharing.prefix} --weights peers --initial-peers {join}",
+            "talk to it, once all blocks are served, with:",
+            f"  swarm chat {sharing.prefix} --weights peers --initial-peers {join}",
             "or get a copy with:",
             f"  swarm-node fetch {sharing.prefix} --initial-peers {join}",
             "To be sure of getting exactly these weights, they add:",
