@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -66,6 +67,35 @@ Api = Annotated[
 ApiKey = Annotated[
     str | None, typer.Option(envvar="SWARM_API_KEY", help="Key for --api, if it wants one.", rich_help_panel=NETWORK)
 ]
+_WEIGHTS = "Weights"
+Weights = Annotated[
+    str,
+    typer.Option(
+        envvar="SWARM_WEIGHTS",
+        metavar="hub|peers|auto",
+        help="Where embeddings, head, config and tokenizer come from. hub: a directory here, or else the Hub. peers: "
+        "nodes that hand weights out; MODEL is then its name in the swarm. auto: a directory here, else peers, else "
+        "the Hub.",
+        rich_help_panel=_WEIGHTS,
+    ),
+]
+Manifest = Annotated[
+    str | None,
+    typer.Option(
+        envvar="SWARM_MANIFEST",
+        metavar="HASH",
+        help="Take from peers only the weights with this manifest, as swarm-node seed prints it.",
+        rich_help_panel=_WEIGHTS,
+    ),
+]
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="SWARM_CACHE_DIR",
+        help="Where downloads are kept; default: the Hub's own cache.",
+        rich_help_panel=_WEIGHTS,
+    ),
+]
 Interval = Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")]
 
 
@@ -81,6 +111,9 @@ def generate(
     seed: Seed = None,
     dht_prefix: DhtPrefix = None,
     wait_timeout: WaitTimeout = 60.0,
+    weights: Weights = "hub",
+    manifest: Manifest = None,
+    cache_dir: CacheDir = None,
     api: Api = None,
     api_key: ApiKey = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with text, speed and route.")] = False,
@@ -92,7 +125,8 @@ def generate(
                 raise UsageError('give a text to continue: --prompt "…", or pipe it in')
             prompt = sys.stdin.read()
         where = _Where(model, split_list(initial_peers), dht_prefix, wait_timeout, api, api_key)
-        with _backend(where, (temperature, top_p, top_k, seed)) as backend:
+        ends = _Ends(weights, manifest, cache_dir)
+        with _backend(where, ends, (temperature, top_p, top_k, seed)) as backend:
             from swarm.client.terminal import describe_speed, print_now
 
             if not as_json:
@@ -119,13 +153,17 @@ def chat(
     seed: Seed = None,
     dht_prefix: DhtPrefix = None,
     wait_timeout: WaitTimeout = 60.0,
+    weights: Weights = "hub",
+    manifest: Manifest = None,
+    cache_dir: CacheDir = None,
     api: Api = None,
     api_key: ApiKey = None,
 ) -> None:
     """Talk to the model. /help lists the commands; /exit or Ctrl-D ends."""
     with errors():
         where = _Where(model, split_list(initial_peers), dht_prefix, wait_timeout, api, api_key)
-        with _backend(where, (temperature, top_p, top_k, seed), max_length=max_length) as backend:
+        ends = _Ends(weights, manifest, cache_dir)
+        with _backend(where, ends, (temperature, top_p, top_k, seed), max_length=max_length) as backend:
             from swarm.client.talk import Talk, make_reader
 
             print(f"Talking to {model or api}. /help lists the commands, /exit ends.", file=sys.stderr)
@@ -186,9 +224,18 @@ class _Where:
             raise UsageError("--api and --initial-peers can't be given together: a gateway knows its swarm")
 
 
+@dataclass(frozen=True)
+class _Ends:
+    """Where the ends of the model come from."""
+
+    weights: str
+    manifest: str | None
+    cache_dir: Path | None
+
+
 @contextmanager
 def _backend(
-    where: _Where, sampling: tuple[float, float, int, int | None], *, max_length: int = 2**31
+    where: _Where, ends: _Ends, sampling: tuple[float, float, int, int | None], *, max_length: int = 2**31
 ) -> Iterator[Backend]:
     from swarm.client.backends import ApiBackend, Sampling, SwarmBackend
 
@@ -196,31 +243,31 @@ def _backend(
     if where.api is not None:
         made = ApiBackend(where.api, where.api_key, where.model, Sampling(*sampling))
     else:
-        made = SwarmBackend(*_load(where), Sampling(*sampling), max_length)
+        made = SwarmBackend(*_load(where, ends), Sampling(*sampling), max_length)
     try:
         yield made
     finally:
         made.close()
 
 
-def _load(where: _Where) -> tuple[SwarmModelForCausalLM, PreTrainedTokenizerBase]:
+def _load(where: _Where, ends: _Ends) -> tuple[SwarmModelForCausalLM, PreTrainedTokenizerBase]:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    from transformers import AutoTokenizer
-
     from swarm.client.model import SwarmModelForCausalLM
-    from swarm.source import resolve
+    from swarm.client.tokenizer import load_tokenizer
 
     assert where.model is not None
     facade = SwarmModelForCausalLM.from_pretrained(
-        where.model, initial_peers=where.peers, dht_prefix=where.dht_prefix, wait_timeout=where.wait_timeout
+        where.model,
+        initial_peers=where.peers,
+        dht_prefix=where.dht_prefix,
+        wait_timeout=where.wait_timeout,
+        **asdict(ends),
     )
-    source = resolve(where.model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=source.is_local)
-    except (OSError, ValueError) as error:
+        return facade, load_tokenizer(facade, where.model)
+    except UsageError:
         facade.close()
-        raise UsageError(f"{where.model} has no tokenizer that can be loaded: {error}") from error
-    return facade, tokenizer
+        raise
 
 
 def _watch(where: _Where, interval: float, *, as_json: bool, once: bool, top: bool) -> None:

@@ -78,16 +78,22 @@ class SwarmModelForCausalLM(_Family):
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
         dht_prefix: str | None = None,
+        weights: str = "hub",
+        manifest: str | None = None,
         **settings: Any,
     ) -> SwarmModelForCausalLM:
         """Join a swarm and load the two ends of one of its models.
 
         Args:
-            model: a local directory, a Hub id, or ``"demo"``.
+            model: a local directory, a Hub id, or ``"demo"``. With ``weights="peers"`` its name in the swarm, or its
+                manifest's root: the tokenizer is then in :attr:`files`.
             initial_peers: multiaddresses of nodes that are in the swarm.
             dtype: of the ends: ``"auto"`` for the checkpoint's own, else a torch dtype or its name.
             revision, token, cache_dir: as in transformers.
             dht_prefix: the model's name in the swarm, if it isn't the usual one.
+            weights: where the ends come from: ``"hub"`` (a directory, or else the Hub), ``"peers"`` (nodes that hand
+                weights out), or ``"auto"`` (a directory, else peers, else the Hub).
+            manifest: the root of the manifest that weights from peers must have, as ``swarm-node seed`` prints it.
             **settings: fields of :class:`swarm.client.ClientSettings`.
 
         Raises:
@@ -95,14 +101,24 @@ class SwarmModelForCausalLM(_Family):
             ConnectError: none of ``initial_peers`` answers.
         """
         from swarm.skeleton import load_ends
-        from swarm.source import resolve
 
+        from .find_model import find_model
         from .settings import ClientSettings
         from .swarm_connection import SwarmConnection
 
         chosen = ClientSettings(**settings)
         ends_dtype = _dtype_named(dtype)
-        source = resolve(model, revision=revision, token=token, cache_dir=cache_dir, dht_prefix=dht_prefix)
+        source = find_model(
+            model,
+            initial_peers,
+            weights=weights,
+            manifest=manifest,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            dht_prefix=dht_prefix,
+            startup_timeout=chosen.startup_timeout,
+        )
         # Before the weights: whether the swarm answers is known in a moment, a download can take minutes.
         connection = SwarmConnection.open(source, initial_peers, chosen)
         try:
@@ -150,6 +166,12 @@ class SwarmModelForCausalLM(_Family):
         self.close()
 
     # Using it
+
+    @property
+    def files(self) -> Path:
+        """The directory (or GGUF file) that the model was made from: ``AutoTokenizer.from_pretrained(model.files)``."""
+        found: Path = self._connection.files
+        return found
 
     @property
     def last_route(self) -> list[Hop]:

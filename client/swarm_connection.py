@@ -31,7 +31,7 @@ class SwarmConnection:
     ) -> None:
         self._runtime, self._initial_peers, self._view = runtime, initial_peers, view
         self._source, self._settings = source, settings
-        self.num_blocks = source.num_blocks
+        self.num_blocks, self.files = source.num_blocks, source.path
         self._salt = None if source.keeps_states else settings.salt()
         self._closed = False
 

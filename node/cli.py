@@ -135,6 +135,26 @@ def serve(
             rich_help_panel=_BLOCKS,
         ),
     ] = None,
+    balance_quality: Annotated[
+        float,
+        typer.Option(
+            envvar="SWARM_BALANCE_QUALITY",
+            min=0,
+            max=1,
+            help="Without --blocks: move to other blocks when the swarm's weakest ones have less than this share of "
+            "the throughput that they would have then. 0: never.",
+            rich_help_panel=_BLOCKS,
+        ),
+    ] = 0.75,
+    mean_balance_check_period: Annotated[
+        float,
+        typer.Option(
+            envvar="SWARM_MEAN_BALANCE_CHECK_PERIOD",
+            min=0.1,
+            help="Seconds between two looks whether to move, on average.",
+            rich_help_panel=_BLOCKS,
+        ),
+    ] = 120.0,
     initial_peers: InitialPeers = None,
     host: Host = "0.0.0.0",
     port: Port = 0,
@@ -289,6 +309,8 @@ def serve(
             ),
             blocks=blocks,
             num_blocks=num_blocks,
+            balance_quality=balance_quality,
+            balance_period=mean_balance_check_period,
             device=device,
             dtype=dtype,
             quantization=quantization,

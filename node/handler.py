@@ -7,7 +7,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -71,6 +71,7 @@ class Handler:
         self._pusher = Pusher(p2p)
         self._sessions: dict[str, _Session] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._pushed: set[MessageStream] = set()  # streams over which others push
         self._leaving = False
         self._busy = 0  # steps and requests under way
         self._waiting = 0  # sessions that wait for cache
@@ -90,6 +91,10 @@ class Handler:
         await self._p2p.add_protobuf_handler(rpc.handle_name(rpc.INFO), self._info, runtime_pb2.ExpertUID)
         self._spawn(self._end_idle_sessions())
 
+    def serve(self, start: int, end: int) -> None:
+        """From now on these are the blocks that are served; sessions that are open go on."""
+        self._served = replace(self._served, start=start, end=end)
+
     async def leave(self, timeout: float) -> None:
         """Takes no more work, gives what is under way ``timeout`` seconds, then ends the sessions."""
         self._leaving = True
@@ -103,6 +108,15 @@ class Handler:
         for task in self._tasks:
             task.cancel()
         self._pusher.close()
+
+    async def unregister(self) -> None:
+        """After :meth:`leave`: another handler may take this one's place."""
+        for stream in self._pushed:  # or others would go on pushing to this one
+            stream.close()
+        for name in (rpc.INFERENCE, rpc.PUSH_STREAM, rpc.FORWARD_STREAM, rpc.BACKWARD_STREAM):
+            await self._p2p.remove_binary_stream_handler(rpc.handle_name(name))
+        for name in (rpc.PUSH, rpc.FORWARD, rpc.BACKWARD, rpc.INFO):
+            await self._p2p.remove_protobuf_handler(rpc.handle_name(name))
 
     # sessions
 
@@ -249,8 +263,12 @@ class Handler:
     # pushes from other nodes
 
     async def _push_stream(self, stream: MessageStream, peer: PeerID) -> None:
-        while (request := await stream.receive(Request)) is not None:
-            self._deliver(request)
+        self._pushed.add(stream)
+        try:
+            while (request := await stream.receive(Request)) is not None:
+                self._deliver(request)
+        finally:
+            self._pushed.discard(stream)
 
     async def _push(self, request: Request) -> Response:
         self._deliver(request)

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from swarm.errors import ConnectError
-from swarm.node.engine.engine import Engine
+from swarm.node.engine.stats import EngineStats
 
 
 class EngineCollector:
-    """Reads the engine's figures when Prometheus asks."""
+    """Reads the engine's figures when Prometheus asks. Counters begin anew when a node moves to other blocks."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+        self._stats = stats
 
     def collect(self) -> Iterator[Metric]:
         """The metrics; called by the Prometheus client."""
-        stats = self._engine.stats()
+        stats = self._stats()
         used = stats.cache_tokens - stats.cache_tokens_free
         yield GaugeMetricFamily("swarm_sessions", "Sessions that are open", stats.sessions)
         yield GaugeMetricFamily("swarm_cache_tokens_used", "Tokens in the KV cache", used)
@@ -43,14 +43,14 @@ class EngineCollector:
         yield times
 
 
-def serve_metrics(engine: Engine, port: int) -> None:
+def serve_metrics(stats: Callable[[], EngineStats], port: int) -> None:
     """Serves ``/metrics`` on ``port`` of every address, in a thread of its own.
 
     Raises:
         ConnectError: the port is taken.
     """
     registry = CollectorRegistry()
-    registry.register(EngineCollector(engine))
+    registry.register(EngineCollector(stats))
     try:
         start_http_server(port, registry=registry)
     except OSError as error:

@@ -56,6 +56,7 @@ class TextOutput:
         self._console = Console(stderr=False, highlight=False)
         handler = RichHandler(console=Console(stderr=True), show_path=False, rich_tracebacks=False)
         logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
+        self._live = False
 
     def event(self, name: str, text: str, **fields: Any) -> None:
         self._console.print(text, markup=False)
@@ -71,6 +72,10 @@ class TextOutput:
 
     @contextmanager
     def stage(self, name: str, text: str) -> Iterator[Stage]:
+        if self._live:  # blocks are loaded while others still come: one bar at a time
+            self._console.print(text, markup=False)
+            yield lambda done, total, note="": None
+            return
         columns: list[ProgressColumn] = [
             TextColumn("{task.description}"),
             BarColumn(),
@@ -80,7 +85,11 @@ class TextOutput:
             columns += [DownloadColumn(binary_units=True), TransferSpeedColumn(), TextColumn("{task.fields[note]}")]
         with Progress(*columns, TimeRemainingColumn(), console=self._console) as progress:
             task = progress.add_task(text, total=1.0, note="")
-            yield lambda done, total, note="": progress.update(task, completed=done, total=total, note=note)
+            self._live = True
+            try:
+                yield lambda done, total, note="": progress.update(task, completed=done, total=total, note=note)
+            finally:
+                self._live = False
             progress.update(task, completed=progress.tasks[0].total)
 
 

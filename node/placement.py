@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 from swarm.errors import UsageError
@@ -52,11 +52,13 @@ class Wish:
             the blocks asked for don't fit without it; or ``"auto"``: the same for a quantized checkpoint, for others
             none if all blocks asked for fit, else nf4.
         cache_tokens: size of the KV cache.
+        early: blocks are served while others are still loaded, so the KV cache is there meanwhile.
     """
 
     blocks: int | None = None
     quantization: str = "checkpoint"
     cache_tokens: int | None = None
+    early: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ def plan_memory(free_bytes: int, sizes: Sizes, wish: Wish) -> Plan:
     """As many blocks as fit with a KV cache of a sensible size, or the blocks that are asked for.
 
     The plan's weights and KV cache, and its weights with the unquantized block that is there while it is quantized, fit
-    into the node's share of ``free_bytes``. More memory never means fewer blocks, nor less KV cache for as many.
+    into the node's share of ``free_bytes``; all three together if blocks are served early. More memory never means
+    fewer blocks, nor less KV cache for as many.
 
     Raises:
         UsageError: not even one block fits, or not those that are asked for. The message says what would.
@@ -109,7 +112,9 @@ def _most_blocks(budget: int, sizes: Sizes, wish: Wish, quantization: str) -> in
     """How many blocks fit with the KV cache asked for, or with that of a few sessions; one block may have less."""
     tokens = wish.cache_tokens or _usual_tokens(sizes)
     block = sizes.block_bytes[quantization]
-    count = min(budget // (block + tokens * sizes.token_bytes), (budget - _loading(sizes, quantization)) // block)
+    loading = _loading(sizes, quantization)
+    with_cache = budget - loading if wish.early else budget
+    count = min(with_cache // (block + tokens * sizes.token_bytes), (budget - loading) // block)
     if count < 1:
         return 1 if _cache_tokens(budget, sizes, wish, quantization, 1) is not None else 0
     return min(count, sizes.num_blocks)
@@ -118,9 +123,9 @@ def _most_blocks(budget: int, sizes: Sizes, wish: Wish, quantization: str) -> in
 def _cache_tokens(budget: int, sizes: Sizes, wish: Wish, quantization: str, count: int) -> int | None:
     """The size of the KV cache beside ``count`` blocks; ``None``: they don't fit."""
     rest = budget - count * sizes.block_bytes[quantization]
-    if rest < _loading(sizes, quantization):
+    if rest < (loading := _loading(sizes, quantization)):
         return None
-    fitting = rest // (count * sizes.token_bytes)
+    fitting = (rest - loading if wish.early else rest) // (count * sizes.token_bytes)
     if wish.cache_tokens is not None:
         return wish.cache_tokens if wish.cache_tokens <= fitting else None
     usual = _usual_tokens(sizes)
@@ -161,7 +166,8 @@ def _refusal(free_bytes: int, budget: int, sizes: Sizes, wish: Wish, quantizatio
     count = wish.blocks or 1
     tokens = wish.cache_tokens or min(_FEWEST_TOKENS, _usual_tokens(sizes))
     block = sizes.block_bytes[quantization]
-    needed = count * block + max(count * tokens * sizes.token_bytes, _loading(sizes, quantization))
+    cache, loading = count * tokens * sizes.token_bytes, _loading(sizes, quantization)
+    needed = count * block + (cache + loading if wish.early else max(cache, loading))
     ways: list[str] = []
     fewer = _most_blocks(budget, sizes, wish, quantization)
     if 0 < fewer < count:
@@ -171,8 +177,9 @@ def _refusal(free_bytes: int, budget: int, sizes: Sizes, wish: Wish, quantizatio
             ways.append(f"--quantization {name}")
             break
     if wish.cache_tokens is not None:
-        fitting = max(0, budget - count * block) // (count * sizes.token_bytes) // _PAGE * _PAGE
-        if fitting >= _PAGE and budget - count * block >= _loading(sizes, quantization):
+        room = budget - count * block
+        fitting = max(0, room - loading if wish.early else room) // (count * sizes.token_bytes) // _PAGE * _PAGE
+        if fitting >= _PAGE and room >= loading:
             ways.append(f"--cache-tokens {fitting}")
     what = "one block needs" if count == 1 else f"{count} blocks need"
     return (
@@ -192,6 +199,27 @@ def coverage(spans: Sequence[tuple[int, int, float]], num_blocks: int) -> list[f
         for block in range(start, end):
             total[block] += throughput
     return total
+
+
+def order_of_need(start: int, end: int, here: Container[int], covered: Sequence[float]) -> list[int]:
+    """In which order to get the blocks ``start:end``, so that what is there is always one run, and a useful one.
+
+    It begins with the longest run of blocks that are ``here`` already, else with the block that has the smallest
+    throughput in the swarm (``covered``), and goes on to the neighbour that is here, or else has the smaller one.
+    """
+    runs: list[list[int]] = []
+    for block in range(start, end):
+        if block in here:
+            if not runs or runs[-1][-1] != block - 1:
+                runs.append([])
+            runs[-1].append(block)
+    order = max(runs, key=len) if runs else [min(range(start, end), key=lambda block: covered[block])]
+    low, high = order[0], order[-1]
+    while len(order) < end - start:
+        neighbours = [block for block in (high + 1, low - 1) if start <= block < end]
+        order.append(min(neighbours, key=lambda block: (block not in here, covered[block])))
+        low, high = min(low, order[-1]), max(high, order[-1])
+    return order
 
 
 def choose_span(covered: Sequence[float], num_blocks: int, inner: frozenset[int] = frozenset()) -> tuple[int, int]:

@@ -3,74 +3,42 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
+from hivemind.p2p import PeerID
 
 from swarm import __version__, dht
 from swarm.codec import dtype_name
 from swarm.errors import UsageError, parse_blocks
 from swarm.fingerprint import fingerprint
 from swarm.layout import check_range
-from swarm.node.announcer import Announcer
-from swarm.node.engine.acceleration import Acceleration, accelerate
-from swarm.node.engine.deterministic import check, make_deterministic
-from swarm.node.engine.engine import STATE_ROWS, Engine
-from swarm.node.engine.quantization import (
-    Keep,
-    Scheme,
-    Use,
-    describe,
-    find_scheme,
-    finish_block,
-    quantized_bytes,
-    schemes_on,
-)
-from swarm.node.handler import Handler
+from swarm.node.balance import covered_by_others
+from swarm.node.engine.engine import STATE_ROWS
+from swarm.node.engine.quantization import Keep, Use, describe, find_scheme, quantized_bytes, schemes_on
 from swarm.node.hardware import choose_devices, choose_dtype, free_memory
+from swarm.node.host import Host, Means
 from swarm.node.life import run_until
-from swarm.node.limits import Limits
-from swarm.node.metrics import serve_metrics
 from swarm.node.output import Output
 from swarm.node.placement import (
     Plan,
     Sizes,
     Wish,
     choose_span,
-    coverage,
     plan_memory,
     share_blocks,
     usable_together,
     widest_mean,
 )
-from swarm.node.requests import Served
 from swarm.node.settings import NodeSettings
 from swarm.node.sharing import find_source
-from swarm.node.throughput import measure
 from swarm.peer import Peer
 from swarm.records import Offer, ServerInfo, ServerState
-from swarm.skeleton import Span, build_skeleton, cache_bytes, fetch_span, load_span, packed_blocks
+from swarm.skeleton import build_skeleton, cache_bytes, packed_blocks
 from swarm.source import ModelSource
 from swarm.threads import in_thread
-
-LEAVE_SECONDS = 5.0
-
-
-@dataclass(frozen=True)
-class Serving:
-    """A node that is up."""
-
-    handler: Handler
-    announcer: Announcer
-
-    async def leave(self) -> None:
-        """Tells the swarm, finishes what is under way."""
-        await asyncio.wait({asyncio.create_task(self.announcer.announce(ServerState.OFFLINE))}, timeout=3.0)
-        await self.handler.leave(LEAVE_SECONDS)
 
 
 async def serve(settings: NodeSettings, output: Output, stop: asyncio.Event) -> None:
@@ -80,15 +48,15 @@ async def serve(settings: NodeSettings, output: Output, stop: asyncio.Event) -> 
         UsageError: what was asked for can't be done; the message says what to do.
     """
 
-    async def leave(serving: Serving) -> None:
+    async def leave(host: Host) -> None:
         output.event("leaving", "Leaving the swarm: finishing the steps under way…")
-        await serving.leave()
+        await host.leave()
 
-    await run_until(stop, lambda stack: _start(settings, output, stack), leave)
+    await run_until(stop, lambda stack: _start(settings, output, stack), leave, Host.run)
     output.event("stopped", "Stopped.")
 
 
-async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) -> Serving:
+async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) -> Host:
     devices = choose_devices(settings.device)
     source, peer, sharing = await find_source(settings, output, stack)
     dtype = choose_dtype(settings.dtype, source.dtype, devices[0])
@@ -108,7 +76,8 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
     root = sharing.root if sharing is not None else ""
     _check_same_model(records, shape, root, source, peer)
     quantization = source.quantization.title if kept and source.quantization is not None else plan.quantization
-    start, end, reason = _choose_blocks(settings, source, plan, records, peer)
+    covered = covered_by_others(records, peer.peer_id)
+    start, end, reason = _choose_blocks(settings, source, plan, covered)
     output.event(
         "blocks",
         f"Serving blocks {start}:{end} of {source.num_blocks} in {dtype_name(dtype)}, {reason}: {plan.reason}",
@@ -116,12 +85,10 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
         quantization=quantization,
         cache_tokens=plan.cache_tokens,
     )
-
     offer = Offer(
         fingerprint=shape,
         push_stream=True,
         left_padding=True,
-        started=time.time(),
         cache_tokens_total=plan.cache_tokens,
         deterministic=settings.deterministic,
         manifest=root,
@@ -129,8 +96,6 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
     info = ServerInfo(
         state=ServerState.JOINING,
         throughput=0.0,
-        start_block=start,
-        end_block=end,
         public_name=settings.name,
         version=__version__,
         torch_dtype=dtype_name(dtype),
@@ -138,84 +103,13 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
         using_relay=settings.peer.relay,
         offer=offer,
     )
-    repository = None if source.is_local else source.name
-    announcer = Announcer(peer, source.dht_prefix, source.num_blocks, repository, info, period=settings.update_period)
-    await announcer.announce(ServerState.JOINING)
-
+    means = Means(dtype, scheme, keep, plan, _place(devices, plan, end - start))
+    host = Host(settings, output, peer, source, sharing, means, info)
+    stack.push_async_callback(host.close)
     if sharing is not None:
         await sharing.begin(stack)
-        await sharing.fetch(start, end)
-    span = await _load(source, start, end, dtype, _place(devices, plan, end - start), scheme, keep, output)
-    if settings.deterministic:
-        with output.stage("deterministic", "Making sure that results don't depend on the batch"):
-            await in_thread(lambda: _make_deterministic(span))
-    engine = Engine(
-        span,
-        cache_tokens=plan.cache_tokens,
-        max_batch_tokens=settings.max_batch_tokens,
-        # recorded steps are padded to sizes that depend on who else is there
-        acceleration=Acceleration() if settings.deterministic else await in_thread(lambda: accelerate(span)),
-        deterministic=settings.deterministic,
-    )
-    engine.start()
-    stack.callback(engine.stop)
-    with output.stage("warm-up", "Warming up"):
-        speed = await in_thread(lambda: measure(engine, start, end, source.hidden_size))
-
-    served = Served(source.dht_prefix, start, end, source.hidden_size, dtype)
-    limits = Limits(
-        max_length=min(source.max_positions or plan.cache_tokens, plan.cache_tokens),
-        step_timeout=settings.idle_timeout,
-        idle_seconds=settings.idle_seconds,
-    )
-    handler = Handler(peer.p2p, engine, served, limits)
-    await handler.register()
-    if settings.metrics_port is not None:
-        serve_metrics(engine, settings.metrics_port)
-    announcer.watch(engine)
-    await announcer.announce(
-        ServerState.ONLINE,
-        throughput=speed.inference_rps,
-        inference_rps=speed.inference_rps,
-        forward_rps=speed.forward_rps,
-        offer=replace(offer, started=time.time()),
-    )
-    _say_ready(settings, source, peer, start, end, output)
-    return Serving(handler, announcer)
-
-
-async def _load(
-    source: ModelSource,
-    start: int,
-    end: int,
-    dtype: torch.dtype,
-    devices: Sequence[torch.device],
-    scheme: Scheme | None,
-    keep: Keep | None,
-    output: Output,
-) -> Span:
-    if source.hub is not None:
-        with output.stage("download", f"Downloading blocks {start}:{end}") as fetched:
-            await in_thread(lambda: fetch_span(source, start, end, progress=lambda *done: fetched(*done)))
-    with output.stage("load", f"Loading blocks {start}:{end}") as report:
-        return await in_thread(
-            lambda: load_span(
-                source,
-                start,
-                end,
-                dtype=dtype,
-                device=devices,
-                progress=lambda *done: report(*done),
-                finish=lambda block: finish_block(block, scheme),
-                keeper=keep,
-            )
-        )
-
-
-def _make_deterministic(span: Span) -> None:
-    for block in span.blocks:
-        make_deterministic(block)
-    check(span)
+    await host.take(start, end, covered)
+    return host
 
 
 def _place(devices: Sequence[torch.device], plan: Plan, num_blocks: int) -> list[torch.device]:
@@ -225,7 +119,7 @@ def _place(devices: Sequence[torch.device], plan: Plan, num_blocks: int) -> list
 
 
 def _check_same_model(
-    records: list[dict[Any, ServerInfo]], shape: str, root: str, source: ModelSource, peer: Peer
+    records: list[dict[PeerID, ServerInfo]], shape: str, root: str, source: ModelSource, peer: Peer
 ) -> None:
     for servers in records:
         for peer_id, info in servers.items():
@@ -282,6 +176,7 @@ def _plan(
     }
     token_bytes = cache_bytes(source, dtype, tokens=1, rows=0)[wanted]
     free = [free_memory(each) for each in devices]
+    early = source.store is not None
 
     def plan(blocks: int) -> Plan:
         """If a block needs what it does in a span of so many. A device of several may get just the largest."""
@@ -294,7 +189,7 @@ def _plan(
             fastest=fastest,
         )
         usable = usable_together(free, max(sizes.block_bytes.values()))
-        return plan_memory(usable, sizes, Wish(count, settings.quantization, settings.cache_tokens))
+        return plan_memory(usable, sizes, Wish(count, settings.quantization, settings.cache_tokens, early))
 
     if count is not None:
         return plan(min(count, source.num_blocks)), use
@@ -303,41 +198,8 @@ def _plan(
 
 
 def _choose_blocks(
-    settings: NodeSettings, source: ModelSource, plan: Plan, records: list[dict[Any, ServerInfo]], peer: Peer
+    settings: NodeSettings, source: ModelSource, plan: Plan, covered: Sequence[float]
 ) -> tuple[int, int, str]:
     if settings.blocks is not None:
         return (*parse_blocks(settings.blocks, source.num_blocks), "as asked")
-    spans = dht.spans_of(records, min_state=ServerState.JOINING)
-    others = [
-        (span.start, span.end, max(span.info.throughput, 1.0))
-        for span in spans.values()
-        if span.peer_id != peer.peer_id
-    ]
-    covered = coverage(others, source.num_blocks)
     return (*choose_span(covered, plan.num_blocks, source.inner_boundaries), "where the swarm is thinnest")
-
-
-def _say_ready(settings: NodeSettings, source: ModelSource, peer: Peer, start: int, end: int, output: Output) -> None:
-    join = reachable(peer)
-    output.panel(
-        "ready",
-        f"Serving blocks {start}:{end} of {source.name}",
-        [
-            "Others join with:",
-            f"  swarm-node serve {settings.model} --initial-peers {join}",
-            "Generate with:",
-            f"  swarm chat {settings.model} --initial-peers {join}",
-            "or in Python:",
-            f"  model = SwarmModelForCausalLM.from_pretrained({settings.model!r}, initial_peers=[{join!r}])",
-        ],
-        maddrs=list(peer.addresses),
-        peer_id=peer.peer_id.to_base58(),
-        blocks=[start, end],
-        model=source.name,
-    )
-
-
-def reachable(peer: Peer) -> str:
-    """The address that others can use: not the loopback one, if there is another."""
-    others = [address for address in peer.addresses if "/127.0.0.1/" not in address and "/::1/" not in address]
-    return (others or peer.addresses)[0]

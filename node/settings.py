@@ -23,6 +23,9 @@ class NodeSettings:
         idle_timeout: seconds after which an idle session ends.
         idle_seconds: seconds after which it gives its cache to sessions that wait for some.
         update_period: seconds between two announcements.
+        balance_quality: a node that chose its blocks moves to others if the swarm's weakest ones have less than this
+            share, 0 to 1, of what they would have then; 0: never.
+        balance_period: seconds between two looks at that, on average.
         weights: where they come from: ``"hub"`` (a directory here, or else the Hub), ``"peers"``, or ``"auto"``: what
             is here whole, else peers, else the Hub.
         manifest: the root that the weights must have, 64 hex digits.
@@ -50,6 +53,8 @@ class NodeSettings:
     idle_timeout: float = 15 * 60.0
     idle_seconds: float = 60.0
     update_period: float = 20.0
+    balance_quality: float = 0.75
+    balance_period: float = 120.0
     weights: str = "hub"
     manifest: str | None = None
     seed: bool = False

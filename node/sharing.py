@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
+from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 import numpy as np
 from hivemind.p2p import PeerID
-from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
+from numpy.typing import NDArray
 
 from swarm.checkpoint import INDEX, SINGLE, Checkpoint
 from swarm.errors import ModelError, UsageError
@@ -19,28 +20,26 @@ from swarm.manifest import SMALL_FILES, keep_manifest, manifest_of
 from swarm.node.output import Output
 from swarm.node.settings import NodeSettings
 from swarm.peer import Peer
-from swarm.sharing.download import Download
+from swarm.sharing.download import download
+from swarm.sharing.find import find_store, weights_folder
 from swarm.sharing.holders import (
     Holder,
     announce_holder,
     as_ranges,
     fetch_holders,
-    fetch_manifest,
-    find_weights,
     nobody_has,
-    possible_prefixes,
 )
 from swarm.sharing.picker import Bits
 from swarm.sharing.protocol import is_root
 from swarm.sharing.seeder import Seeder
-from swarm.sharing.store import WeightStore, find_root
+from swarm.sharing.store import WeightStore
 from swarm.skeleton import block_tensors
 from swarm.source import BUNDLED, ModelSource, resolve, resolve_store
 from swarm.threads import in_thread
 
 logger = logging.getLogger(__name__)
 WEIGHTS = ("hub", "peers", "auto")
-_LOCK_SECONDS, _GOODBYE_SECONDS = 0.5, 2.0
+_GOODBYE_SECONDS = 2.0
 
 
 class Sharing:
@@ -53,6 +52,7 @@ class Sharing:
         self._blocks: list[Bits] = []
         self._refused: set[PeerID] = set()
         self._announcing: asyncio.Task[None] | None = None
+        self._arrived = asyncio.Event()
 
     @property
     def root(self) -> str:
@@ -84,34 +84,48 @@ class Sharing:
         """Gets the config and what else everybody needs."""
         await self._fetch(self.store.small_pieces(), "Getting the model's config from peers")
 
-    async def fetch(self, start: int, end: int) -> None:
-        """Gets the blocks ``start:end``, which :meth:`know` must have made known."""
-        wanted = np.logical_or.reduce(self._blocks[start:end])
-        await self._fetch(wanted, f"Getting blocks {start}:{end} from peers")
+    async def fetch(self, order: Sequence[int]) -> None:
+        """Gets the blocks of a range, in this order, which :meth:`know` must have made known."""
+        when = np.full(self.store.num_pieces, len(order), np.int64)
+        for number, block in reversed(list(enumerate(order))):
+            when[self._blocks[block]] = number
+        text = f"Getting blocks {min(order)}:{max(order) + 1} from peers"
+        await self._fetch(when < len(order), text, when)
+
+    def has_block(self, block: int) -> bool:
+        """Whether all of a block is here."""
+        return not (self._blocks[block] & ~self.store.has).any()
+
+    async def wait_for(self, block: int) -> None:
+        """Returns once all of a block is here, which somebody else sees to."""
+        while not self.has_block(block):
+            self._arrived.clear()
+            await self._arrived.wait()
 
     async def fetch_all(self) -> None:
         """Gets the whole checkpoint."""
         await self._fetch(np.ones(self.store.num_pieces, np.bool_), "Getting the weights from peers")
 
-    async def _fetch(self, wanted: Bits, text: str) -> None:
+    async def _fetch(self, wanted: Bits, text: str, order: NDArray[np.int64] | None = None) -> None:
         store = self.store
         if not (wanted & ~store.has).any():
             return
-        await self._lock()
-        try:
-            await in_thread(store.refresh)
-            with self._output.stage("download", text) as stage:
+        with self._output.stage("download", text) as stage:
 
-                def report(done: int, total: int, count: int) -> None:
-                    stage(done, total, _from(count))
+            def report(done: int, total: int, count: int) -> None:
+                stage(done, total, _from(count))
+                self._arrived.set()
 
-                download = Download(self.peer, self.prefix, store, wanted, report, self._refused)
-                sources = await download.run()
-        finally:
-            try:
-                store.finish()
-            except OSError as error:
-                raise ModelError(f"can't keep weights in {store.directory}: {error.strerror or error}") from error
+            sources = await download(
+                self.peer,
+                self.prefix,
+                store,
+                wanted,
+                report,
+                refused=self._refused,
+                order=order,
+                on_wait=self._say_waiting,
+            )
         if store.is_whole:
             await in_thread(lambda: keep_manifest(store.directory, store.manifest, self._manifests))
         await self._announce()
@@ -119,14 +133,9 @@ class Sharing:
         by_peer = {peer_id.to_base58(): count for peer_id, count in sources.items()}
         self._output.event("fetched", f"{total / 2**20:.1f} MiB {_from(len(by_peer))}", bytes=total, sources=by_peer)
 
-    async def _lock(self) -> None:
-        said = False
-        while not self.store.try_lock():
-            if not said:
-                said = True
-                where = self.store.directory
-                self._output.event("waiting", f"Another process downloads into {where}: waiting for it…")
-            await asyncio.sleep(_LOCK_SECONDS)
+    def _say_waiting(self) -> None:
+        text = f"Another process downloads into {self.store.directory}: waiting for it…"
+        self._output.event("waiting", text)
 
     async def _announce_again(self) -> None:
         while True:
@@ -137,8 +146,7 @@ class Sharing:
             await asyncio.sleep(self._period)
 
     async def _announce(self) -> None:
-        has = self.store.has
-        blocks = as_ranges(index for index, pieces in enumerate(self._blocks) if not (pieces & ~has).any())
+        blocks = as_ranges(block for block in range(len(self._blocks)) if self.has_block(block))
         await self._tell(Holder(self.root, blocks, self.store.is_whole))
 
     async def _tell(self, holder: Holder | None) -> None:
@@ -177,16 +185,25 @@ async def find_source(
         await sharing.know(source)
         return source, peer, sharing
 
-    prefix, found = await _find_store(peer, settings)
+    found = await find_store(
+        peer,
+        settings.model,
+        prefix=settings.dht_prefix,
+        root=settings.manifest,
+        folder=weights_folder(settings.cache_dir),
+        directory=settings.store,
+        parts=settings.weights == "peers",
+    )
     if found is None:
         if settings.weights == "peers" or settings.manifest is not None:
             raise await nobody_has(peer, settings.model)
         with output.stage("resolve", f"Looking up {settings.model} on the Hub"):
             return await in_thread(lambda: _resolve(settings)), peer, None
-    sharing = Sharing(peer, prefix, found, settings, output)
+    prefix, kept = found
+    sharing = Sharing(peer, prefix, kept, settings, output)
     await sharing.begin(stack)
     await sharing.fetch_small()
-    source = await in_thread(lambda: resolve_store(settings.model, found, prefix))
+    source = await in_thread(lambda: resolve_store(settings.model, kept, prefix))
     await sharing.know(source)
     return source, peer, sharing
 
@@ -209,26 +226,6 @@ async def _seed_store(settings: NodeSettings, source: ModelSource, output: Outpu
             "--manifest, or get the right weights with --weights peers"
         )
     return WeightStore(source.path, manifest)
-
-
-async def _find_store(peer: Peer, settings: NodeSettings) -> tuple[str, WeightStore | None]:
-    """What peers have, or an earlier run has left when nobody is up."""
-    found = await find_weights(peer, settings.model, prefix=settings.dht_prefix, root=settings.manifest)
-    base = settings.store or _folder(settings)
-    if found is None:
-        for prefix in possible_prefixes(settings.model, settings.dht_prefix):
-            places = [base] if settings.store is not None else list(base.glob(f"{_safe(prefix)}-*"))
-            roots = [(place, find_root(place)) for place in places]
-            left = [place for place, root in roots if root is not None and settings.manifest in (None, root)]
-            store = WeightStore.open(left[0]) if len(left) == 1 else None
-            if store is not None and (store.is_whole or settings.weights == "peers"):
-                return prefix, store
-        return "", None
-    directory = base if settings.store is not None else base / f"{_safe(found.prefix)}-{found.root[:16]}"
-    if find_root(directory) == found.root and (kept := await in_thread(lambda: WeightStore.open(directory))):
-        return found.prefix, kept
-    manifest = await fetch_manifest(peer, found.root, found.holders)
-    return found.prefix, await in_thread(lambda: WeightStore.create(directory, manifest))
 
 
 async def _check_other_roots(peer: Peer, prefix: str, store: WeightStore, settings: NodeSettings) -> None:
@@ -286,16 +283,8 @@ def make_whole(source: ModelSource, *, weights: bool) -> None:
         source.hub.fetch(name)
 
 
-def _folder(settings: NodeSettings) -> Path:
-    return Path(settings.cache_dir or constants.HF_HOME) / "swarm-weights"
-
-
 def _manifests(settings: NodeSettings) -> Path | None:
     return settings.cache_dir / "swarm-manifests" if settings.cache_dir is not None else None
-
-
-def _safe(prefix: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_-]", "_", prefix)
 
 
 def _from(count: int) -> str:

@@ -8,9 +8,9 @@ from contextlib import AsyncExitStack
 
 from swarm import dht
 from swarm.errors import parse_blocks
+from swarm.node.host import reachable
 from swarm.node.life import run_until
 from swarm.node.output import Output
-from swarm.node.server import reachable
 from swarm.node.settings import NodeSettings
 from swarm.node.sharing import find_source
 
@@ -44,7 +44,7 @@ async def _fetch(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
         what = "The checkpoint"
     else:
         start, end = parse_blocks(settings.blocks, source.num_blocks)
-        await sharing.fetch(start, end)
+        await sharing.fetch(range(start, end))
         what = f"Blocks {start}:{end}"
     directory = str(sharing.store.directory)
     output.event("done", f"{what}: {directory}", directory=directory, whole=sharing.store.is_whole)
@@ -73,6 +73,8 @@ async def _seed(settings: NodeSettings, output: Output, stack: AsyncExitStack) -
         [
             "Others serve blocks of it with:",
             f"  swarm-node serve {sharing.prefix} --weights peers --initial-peers {join}",
+            "talk to it, once all blocks are served, with:",
+            f"  swarm chat {sharing.prefix} --weights peers --initial-peers {join}",
             "or get a copy with:",
             f"  swarm-node fetch {sharing.prefix} --initial-peers {join}",
             "To be sure of getting exactly these weights, they add:",

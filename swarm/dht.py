@@ -15,6 +15,7 @@ from swarm.records import ServerInfo, ServerState, block_uid
 
 logger = logging.getLogger(__name__)
 MODELS_KEY = "_petals.models"
+_MAX_BLOCKS = 10_000  # that a stranger's record may make anybody ask for
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,19 @@ async def announce_model(dht: DHTNode, prefix: str, num_blocks: int, repository:
     )
 
 
+async def fetch_models(dht: DHTNode) -> dict[str, int]:
+    """The models that are listed, by their names in the DHT, with their numbers of blocks."""
+    found = await dht.get(MODELS_KEY, latest=True)
+    models: dict[str, int] = {}
+    if found is not None and isinstance(found.value, Mapping):
+        for name, record in found.value.items():
+            value = record.value if isinstance(record.value, Mapping) else {}
+            count = value.get("num_blocks")
+            if isinstance(name, str) and type(count) is int and 0 < count <= _MAX_BLOCKS:
+                models[name] = count
+    return models
+
+
 async def fetch(dht: DHTNode, prefix: str, num_blocks: int) -> list[dict[PeerID, ServerInfo]]:
     """For each block its servers, by the newest records. Records that can't be read are left out."""
     uids = [block_uid(prefix, block) for block in range(num_blocks)]
@@ -70,17 +84,19 @@ async def fetch(dht: DHTNode, prefix: str, num_blocks: int) -> list[dict[PeerID,
 def spans_of(
     blocks: list[dict[PeerID, ServerInfo]], *, min_state: ServerState = ServerState.ONLINE
 ) -> dict[PeerID, RemoteSpan]:
-    """Each peer's span, from the records of single blocks. A peer's record says its span; else its blocks do."""
+    """Each peer's span, from the records of single blocks. A peer's record says its span; else its blocks do. Of a peer
+    that serves some blocks and is still getting others, it is what it serves."""
     spans: dict[PeerID, RemoteSpan] = {}
     for block, servers in enumerate(blocks):
         for peer_id, info in servers.items():
             if info.state < min_state:
                 continue
             known = spans.get(peer_id)
-            if known is not None and known.end == block:
-                spans[peer_id] = RemoteSpan(peer_id, known.start, block + 1, info)
-            elif known is None or known.end < block:
+            if known is None or info.state > known.info.state:
                 spans[peer_id] = RemoteSpan(peer_id, block, block + 1, info)
+            elif info.state == known.info.state:
+                start = known.start if known.end == block else block
+                spans[peer_id] = RemoteSpan(peer_id, start, block + 1, info)
     return {peer_id: _within_record(span) for peer_id, span in spans.items()}
 
 

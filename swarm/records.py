@@ -96,6 +96,10 @@ class ServerInfo:
     next_pings: Mapping[str, float] | None = None
     offer: Offer | None = field(default=None)
 
+    def names(self, block: int) -> bool:
+        """Whether a record found at ``block`` still holds: right after a node has moved there are some that don't."""
+        return self.start_block is None or self.end_block is None or self.start_block <= block < self.end_block
+
     def to_tuple(self) -> tuple[int, float, dict[str, Any]]:
         """The value as it stands in the DHT."""
         extra: dict[str, Any] = {name: getattr(self, name) for name in _EXTRA_FIELDS}

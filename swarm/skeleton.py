@@ -29,10 +29,12 @@ __all__ = [
     "Prepared",
     "Skeleton",
     "Span",
+    "SpanLoader",
     "assemble_span",
     "block_tensors",
     "build_skeleton",
     "cache_bytes",
+    "end_tensors",
     "fetch_span",
     "load_ends",
     "load_span",
@@ -109,51 +111,94 @@ def load_span(
     """Blocks ``start:end``, one at a time, so that little more memory is used than they need in the end.
 
     Args:
-        device: for all blocks, or one for each.
         progress: called with the number of blocks done and the number of blocks, from ``(0, n)`` to ``(n, n)``.
-        finish: changes each block in place once it is loaded, before the next one is.
+
+    The other arguments and what is raised are as for :class:`SpanLoader`.
+    """
+    loader = SpanLoader(source, start, end, dtype=dtype, device=device, finish=finish, keeper=keeper)
+    loader.fetch()
+    _fill_all(loader.span, loader.load, progress)
+    loader.close()
+    return loader.span
+
+
+class SpanLoader:
+    """Gives the blocks ``start:end`` their weights, in any order; those that have them may run meanwhile.
+
+    Args:
+        device: for all blocks, or one for each.
+        finish: changes each block in place once it is loaded.
         keeper: of a quantized checkpoint, keeps weights as they are; without one, all are dequantized.
+
+    Attributes:
+        span: the blocks, at first without memory.
 
     Raises:
         UsageError: the model has no such blocks, or they can't be without others.
-        ModelError: the weights can't be loaded, or this architecture can't be served.
+        ModelError: this architecture can't be served.
     """
-    if not 0 <= start < end <= source.num_blocks:
-        raise UsageError(f"blocks {start}:{end} are not in this model: it has blocks 0:{source.num_blocks}")
-    check_range(start, end, source.inner_boundaries)
-    skeleton = build_skeleton(source, dtype, attention="eager")
-    checkpoint = Checkpoint.open(source)
-    plan = plan_weights(skeleton.model, checkpoint)  # before unwanted blocks go: renames look at all names
-    names = {index: f"{skeleton.layers_name}.{index}." for index in range(start, end)}
-    plans = {
-        index: plan.only(lambda key, name=name: key.startswith(name))  # type: ignore[misc]
-        for index, name in names.items()
-    }
 
-    def fill(index: int, device: torch.device) -> None:
-        if index == start:
-            checkpoint.fetch([key for part in plans.values() for key in part.keys()])  # noqa: SIM118
-        plan, begin, block = plans[index], names[index], skeleton.layers[index]
+    def __init__(
+        self,
+        source: ModelSource,
+        start: int,
+        end: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str | Sequence[torch.device],
+        finish: Callable[[nn.Module], None] | None = None,
+        keeper: Keeper | None = None,
+    ) -> None:
+        if not 0 <= start < end <= source.num_blocks:
+            raise UsageError(f"blocks {start}:{end} are not in this model: it has blocks 0:{source.num_blocks}")
+        check_range(start, end, source.inner_boundaries)
+        self._skeleton = build_skeleton(source, dtype, attention="eager")
+        self._checkpoint = Checkpoint.open(source)
+        plan = plan_weights(self._skeleton.model, self._checkpoint)  # before unwanted blocks go: renames look at all
+        self._names = {index: f"{self._skeleton.layers_name}.{index}." for index in range(start, end)}
+        self._plans = {
+            index: plan.only(lambda key, name=name: key.startswith(name))  # type: ignore[misc]
+            for index, name in self._names.items()
+        }
+        self._finish, self._keeper = finish, keeper
+        devices = [torch.device(device)] * (end - start) if isinstance(device, str | torch.device) else device
+        self.span = empty_span(source, self._skeleton, start, dtype=dtype, devices=devices)
+
+    def fetch(self) -> None:
+        """Downloads what is missing of all blocks at once, if they come from the Hub.
+
+        Raises:
+            ModelError: a file is missing, or the Hub can't be reached.
+        """
+        self._checkpoint.fetch([key for part in self._plans.values() for key in part.keys()])  # noqa: SIM118
+
+    def load(self, index: int) -> None:
+        """Fills a block. One at a time.
+
+        Raises:
+            ModelError: its weights can't be loaded.
+        """
+        span, checkpoint, keeper = self.span, self._checkpoint, self._keeper
+        plan, begin, block = self._plans[index], self._names[index], span.blocks[index - span.start]
+        device = span.device_of(index)
+        checkpoint.fetch(plan.keys())
         packed = packed_weights(plan, checkpoint, begin) if keeper is not None else {}
         chosen = set(keeper.choose(block, packed, device)) if keeper is not None else set()
         kept = {begin + name for name in chosen}
         rest = plan.only(lambda name: name not in kept)
-        missing = load_weights(skeleton.model, rest, checkpoint, dtype=dtype, device=device)
+        missing = load_weights(self._skeleton.model, rest, checkpoint, dtype=span.dtype, device=device)
         _require_none(checkpoint, sorted(key for key in missing - kept if key.startswith(begin)))
         if keeper is not None and chosen:
             try:
-                reader = PartReader(checkpoint)
-                keeper.fill(block, {name: packed[name] for name in chosen}, device, reader)
+                keeper.fill(block, {name: packed[name] for name in chosen}, device, PartReader(checkpoint))
             except (ValueError, KeyError, IndexError, RuntimeError, TypeError) as error:  # shapes that strangers chose
                 reason = str(error).splitlines()[0]
                 raise ModelError(f"can't use block {index} as it is in {checkpoint.listing}: {reason}") from error
+        finish_filled(block, self._finish)
 
-    devices = [torch.device(device)] * (end - start) if isinstance(device, str | torch.device) else device
-    span = assemble_span(
-        source, skeleton, start, dtype=dtype, devices=devices, fill=fill, progress=progress, finish=finish
-    )
-    checkpoint.close()
-    return span
+    def close(self) -> None:
+        """Closes the checkpoint."""
+        self._checkpoint.close()
 
 
 def assemble_span(
@@ -167,9 +212,45 @@ def assemble_span(
     progress: Callable[[int, int], None] | None = None,
     finish: Callable[[nn.Module], None] | None = None,
 ) -> Span:
+    """As :func:`empty_span`, with ``fill(index, device)`` to give memory and values to the parameters of a block; no
+    block is filled before it is certain that all can be served. The rest is as for :func:`load_span`."""
+    span = empty_span(source, skeleton, start, dtype=dtype, devices=devices)
+
+    def load(index: int) -> None:
+        fill(index, span.device_of(index))
+        finish_filled(span.blocks[index - start], finish)
+
+    _fill_all(span, load, progress)
+    return span
+
+
+def _fill_all(span: Span, load: Callable[[int], None], progress: Callable[[int, int], None] | None) -> None:
+    count = span.end - span.start
+    for done, index in enumerate(range(span.start, span.end)):
+        if progress is not None:
+            progress(done, count)
+        load(index)
+    if progress is not None:
+        progress(count, count)
+
+
+def finish_filled(block: nn.Module, finish: Callable[[nn.Module], None] | None) -> None:
+    """Makes a block that has its weights ready to run."""
+    if finish is not None:
+        finish(block)
+    block.requires_grad_(False).eval()
+
+
+def empty_span(
+    source: ModelSource,
+    skeleton: Skeleton,
+    start: int,
+    *,
+    dtype: torch.dtype,
+    devices: Sequence[torch.device],
+) -> Span:
     """A span of the blocks from ``start`` on, as many as ``devices``, in a fresh ``skeleton`` (eager attention), which
-    is used up by this. ``fill(index, device)`` gives memory and values to the parameters of the block ``index``; no
-    block is filled before it is certain that they can be served. The rest is as for :func:`load_span`.
+    is used up by this. Their parameters have no memory yet.
 
     Raises:
         ModelError: this architecture can't be served.
@@ -190,23 +271,11 @@ def assemble_span(
     sources = {block: of for block, of in kv_sources(config).items() if block in wanted}
     if sources.keys() != {index for index, cache in zip(wanted, caches, strict=True) if cache.borrows}:
         raise unserved(source.model_type, "its blocks share keys and values in another way than its config says")
-
-    parameter_bytes = 0
-    for done, (index, device) in enumerate(zip(wanted, devices, strict=True)):
-        if progress is not None:
-            progress(done, len(wanted))
-        block = skeleton.layers[index]
-        _fill_buffers(model, block, device, family)
-        fill(index, device)
-        parameter_bytes += _parameter_bytes(block)
-        if finish is not None:
-            finish(block)
-    if progress is not None:
-        progress(len(wanted), len(wanted))
+    for index, device in zip(wanted, devices, strict=True):
+        _fill_buffers(model, skeleton.layers[index], device, family)
 
     # Set by hand, not as an option of the build, which insists that the function be registered already.
     config._attn_implementation = ATTENTION
-    blocks = nn.ModuleList(skeleton.layers[index] for index in wanted).requires_grad_(False).eval()
     return Span(
         start=wanted.start,
         end=wanted.stop,
@@ -216,9 +285,9 @@ def assemble_span(
         kv=tuple(cache.kv for cache in caches),
         kv_sources=sources,
         state_bytes=sum(cache.state_bytes for cache in caches),
-        parameter_bytes=parameter_bytes,
+        parameter_bytes=sum(_parameter_bytes(skeleton.layers[index]) for index in wanted),
         config=config,
-        blocks=blocks,
+        blocks=nn.ModuleList(skeleton.layers[index] for index in wanted).eval(),
         bases={device: _base_on(skeleton.base, device, devices[0]) for device in dict.fromkeys(devices)},
         family=family,
         kinds=kinds,
@@ -274,6 +343,16 @@ def packed_blocks(source: ModelSource) -> list[dict[str, PackedWeight]]:
     blocks = [packed_weights(plan, checkpoint, f"{skeleton.layers_name}.{index}.") for index in every]
     checkpoint.close()
     return blocks
+
+
+def end_tensors(source: ModelSource) -> list[str]:
+    """The names in the checkpoint's files of all that :func:`load_ends` reads."""
+    skeleton, checkpoint = build_skeleton(source, source.dtype), Checkpoint.open(source)
+    plan = plan_weights(skeleton.model, checkpoint)
+    skeleton.empty_layers()
+    names = plan.only(set(skeleton.model.state_dict()).__contains__).keys()
+    checkpoint.close()
+    return [stored for name in names for stored in checkpoint.stored(name)]
 
 
 def load_ends(source: ModelSource, *, dtype: torch.dtype | str = "checkpoint") -> PreTrainedModel:

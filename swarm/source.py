@@ -130,6 +130,11 @@ def resolve(
     return _with_dtype(ModelSource(model, directory, config, prefix, torch.bfloat16, hub, quantization))
 
 
+def is_here(model: str) -> bool:
+    """Whether ``model`` is a path on this machine, or comes with the package: then it isn't looked up elsewhere."""
+    return model in BUNDLED or model.startswith(("/", "./", "../", "~")) or Path(model).expanduser().exists()
+
+
 def resolve_store(model: str, store: WeightStore, dht_prefix: str) -> ModelSource:
     """The model whose weights come from peers into ``store``, where its config is already.
 

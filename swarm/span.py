@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -42,8 +42,7 @@ class Span:
         kv_sources: blocks that use the KV cache of another one in the span instead of their own: block to that other.
         state_bytes: what all blocks together keep for each row beside KV (recurrent states); 0 in most models. Such
             states can't be cut back to an earlier token, nor shared as a prefix.
-        parameter_bytes: memory of the weights as they were loaded, before they were packed or quantized; without
-            those of a quantized checkpoint that are kept as they are.
+        parameter_bytes: memory of the weights as they are loaded, before they are packed or quantized.
     """
 
     start: int
@@ -80,6 +79,21 @@ class Span:
         for device, blocks in itertools.groupby(range(first, last), self.device_of):
             stretch = list(blocks)
             yield device, stretch[0], stretch[-1] + 1
+
+    def part(self, first: int, last: int) -> Span:
+        """The blocks ``first:last`` of it as a span of their own, the same modules. ``parameter_bytes`` and
+        ``state_bytes`` stay those of the whole."""
+        own = slice(first - self.start, last - self.start)
+        return replace(
+            self,
+            start=first,
+            end=last,
+            devices=self.devices[own],
+            blocks=nn.ModuleList(list(self.blocks)[own]).eval(),
+            kinds=self.kinds[own],
+            kv=self.kv[own],
+            kv_sources={block: of for block, of in self.kv_sources.items() if first <= block < last},
+        )
 
     @property
     def ropes_vary(self) -> bool:

@@ -11,9 +11,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from swarm import dht
 from swarm.overview import NodeView, Overview, look, measure
 from swarm.peer import Peer, PeerOptions
-from swarm.source import resolve
+from swarm.sharing.holders import possible_prefixes
+from swarm.source import is_here, resolve
+from swarm.threads import in_thread
 
 _SHADES = " ▁▂▃▄▅▆▇█"
 
@@ -21,18 +24,33 @@ _SHADES = " ▁▂▃▄▅▆▇█"
 async def watch(
     model: str, initial_peers: tuple[str, ...], *, dht_prefix: str | None, interval: float
 ) -> AsyncIterator[Overview]:
-    """A swarm as it is now, and again every ``interval`` seconds. Nodes are asked themselves too."""
-    source = resolve(model, dht_prefix=dht_prefix)
+    """A swarm as it is now, and again every ``interval`` seconds. Nodes are asked themselves too. Of a model that isn't
+    here, the swarm's own list says how many blocks it has."""
+    source = resolve(model, dht_prefix=dht_prefix) if is_here(model) else None
     peer = await Peer.start(PeerOptions(initial_peers=initial_peers, client=True))
     before: Overview | None = None
     try:
+        if source is not None:
+            prefix, count = source.dht_prefix, source.num_blocks
+        else:
+            prefix, count = await _find(peer, model, dht_prefix)
         while True:
-            seen = await look(peer, source.name, source.dht_prefix, source.num_blocks)
+            seen = await look(peer, model, prefix, count)
             before = await measure(peer, seen, before)
             yield before
             await asyncio.sleep(interval)
     finally:
         await peer.stop()
+
+
+async def _find(peer: Peer, model: str, asked: str | None) -> tuple[str, int]:
+    """The name in the DHT and the number of blocks of a model that isn't here."""
+    listed = await dht.fetch_models(peer.dht)
+    for prefix in possible_prefixes(model, asked):
+        if prefix in listed:
+            return prefix, listed[prefix]
+    source = await in_thread(lambda: resolve(model, dht_prefix=asked))
+    return source.dht_prefix, source.num_blocks
 
 
 async def show(

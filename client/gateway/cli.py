@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from swarm.client.cli import WaitTimeout, errors
+from swarm.client.cli import CacheDir, Manifest, WaitTimeout, Weights, errors
 from swarm.errors import UsageError
 from swarm.options import NETWORK, DhtPrefix, InitialPeers, split_list
 
@@ -68,6 +68,9 @@ def serve(
     ] = 8000,
     dht_prefix: DhtPrefix = None,
     wait_timeout: WaitTimeout = 60.0,
+    weights: Weights = "hub",
+    manifest: Manifest = None,
+    cache_dir: CacheDir = None,
     max_sessions: Annotated[
         int, typer.Option(min=1, help="Texts that are generated at a time.", rich_help_panel=_LIMITS)
     ] = 64,
@@ -95,6 +98,8 @@ def serve(
             raise UsageError("say which swarm: --initial-peers MADDR, or start one on this machine with --local")
         if dht_prefix is not None and len(models) > 1:
             raise UsageError("--dht-prefix is the name of one model: leave it out, or start a gateway for each model")
+        if manifest is not None and len(models) > 1:
+            raise UsageError("--manifest is of one model's weights: leave it out, or start a gateway for each model")
         try:
             from swarm.client.gateway.server import GatewaySettings, run
         except ModuleNotFoundError as error:
@@ -116,6 +121,9 @@ def serve(
                 dht_prefix=dht_prefix,
                 wait_timeout=wait_timeout,
                 log_prompts=log_prompts,
+                weights="hub" if local else weights,
+                manifest=None if local else manifest,
+                cache_dir=cache_dir,
             )
         )
 

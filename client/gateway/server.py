@@ -52,6 +52,9 @@ class GatewaySettings:
     dht_prefix: str | None = None
     wait_timeout: float = 60.0
     log_prompts: bool = False
+    weights: str = "hub"
+    manifest: str | None = None
+    cache_dir: Path | None = None
 
 
 def access_for(settings: GatewaySettings) -> Access:
@@ -195,23 +198,23 @@ def _load(
     metrics: Metrics,
     stack: ExitStack,
 ) -> list[ServedModel]:
-    from transformers import AutoTokenizer
-
     from swarm.client.gateway.served_model import ServedModel
     from swarm.client.model import SwarmModelForCausalLM
-    from swarm.source import resolve
+    from swarm.client.tokenizer import load_tokenizer
 
     models = []
     for name in settings.models:
         facade = SwarmModelForCausalLM.from_pretrained(
-            name, initial_peers=peers, dht_prefix=settings.dht_prefix, wait_timeout=settings.wait_timeout
+            name,
+            initial_peers=peers,
+            dht_prefix=settings.dht_prefix,
+            wait_timeout=settings.wait_timeout,
+            weights=settings.weights,
+            manifest=settings.manifest,
+            cache_dir=settings.cache_dir,
         )
         stack.callback(facade.close)
-        source = resolve(name)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=source.is_local)
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{name} has no tokenizer that can be loaded: {error}") from error
+        tokenizer = load_tokenizer(facade, name)
         models.append(ServedModel(name, facade, tokenizer, admission, metrics.batch_rows.observe))
     if len({model.id for model in models}) < len(models):
         raise UsageError("two of the models have the same name")

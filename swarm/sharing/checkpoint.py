@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -51,8 +52,13 @@ class StoreCheckpoint(Checkpoint):
         """What to fetch for a tensor is what the manifest says; where it is read, the file says itself."""
         path = self._locate(file)
         try:
-            with path.open("rb") as opened:
-                found = {name: (at.start, at.stop) for name, at in read_ranges(opened, path.stat().st_size).items()}
+            try:
+                opened = path.open("rb")
+            except FileNotFoundError:
+                opened = self._locate(file).open("rb")  # a part, which has just become a whole file
+            with opened:
+                size = os.fstat(opened.fileno()).st_size
+                found = {name: (at.start, at.stop) for name, at in read_ranges(opened, size).items()}
         except (OSError, ValueError) as error:
             raise ModelError(f"can't read {path}: {error}") from error
         tensors = self._store.manifest.tensors

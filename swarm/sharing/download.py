@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from hivemind.p2p import PeerID
+from numpy.typing import NDArray
 
 from swarm.errors import BadRequestError, ModelError
 from swarm.peer import Peer
@@ -34,6 +35,8 @@ MAX_LINKS = 32
 PATIENCE_SECONDS = 120.0
 """Without a single piece; then nobody is expected any more."""
 
+_LOCK_SECONDS = 0.5  # between two looks whether another process is done
+
 Report = Callable[[int, int, int], None]
 """``report(bytes done, bytes to get, peers that send)``."""
 
@@ -48,13 +51,21 @@ class _DiskError(Exception):
 
 class Download:
     """Gets the pieces ``wanted`` (``[pieces]`` of bool) into a store whose lock the caller has. ``refused`` are peers
-    that have sent wrong pieces; it grows."""
+    that have sent wrong pieces; it grows. ``order`` (``[pieces]``): those with smaller numbers are got first."""
 
     def __init__(
-        self, peer: Peer, prefix: str, store: WeightStore, wanted: Bits, report: Report, refused: set[PeerID]
+        self,
+        peer: Peer,
+        prefix: str,
+        store: WeightStore,
+        wanted: Bits,
+        report: Report,
+        refused: set[PeerID],
+        *,
+        order: NDArray[np.int64] | None = None,
     ) -> None:
         self._peer, self._prefix, self._store, self._report = peer, prefix, store, report
-        self._picker: Picker[PeerID] = Picker(wanted & ~store.has, refused)
+        self._picker: Picker[PeerID] = Picker(wanted & ~store.has, refused, order=order)
         self._refused = refused
         self._total, self._done = store.size_of(self._picker.missing), 0
         self._sources: Counter[PeerID] = Counter()
@@ -202,3 +213,36 @@ class Download:
     def _tell_coming(self) -> None:
         self._store.coming[:] = False
         self._store.coming[list(self._picker.asked)] = True
+
+
+async def download(
+    peer: Peer,
+    prefix: str,
+    store: WeightStore,
+    wanted: Bits,
+    report: Report,
+    *,
+    refused: set[PeerID] | None = None,
+    order: NDArray[np.int64] | None = None,
+    on_wait: Callable[[], None] = lambda: None,
+) -> Mapping[PeerID, int]:
+    """As :class:`Download`, with the store's lock: waits while another process downloads into it, after ``on_wait``.
+
+    Raises:
+        ModelError: as :meth:`Download.run`, or what has come can't be kept.
+    """
+    waited = False
+    while not store.try_lock():
+        if not waited:
+            waited = True
+            on_wait()
+        await asyncio.sleep(_LOCK_SECONDS)
+    try:
+        await asyncio.to_thread(store.refresh)
+        coming = Download(peer, prefix, store, wanted, report, set() if refused is None else refused, order=order)
+        return await coming.run()
+    finally:
+        try:
+            store.finish()
+        except OSError as error:
+            raise ModelError(f"can't keep weights in {store.directory}: {error.strerror or error}") from error

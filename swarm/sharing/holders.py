@@ -123,15 +123,18 @@ def possible_prefixes(model: str, asked: str | None) -> list[str]:
 
 
 async def find_weights(peer: Peer, model: str, *, prefix: str | None, root: str | None) -> Found | None:
-    """Which weights the swarm has for ``model``; None if it has none.
+    """Which weights the swarm has for ``model``, a name or a manifest's root; None if it has none.
 
     Raises:
         UsageError: several, and ``root`` doesn't say which; or others than ``root``.
     """
-    for name in possible_prefixes(model, prefix):
+    names = possible_prefixes(model, prefix)
+    if by_root := is_root(model):
+        root, names = model, [prefix] if prefix is not None else sorted(await dht.fetch_models(peer.dht))
+    for name in names:
         holders = await fetch_holders(peer.dht, name)
         roots = sorted({holder.root for holder in holders.values()})
-        if not roots:
+        if not roots or (by_root and root not in roots):
             continue
         if root is not None and root not in roots:
             raise UsageError(
@@ -150,8 +153,7 @@ async def find_weights(peer: Peer, model: str, *, prefix: str | None, root: str 
 
 async def nobody_has(peer: Peer, model: str) -> ModelError:
     """The error for weights that the swarm doesn't have; it names those that are listed."""
-    found = await peer.dht.get(dht.MODELS_KEY, latest=True)
-    listed = sorted(map(str, found.value)) if found is not None and isinstance(found.value, Mapping) else []
+    listed = sorted(await dht.fetch_models(peer.dht))
     others = f"; models in this swarm: {', '.join(listed[:20])}" if listed else ""
     return ModelError(
         f"no node in this swarm hands out weights of {model!r}{others}. Run swarm-node seed where they are, "

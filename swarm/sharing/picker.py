@@ -2,6 +2,7 @@
 
 Rarest first, as in BitTorrent (Cohen, "Incentives Build Robustness in BitTorrent", 2003): what few have is copied
 first, so that a seeder with a slow uplink sends each piece about once, and peers have something to give each other.
+Whoever wants to use a part before all is there says in which order: then it is rarest first among those that come next.
 """
 
 from __future__ import annotations
@@ -51,10 +52,14 @@ class Picker(Generic[Peer]):
 
     Args:
         refused: peers that aren't asked; it grows.
+        order: ``[pieces]``; those with smaller numbers first. By default all are equals.
     """
 
-    def __init__(self, missing: Bits, refused: set[Peer], seed: int | None = None) -> None:
+    def __init__(
+        self, missing: Bits, refused: set[Peer], seed: int | None = None, *, order: NDArray[np.int64] | None = None
+    ) -> None:
         self.missing = missing.copy()
+        self._order = np.zeros(len(missing), np.int64) if order is None else order
         self._has: dict[Peer, Bits] = {}
         self._coming: dict[Peer, Bits] = {}
         self._copies = np.zeros(len(missing), np.int64)
@@ -76,6 +81,8 @@ class Picker(Generic[Peer]):
             return None
         candidates = self.missing & has
         candidates[list(self._asked)] = False
+        if candidates.any():
+            candidates &= self._order == self._order[candidates].min()
         piece = rarest(candidates, self._copies, self._random)
         if piece is None:
             piece = self._overdue(peer, has, now)

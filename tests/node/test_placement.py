@@ -15,6 +15,7 @@ from swarm.node.placement import (
     Wish,
     choose_span,
     coverage,
+    order_of_need,
     plan_memory,
     share_blocks,
     usable_together,
@@ -74,6 +75,24 @@ def test_what_neighbours_need_is_summed_up() -> None:
     assert widest_mean([10, 20, 30, 1], 2) == 25
     assert widest_mean([10, 20, 30, 1], 3) == 20
     assert widest_mean([10, 20, 30, 1], 1) == 30
+
+
+@given(st.integers(0, 9), st.integers(1, 9), st.sets(st.integers(0, 20)), st.lists(st.floats(0, 9), min_size=20))
+def test_what_comes_first_is_always_one_run(start: int, count: int, here: set[int], covered: list[float]) -> None:
+    order = order_of_need(start, start + count, here, covered)
+    assert sorted(order) == list(range(start, start + count))
+    for number in range(1, count + 1):
+        assert max(order[:number]) - min(order[:number]) == number - 1
+    if not here & set(order):
+        assert covered[order[0]] == min(covered[start : start + count])
+    else:
+        assert order[0] in here
+
+
+def test_what_is_here_comes_first_and_then_what_others_lack() -> None:
+    assert order_of_need(0, 4, set(), [0.0, 5.0, 5.0, 5.0]) == [0, 1, 2, 3]
+    assert order_of_need(2, 6, set(), [0.0, 0.0, 9.0, 7.0, 1.0, 2.0]) == [4, 5, 3, 2]
+    assert order_of_need(0, 6, {1, 3, 4}, [0.0] * 6) == [3, 4, 5, 2, 1, 0]
 
 
 def test_larger_devices_get_more_blocks() -> None:
@@ -157,6 +176,7 @@ wishes = st.builds(
     st.none() | st.integers(1, 80),
     st.sampled_from(["none", "int8", "nf4", "auto", "checkpoint"]),
     st.none() | st.integers(16, 20_000),
+    st.booleans(),
 )
 
 
@@ -175,7 +195,8 @@ def test_no_plan_is_larger_than_memory(free: int, sizes: Sizes, wish: Wish) -> N
     weights = plan.num_blocks * sizes.block_bytes[plan.quantization]
     assert weights + plan.num_blocks * plan.cache_tokens * sizes.token_bytes <= free
     loading = sizes.block_bytes["none" if plan.quantization in ("int8", "nf4") else plan.quantization]
-    assert plan.quantization == "none" or weights + loading <= free
+    cache = plan.num_blocks * plan.cache_tokens * sizes.token_bytes if wish.early else 0
+    assert plan.quantization == "none" or weights + loading + cache <= free
     assert 1 <= plan.num_blocks <= sizes.num_blocks
     assert plan.cache_tokens > 0
     assert wish.blocks in (None, plan.num_blocks)

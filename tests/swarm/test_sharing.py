@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from swarm import rpc
 from swarm.errors import BadRequestError, ModelError
 from swarm.manifest import Manifest, make_manifest
+from swarm.node.engine import executor
+from swarm.node.engine.packing import pack_block
 from swarm.sharing.checkpoint import StoreCheckpoint
 from swarm.sharing.holders import Holder, as_ranges, possible_prefixes
 from swarm.sharing.picker import PATIENCE_SECONDS, Picker, next_depth, rarest
@@ -32,7 +34,7 @@ from swarm.sharing.protocol import (
 )
 from swarm.sharing.seeder import UploadLimit
 from swarm.sharing.store import WeightStore, find_root
-from swarm.skeleton import block_tensors, load_span
+from swarm.skeleton import SpanLoader, block_tensors, load_span
 from swarm.source import default_dht_prefix, resolve, resolve_store
 from tests.models import tiny_model
 from tests.swarm.test_dequantize import FORMATS, quantized
@@ -47,12 +49,17 @@ def copies_of(picker_tells: dict[str, tuple[np.ndarray, np.ndarray]]) -> np.ndar
 
 
 @settings(max_examples=100)
-@given(bits, st.dictionaries(st.sampled_from("abcd"), st.tuples(bits, bits)), st.data())
+@given(
+    bits,
+    st.dictionaries(st.sampled_from("abcd"), st.tuples(bits, bits)),
+    st.lists(st.integers(0, 2), min_size=COUNT, max_size=COUNT).map(np.array),
+    st.data(),
+)
 def test_any_swarm_ends_with_all_that_honest_peers_have(
-    wanted: np.ndarray, peers: dict[str, tuple[np.ndarray, np.ndarray]], data: st.DataObject
+    wanted: np.ndarray, peers: dict[str, tuple[np.ndarray, np.ndarray]], order: np.ndarray, data: st.DataObject
 ) -> None:
     """Peers that answer in any order, leave, come back, lack what they said they had, or lie."""
-    picker: Picker[str] = Picker(wanted, set(), seed=0)
+    picker: Picker[str] = Picker(wanted, set(), seed=0, order=order)
     liars = data.draw(st.sets(st.sampled_from("abcd"), max_size=2), label="liars")
     told = {peer: (has.copy(), coming & ~has) for peer, (has, coming) in peers.items()}
     under_way, refused = dict[tuple[str, int], float](), set[str]()
@@ -77,8 +84,9 @@ def test_any_swarm_ends_with_all_that_honest_peers_have(
                 [since] = [at for (_, asked), at in under_way.items() if asked == piece]
                 assert now - since >= PATIENCE_SECONDS
             else:
-                copies = copies_of(told)
-                assert copies[piece] == copies[free].min(), "not the rarest"
+                assert order[piece] == order[free].min(), "not what is needed next"
+                copies, equals = copies_of(told), free & (order == order[piece])
+                assert copies[piece] == copies[equals].min(), "not the rarest"
             under_way[peer, piece] = now
         if not under_way:
             break
@@ -294,6 +302,39 @@ def test_a_span_is_loaded_from_just_its_pieces(single: Path, tmp_path: Path) -> 
         load_span(found, 2, 3, **options)
     with pytest.raises(ModelError, match="missing"):
         StoreCheckpoint(store).read("model.norm.weight")
+
+
+def test_blocks_run_before_the_others_are_here(single: Path, tmp_path: Path) -> None:
+    """In any order, and those that are loaded are not touched by those that follow."""
+    source = resolve(str(single))
+    store = WeightStore.create(tmp_path / "to", make_manifest(single))
+    data, blocks = pieces_of(store, single), [store.pieces_of(names) for names in block_tensors(source)]
+    options: Any = {"dtype": torch.float32, "device": "cpu", "finish": pack_block}
+    whole = load_span(source, 0, 3, **options)
+    hidden, expected = torch.randn(1, 5, source.hidden_size), {}
+    for first, last in ((1, 2), (1, 3), (0, 3)):
+        expected[first, last] = executor.forward(whole, hidden, first=first, last=last)
+    assert store.try_lock()
+
+    def take(wanted: np.ndarray) -> None:
+        for piece in np.nonzero(wanted)[0].tolist():
+            store.write(piece, data[piece])
+
+    take(store.small_pieces())
+    loader = SpanLoader(resolve_store("x", store, "x"), 0, 3, **options)
+    with pytest.raises(ModelError, match="missing"):
+        loader.load(1)
+    for block, (first, last) in zip((1, 2, 0), expected, strict=True):
+        take(blocks[block])
+        loader.load(block)
+        for begin, end in expected:
+            if first <= begin and end <= last:
+                output = executor.forward(loader.span, hidden, first=begin, last=end)
+                assert torch.equal(output, expected[begin, end])
+        part = loader.span.part(first, last)
+        assert (part.start, part.end, len(part.blocks), len(part.devices)) == (first, last, last - first, last - first)
+        assert torch.equal(executor.forward(part, hidden, first=first, last=last), expected[first, last])
+    store.finish()
 
 
 def test_a_quantized_span_is_loaded_from_just_its_pieces(tmp_path: Path) -> None:
