@@ -16,8 +16,11 @@ from swarm import __version__, dht
 from swarm.codec import dtype_name
 from swarm.errors import UsageError, parse_blocks
 from swarm.fingerprint import fingerprint
+from swarm.node.adapter_checkpoint import AdapterCheckpoint, open_adapter
+from swarm.node.adapter_config import AdapterSpec, parse_specs
 from swarm.node.announcer import Announcer
 from swarm.node.engine.acceleration import Acceleration, accelerate
+from swarm.node.engine.adapters import put_adapters
 from swarm.node.engine.deterministic import check, make_deterministic
 from swarm.node.engine.engine import STATE_ROWS, Engine
 from swarm.node.engine.quantization import Scheme, find_scheme, finish_block, quantized_bytes, schemes_on
@@ -71,12 +74,15 @@ async def serve(settings: NodeSettings, output: Output, stop: asyncio.Event) -> 
 
 async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) -> Serving:
     devices = choose_devices(settings.device)
+    specs = parse_specs(settings.adapters)
     source, peer, sharing = await find_source(settings, output, stack)
     if source.quantization is not None:
         text = f"The checkpoint is quantized ({source.quantization.title}): each block is dequantized when it is loaded"
         output.event("dequantize", text, format=source.quantization.title)
     dtype = choose_dtype(settings.dtype, source.dtype, devices[0])
-    plan = await in_thread(lambda: _plan(settings, source, dtype, devices))  # before the network is touched
+    # before the swarm is touched
+    adapters = await in_thread(lambda: _open_adapters(specs, source, settings))
+    plan = await in_thread(lambda: _plan(settings, source, dtype, devices, adapters))
     scheme = None if plan.quantization == "none" else find_scheme(plan.quantization, devices[0], dtype)
 
     if peer is None:
@@ -113,6 +119,7 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
         version=__version__,
         torch_dtype=dtype_name(dtype),
         quant_type=plan.quantization,
+        adapters=tuple(spec.name for spec in specs),
         using_relay=settings.peer.relay,
         offer=offer,
     )
@@ -124,6 +131,9 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
         await sharing.begin(stack)
         await sharing.fetch(start, end)
     span = await _load(source, start, end, dtype, _place(devices, plan), scheme, output)
+    if adapters:
+        with output.stage("adapters", f"Loading adapters {', '.join(info.adapters)}"):
+            await in_thread(lambda: put_adapters(span, adapters))
     if settings.deterministic:
         with output.stage("deterministic", "Making sure that results don't depend on the batch"):
             await in_thread(lambda: _make_deterministic(span))
@@ -134,13 +144,14 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
         # recorded steps are padded to sizes that depend on who else is there
         acceleration=Acceleration() if settings.deterministic else await in_thread(lambda: accelerate(span)),
         deterministic=settings.deterministic,
+        adapters=info.adapters,
     )
     engine.start()
     stack.callback(engine.stop)
     with output.stage("warm-up", "Warming up"):
         speed = await in_thread(lambda: measure(engine, start, end, source.hidden_size))
 
-    served = Served(source.dht_prefix, start, end, source.hidden_size, dtype)
+    served = Served(source.dht_prefix, start, end, source.hidden_size, dtype, info.adapters)
     limits = Limits(
         max_length=min(source.max_positions or plan.cache_tokens, plan.cache_tokens),
         step_timeout=settings.idle_timeout,
@@ -219,7 +230,22 @@ def _check_same_model(
                 )
 
 
-def _plan(settings: NodeSettings, source: ModelSource, dtype: torch.dtype, devices: Sequence[torch.device]) -> Plan:
+def _open_adapters(
+    specs: Sequence[AdapterSpec], source: ModelSource, settings: NodeSettings
+) -> list[AdapterCheckpoint]:
+    if not specs:
+        return []
+    skeleton = build_skeleton(source, source.dtype, attention="eager")
+    return [open_adapter(spec, skeleton, token=settings.token, cache_dir=settings.cache_dir) for spec in specs]
+
+
+def _plan(
+    settings: NodeSettings,
+    source: ModelSource,
+    dtype: torch.dtype,
+    devices: Sequence[torch.device],
+    adapters: Sequence[AdapterCheckpoint],
+) -> Plan:
     """What fits into the memory of ``devices``, which are of one kind."""
     device = devices[0]
     if settings.quantization not in ("none", "auto"):
@@ -229,12 +255,13 @@ def _plan(settings: NodeSettings, source: ModelSource, dtype: torch.dtype, devic
         start, end = parse_blocks(settings.blocks, source.num_blocks)
         blocks = end - start
     layers = build_skeleton(source, dtype, attention="eager").layers
-    states = cache_bytes(source, dtype, tokens=0, rows=STATE_ROWS)  # always there, as weights are
+    always = cache_bytes(source, dtype, tokens=0, rows=STATE_ROWS)  # states are always there, as weights are
+    always += sum(adapter.block_bytes for adapter in adapters)
     kinds = {"none": None} | {scheme.name: scheme for scheme in schemes_on(device)}
     sizes = Sizes(
         num_blocks=source.num_blocks,
         block_bytes={
-            name: states + max(quantized_bytes(block, kind) for block in layers) for name, kind in kinds.items()
+            name: always + max(quantized_bytes(block, kind) for block in layers) for name, kind in kinds.items()
         },
         token_bytes=cache_bytes(source, dtype, tokens=1, rows=0),
         positions=source.max_positions,

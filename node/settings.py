@@ -21,6 +21,7 @@ class NodeSettings:
         deterministic: a session's results don't depend on who else uses the node, to the last bit.
         idle_timeout: seconds after which an idle session ends.
         idle_seconds: seconds after which it gives its cache to sessions that wait for some.
+        adapters: LoRA adapters that are served beside the base weights: ``[NAME=]DIR`` or ``[NAME=]ID[@REVISION]``.
         update_period: seconds between two announcements.
         weights: where they come from: ``"hub"`` (a directory here, or else the Hub), ``"peers"``, or ``"auto"``: what
             is here whole, else peers, else the Hub.
@@ -54,3 +55,4 @@ class NodeSettings:
     seed: bool = False
     upload_rate: float = 0.0
     store: Path | None = None
+    adapters: tuple[str, ...] = ()

@@ -11,6 +11,7 @@ import torch
 
 from swarm.families.mixers import Mixer
 from swarm.node.engine.kv_cache import KVCache, Sequence
+from swarm.node.engine.lora import AdapterTokens, adapter_tokens
 from swarm.node.engine.paged_attention import PagedRows, describe_rows
 from swarm.node.engine.states import RowStates, mix
 from swarm.node.engine.transfer import to_device
@@ -65,7 +66,7 @@ class Batch:
     value go, ``run`` is the first of them where they lie side by side. ``rows`` are the rows with new tokens and how
     many, ``pieces`` how :func:`pack` was told to cut them. ``paged`` describes them for the cache's kernel, if it has
     one. What is the same for all blocks is made once; ``masks`` holds the masks that the first block made.
-    ``states`` are those of each row, in models that have any.
+    ``states`` are those of each row, in models that have any. ``adapters`` say which tokens go through which.
     """
 
     cache: KVCache
@@ -77,6 +78,7 @@ class Batch:
     paged: PagedRows | None = None
     masks: Masks = field(default_factory=dict)
     states: tuple[RowStates, ...] = ()
+    adapters: tuple[AdapterTokens, ...] = ()
 
     def mix(self, block: int, hidden: torch.Tensor, mixer: Mixer) -> torch.Tensor:
         """``hidden`` ``[1, N, H]`` through a block's mixer, which is called with each row's tokens and states."""
@@ -114,6 +116,7 @@ class DenseBatch:
     columns: int
     positions: torch.Tensor
     masks: Masks = field(default_factory=dict)
+    adapters: tuple[AdapterTokens, ...] = ()
 
     def mix(self, block: int, hidden: torch.Tensor, mixer: Mixer) -> torch.Tensor:
         """As :meth:`Batch.mix`, and nothing is kept."""
@@ -123,7 +126,7 @@ class DenseBatch:
         """The same for blocks on ``device``."""
         if device == self.positions.device:
             return self
-        return DenseBatch(self.rows, self.columns, self.positions.to(device, non_blocking=True))
+        return replace(self, positions=self.positions.to(device, non_blocking=True), masks={})
 
 
 def pack(
@@ -206,7 +209,7 @@ def _is_short(segment: Segment) -> bool:
     return segment.index is None and segment.end - segment.begin == 1 and segment.length <= SHORT_LENGTH
 
 
-def pack_dense(rows: int, columns: int, device: torch.device) -> DenseBatch:
-    """A batch of ``rows`` rows of ``columns`` tokens each."""
+def pack_dense(rows: int, columns: int, device: torch.device, adapter: str = "") -> DenseBatch:
+    """A batch of ``rows`` rows of ``columns`` tokens each, all of them through one adapter or none."""
     positions = torch.arange(columns, device=device).repeat(rows)[None]
-    return DenseBatch(rows, columns, positions)
+    return DenseBatch(rows, columns, positions, adapters=adapter_tokens([(adapter, rows * columns)]))

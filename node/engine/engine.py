@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from collections.abc import Sequence as Listing
 from concurrent.futures import CancelledError, Future
 from dataclasses import replace
@@ -22,6 +22,7 @@ from swarm.node.engine.batch import pack
 from swarm.node.engine.deterministic import PIECE_TOKENS, columns_per_piece
 from swarm.node.engine.executor import PlacedPrompts
 from swarm.node.engine.kv_cache import KVCache, Sequence
+from swarm.node.engine.lora import adapter_tokens
 from swarm.node.engine.pacing import Gatherer, Pacer
 from swarm.node.engine.scheduler import DECODE_COLUMNS, Waiting, plan_turn
 from swarm.node.engine.session import Admission, DenseWork, EngineSession, Prefix, StepTimes, StepWork
@@ -53,6 +54,7 @@ class Engine:
             that are made for it (``deterministic.make_deterministic``).
         acceleration: what to use of a GPU; by default nothing.
         state_rows: for how many rows recurrent states are kept, in models that have them.
+        adapters: names of those that were put into the span (``adapters.put_adapters``).
     """
 
     def __init__(
@@ -65,8 +67,10 @@ class Engine:
         acceleration: Acceleration | None = None,
         deterministic: bool = False,
         state_rows: int = STATE_ROWS,
+        adapters: Collection[str] = (),
     ) -> None:
         self.span = span
+        self._adapters = frozenset(adapters)
         acceleration = acceleration or Acceleration()
         self._max_batch_tokens = max_batch_tokens
         self._deterministic = deterministic
@@ -120,15 +124,18 @@ class Engine:
         assert self._thread is not None
         self._thread.join()
 
-    def open(self, *, rows: int, first: int, last: int, left_padding: Listing[int] = ()) -> EngineSession:
-        """A session of ``rows`` rows through the blocks ``first:last``. It takes no cache until tokens come,
-        and none is promised to it until it is admitted.
+    def open(
+        self, *, rows: int, first: int, last: int, left_padding: Listing[int] = (), adapter: str = ""
+    ) -> EngineSession:
+        """A session of ``rows`` rows through the blocks ``first:last``, with ``adapter`` or none. It takes no cache until
+        tokens come, and none is promised to it until it is admitted.
 
         Raises:
-            BadRequestError: the span doesn't hold these blocks, or ``left_padding`` isn't one number per row.
+            BadRequestError: the span doesn't hold these blocks or this adapter, or ``left_padding`` isn't one number
+                per row.
             OutOfCacheError: there can't be a page for each row.
         """
-        self._check_blocks(first, last)
+        self._check_blocks(first, last, adapter)
         if not self._running:
             raise LeavingError("the node is shutting down")
         if rows < 1 or len(left_padding) not in (0, rows) or any(padding < 0 for padding in left_padding):
@@ -137,7 +144,8 @@ class Engine:
             raise OutOfCacheError(
                 f"the KV cache has {self._cache.pages.count} pages, which are too few for {rows} rows"
             )
-        session = EngineSession(first, last, [Sequence() for _ in range(rows)], list(left_padding) or [0] * rows)
+        sequences = [Sequence() for _ in range(rows)]
+        session = EngineSession(first, last, sequences, list(left_padding) or [0] * rows, adapter)
         self._sessions.add(session)
         return session
 
@@ -211,11 +219,17 @@ class Engine:
         return future
 
     def forward(
-        self, hidden: torch.Tensor, *, first: int, last: int, prompts: torch.Tensor | None = None
+        self,
+        hidden: torch.Tensor,
+        *,
+        first: int,
+        last: int,
+        prompts: torch.Tensor | None = None,
+        adapter: str = "",
     ) -> Future[torch.Tensor]:
         """``hidden`` ``[rows, T, H]`` through the blocks ``first:last``, without a session."""
         future: Future[torch.Tensor] = Future()
-        self._submit(("dense", DenseWork(hidden, None, first, last, prompts, future)), future)
+        self._submit(("dense", DenseWork(hidden, None, first, last, prompts, future, adapter=adapter)), future)
         return future
 
     def backward(
@@ -226,10 +240,11 @@ class Engine:
         first: int,
         last: int,
         prompts: torch.Tensor | None = None,
+        adapter: str = "",
     ) -> Future[tuple[torch.Tensor, torch.Tensor | None]]:
         """Gradients with respect to ``hidden`` and ``prompts`` (same shapes), given ``grad`` of the output."""
         future: Future[tuple[torch.Tensor, torch.Tensor | None]] = Future()
-        self._submit(("dense", DenseWork(hidden, grad, first, last, prompts, future)), future)
+        self._submit(("dense", DenseWork(hidden, grad, first, last, prompts, future, adapter=adapter)), future)
         return future
 
     def stats(self) -> EngineStats:
@@ -363,7 +378,7 @@ class Engine:
         return [self._cache.find(self._full_names(session, prefix.context, names)) for names in prefix.names]
 
     def _full_names(self, session: EngineSession, context: bytes, names: Listing[bytes]) -> list[Hashable]:
-        return [(context, session.first, session.last, name) for name in names]
+        return [(context, session.adapter, session.first, session.last, name) for name in names]
 
     def _name_pages(self, session: EngineSession, work: StepWork) -> None:
         """Let other sessions find the pages that ``work``, which is done, has completed."""
@@ -419,6 +434,8 @@ class Engine:
             chosen.append((session, work, columns))
         if not chosen:
             return
+        if self._adapters:  # side by side, and still with decode first
+            chosen.sort(key=lambda one: (one[1].columns > DECODE_COLUMNS, one[0].adapter))
         try:
             outputs, prefill, decode = self._run(chosen, *turn.blocks)
         except Exception as error:
@@ -506,11 +523,13 @@ class Engine:
             return [self._empty(len(new), columns) for new, (_, _, columns) in zip(cuts, chosen, strict=True)], 0, 0
         flat = inputs[0] if len(inputs) == 1 else torch.cat([part.to(span.dtype) for part in inputs])
         prompts = self._place(chosen[0][0], *chosen[0][1:], cuts[0])
+        adapters = adapter_tokens((one[0].adapter, sum(new)) for one, new in zip(chosen, cuts, strict=True))
         output = None
-        if self._decode is not None and prompts is None:
+        if self._decode is not None and prompts is None and not adapters:
             output = self._decode.run(rows, flat, first, last)
         if output is None:
             batch = pack(self._cache, rows, span.device, pieces=pieces if self._deterministic else None)
+            batch = replace(batch, adapters=adapters)
             if self._states is not None:
                 batch = replace(batch, states=tuple(self._states.of(row) for row, count in rows if count))
             hidden = to_device(flat[None], span.device, span.dtype)
@@ -595,7 +614,7 @@ class Engine:
             return
         began = time.perf_counter()
         try:
-            self._check_blocks(work.first, work.last)
+            self._check_blocks(work.first, work.last, work.adapter)
             self._check_hidden(work.hidden)
             self._check_prompts(work.prompts, work.last - work.first, work.hidden.shape[0])
             rows, columns, _ = work.hidden.shape
@@ -623,7 +642,9 @@ class Engine:
         if work.output is None:
             work.output = self._empty(*work.hidden.shape[:2])
         if hidden.numel():
-            output = executor.forward(self.span, hidden, first=work.first, last=work.last, prompts=prompts)
+            output = executor.forward(
+                self.span, hidden, first=work.first, last=work.last, prompts=prompts, adapter=work.adapter
+            )
             work.output[work.done : end] = output
 
     def _backward(self, work: DenseWork, end: int) -> None:
@@ -644,6 +665,7 @@ class Engine:
                 first=work.first,
                 last=work.last,
                 prompts=prompts,
+                adapter=work.adapter,
                 kept_tokens=8 * self._max_batch_tokens,
             )
             work.output[work.done : end] = grad
@@ -717,11 +739,13 @@ class Engine:
         if not self._put(message):
             future.set_exception(LeavingError("the node is shutting down"))
 
-    def _check_blocks(self, first: int, last: int) -> None:
+    def _check_blocks(self, first: int, last: int, adapter: str) -> None:
         if not self.span.start <= first < last <= self.span.end:
             raise BadRequestError(
                 f"blocks {first}:{last} are not served here; this node serves {self.span.start}:{self.span.end}"
             )
+        if adapter and adapter not in self._adapters:
+            raise BadRequestError(f"adapter {adapter!r} is not served here")
 
     def _check_hidden(self, hidden: torch.Tensor) -> None:
         if hidden.dim() != 3 or not hidden.shape[0] or hidden.shape[2] != self.span.hidden_size:
