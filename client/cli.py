@@ -66,6 +66,14 @@ Api = Annotated[
 ApiKey = Annotated[
     str | None, typer.Option(envvar="SWARM_API_KEY", help="Key for --api, if it wants one.", rich_help_panel=NETWORK)
 ]
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        envvar="SWARM_ADAPTER",
+        metavar="NAME",
+        help="LoRA adapter to use, by its name in the swarm (swarm-node serve … --adapters).",
+    ),
+]
 Interval = Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")]
 
 
@@ -74,6 +82,7 @@ def generate(
     model: OptionalModel = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Text to continue; default: from stdin.")] = None,
     initial_peers: InitialPeers = None,
+    adapter: Adapter = None,
     max_new_tokens: MaxNewTokens = 64,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -91,7 +100,7 @@ def generate(
             if sys.stdin.isatty():
                 raise UsageError('give a text to continue: --prompt "…", or pipe it in')
             prompt = sys.stdin.read()
-        where = _Where(model, split_list(initial_peers), dht_prefix, wait_timeout, api, api_key)
+        where = _Where(model, split_list(initial_peers), dht_prefix, wait_timeout, api, api_key, adapter)
         with _backend(where, (temperature, top_p, top_k, seed)) as backend:
             from swarm.client.terminal import describe_speed, print_now
 
@@ -110,6 +119,7 @@ def generate(
 def chat(
     model: OptionalModel = None,
     initial_peers: InitialPeers = None,
+    adapter: Adapter = None,
     system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
     max_new_tokens: MaxNewTokens = 256,
     max_length: Annotated[int, typer.Option(min=16, help="Tokens that the conversation may have in all.")] = 2048,
@@ -124,7 +134,7 @@ def chat(
 ) -> None:
     """Talk to the model. /help lists the commands; /exit or Ctrl-D ends."""
     with errors():
-        where = _Where(model, split_list(initial_peers), dht_prefix, wait_timeout, api, api_key)
+        where = _Where(model, split_list(initial_peers), dht_prefix, wait_timeout, api, api_key, adapter)
         with _backend(where, (temperature, top_p, top_k, seed), max_length=max_length) as backend:
             from swarm.client.talk import Talk, make_reader
 
@@ -174,6 +184,7 @@ class _Where:
     wait_timeout: float
     api: str | None
     api_key: str | None
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         if self.api is None and self.model is None:
@@ -194,7 +205,8 @@ def _backend(
 
     made: Backend
     if where.api is not None:
-        made = ApiBackend(where.api, where.api_key, where.model, Sampling(*sampling))
+        # a gateway serves adapters as models of their own
+        made = ApiBackend(where.api, where.api_key, where.adapter or where.model, Sampling(*sampling))
     else:
         made = SwarmBackend(*_load(where), Sampling(*sampling), max_length)
     try:
@@ -212,7 +224,11 @@ def _load(where: _Where) -> tuple[SwarmModelForCausalLM, PreTrainedTokenizerBase
 
     assert where.model is not None
     facade = SwarmModelForCausalLM.from_pretrained(
-        where.model, initial_peers=where.peers, dht_prefix=where.dht_prefix, wait_timeout=where.wait_timeout
+        where.model,
+        initial_peers=where.peers,
+        dht_prefix=where.dht_prefix,
+        wait_timeout=where.wait_timeout,
+        active_adapter=where.adapter,
     )
     source = resolve(where.model)
     try:
