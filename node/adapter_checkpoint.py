@@ -107,9 +107,7 @@ def open_adapter(
     return AdapterCheckpoint(spec.name, file, match_layers(repr(spec.name), config, header, skeleton))
 
 
-def _finder(
-    spec: AdapterSpec, token: str | bool | None, cache_dir: str | Path | None
-) -> Callable[[str], Path | None]:
+def _finder(spec: AdapterSpec, token: str | bool | None, cache_dir: str | Path | None) -> Callable[[str], Path | None]:
     directory = Path(spec.where).expanduser()
     if directory.is_dir():
         return lambda name: directory / name if (directory / name).is_file() else None

@@ -60,7 +60,9 @@ def parse_spec(text: str) -> AdapterSpec:
         where, _, revision = where.partition("@")
     name = name or where
     if not where or not name or len(name) > 256 or re.search(r"[\s,]", name):
-        raise UsageError(f"--adapters {text!r}: give a directory or a Hub id, or NAME=DIR_OR_ID with a name of one word")
+        raise UsageError(
+            f"--adapters {text!r}: give a directory or a Hub id, or NAME=DIR_OR_ID with a name of one word"
+        )
     return AdapterSpec(name, where, revision)
 
 
@@ -113,7 +115,11 @@ class AdapterConfig:
 
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+    return next((value for key, value in patterns.items() if re.match(_whole(key), module)), default)
+
+
+def _whole(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
 
 
 def read_config(raw: Any, where: str) -> AdapterConfig:
@@ -144,7 +150,7 @@ def read_config(raw: Any, where: str) -> AdapterConfig:
         alpha_pattern = {_pattern(key): float(value) for key, value in (raw.get("alpha_pattern") or {}).items()}
         if not all(map(math.isfinite, (alpha, *alpha_pattern.values()))):
             raise ValueError("an alpha is not finite")
-    except (TypeError, ValueError, AttributeError, re.error) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError, re.error) as error:
         raise ModelError(f"adapter_config.json of adapter {where} makes no sense: {error}") from error
     targets = raw.get("target_modules")
     some = any(raw.get(name) is not None for name in ("exclude_modules", "layers_to_transform"))
@@ -161,7 +167,7 @@ def _rank(value: Any) -> int:
 
 
 def _pattern(key: str) -> str:
-    re.compile(key)
+    re.compile(_whole(key))
     return key
 
 

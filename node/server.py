@@ -136,7 +136,7 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
             await in_thread(lambda: put_adapters(span, adapters))
     if settings.deterministic:
         with output.stage("deterministic", "Making sure that results don't depend on the batch"):
-            await in_thread(lambda: _make_deterministic(span))
+            await in_thread(lambda: _make_deterministic(span, info.adapters))
     engine = Engine(
         span,
         cache_tokens=plan.cache_tokens,
@@ -199,10 +199,10 @@ async def _load(
         )
 
 
-def _make_deterministic(span: Span) -> None:
+def _make_deterministic(span: Span, adapters: Sequence[str]) -> None:
     for block in span.blocks:
         make_deterministic(block)
-    check(span)
+    check(span, adapters)
 
 
 def _place(devices: Sequence[torch.device], plan: Plan) -> list[torch.device]:

@@ -104,9 +104,7 @@ class InProcessConnection:
             hidden = engine.forward(hidden, first=start, last=end).result(timeout=60)
         return hidden.clone()  # the engine's are inference tensors; what comes over a network isn't
 
-    def backward(
-        self, hidden: Tensor, grad: Tensor, *, first: int, last: int, adapter: str | None = None
-    ) -> Tensor:
+    def backward(self, hidden: Tensor, grad: Tensor, *, first: int, last: int, adapter: str | None = None) -> Tensor:
         parts = self._parts(first, last)
         inputs = [hidden]
         for engine, start, end in parts[:-1]:

@@ -53,7 +53,9 @@ class Case:
 def case() -> Iterator[Case]:
     path = tiny_model("llama-gqa", positions=2048)
     adapters = {
-        "ada": make_adapter(path, "ada", r=4, target_modules=["q_proj", "v_proj", "down_proj"], rank_pattern={"v_proj": 2}),
+        "ada": make_adapter(
+            path, "ada", r=4, target_modules=["q_proj", "v_proj", "down_proj"], rank_pattern={"v_proj": 2}
+        ),
         "bob": make_adapter(path, "bob", seed=1, r=8, lora_alpha=12, use_rslora=True, target_modules="all-linear"),
     }
     options = [part for adapter in adapters.values() for part in ("--adapters", str(adapter))]
@@ -151,5 +153,3 @@ def test_failover_keeps_the_adapter(case: Case) -> None:
 def test_unknown_adapter(case: Case) -> None:
     with case.client(active_adapter="eve") as model, pytest.raises(UsageError, match="'eve'.*there is 'ada', 'bob'"):
         model.generate(prompts(1, 4), max_new_tokens=2, **QUIET)
-
-
