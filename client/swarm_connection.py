@@ -71,7 +71,7 @@ class SwarmConnection:
     def session(
         self, *, max_length: int, first: int = 0, last: int | None = None, adapter: str | None = None
     ) -> Session:
-        """A session over the blocks ``first:last`` for up to ``max_length`` columns, through a LoRA adapter or none. Its
+        """A session over the blocks ``first:last`` for up to ``max_length`` columns, with a LoRA adapter or none. Its
         first step opens the route.
 
         Raises:

@@ -150,8 +150,8 @@ def match_layers(
             raise ModelError(f"adapter {where} changes {module}, which is a part of {own} here: that can't be served")
         if not own.startswith(begin):
             raise ModelError(
-                f"adapter {where} changes {module}, which clients compute and not nodes: only LoRA on the linear layers "
-                "of blocks can be served"
+                f"adapter {where} changes {module}, which clients compute and not nodes: only LoRA on the linear "
+                "layers of blocks can be served"
             )
         block, _, name = own.removeprefix(begin).partition(".")
         layer = skeleton.layers[int(block)].get_submodule(name)

@@ -51,24 +51,22 @@ def parse_spec(text: str) -> AdapterSpec:
     Raises:
         UsageError: it has no name, or one that can't be told apart in a list.
     """
-    name, where, revision = "", text, None
-    if not Path(where).expanduser().is_dir() and "=" in where:
-        name, _, where = where.partition("=")
-    if path := _directory(where):
-        name = name or path.name
-    elif "@" in where:
-        where, _, revision = where.partition("@")
-    name = name or where
+    given, equals, where = text.partition("=")
+    if not equals or Path(text).expanduser().is_dir():
+        equals, where = "", text
+    revision = None
+    path = Path(where).expanduser()
+    if path.is_dir():
+        default = path.resolve().name
+    else:
+        where, _, revision = where.partition("@") if "@" in where else (where, "", None)
+        default = where
+    name = given if equals else default
     if not where or not name or len(name) > 256 or re.search(r"[\s,]", name):
         raise UsageError(
             f"--adapters {text!r}: give a directory or a Hub id, or NAME=DIR_OR_ID with a name of one word"
         )
     return AdapterSpec(name, where, revision)
-
-
-def _directory(where: str) -> Path | None:
-    path = Path(where).expanduser()
-    return path.resolve() if path.is_dir() else None
 
 
 def parse_specs(texts: tuple[str, ...]) -> tuple[AdapterSpec, ...]:

@@ -205,8 +205,8 @@ def serve(
         typer.Option(
             envvar="SWARM_ADAPTERS",
             metavar="[NAME=]DIR_OR_ID[@REVISION]",
-            help="LoRA adapter that PEFT has saved, served beside the base weights; several: repeat it or separate them "
-            "by commas. Clients ask for it by NAME: by default the directory's name, or the Hub id.",
+            help="LoRA adapter that PEFT has saved, served beside the base weights; several: repeat it or separate "
+            "them by commas. Clients ask for it by NAME: by default the directory's name, or the Hub id.",
             rich_help_panel="Model",
         ),
     ] = None,

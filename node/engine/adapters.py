@@ -66,6 +66,6 @@ def _try(span: Span, adapter: str) -> None:
 
 def _unserved(adapter: Adapter, span: Span, block: int, name: str, why: str) -> ModelError:
     return ModelError(
-        f"adapter {adapter.name!r} can't be served on {span.config.model_type}: it changes {name} in block {block}, and "
-        f"{why}"
+        f"adapter {adapter.name!r} can't be served on {span.config.model_type}: "
+        f"it changes {name} in block {block}, and {why}"
     )

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence as Listing
+from collections.abc import Callable
+from collections.abc import Sequence as Listing
 from dataclasses import replace
 from typing import Any
 

@@ -127,7 +127,7 @@ class Engine:
     def open(
         self, *, rows: int, first: int, last: int, left_padding: Listing[int] = (), adapter: str = ""
     ) -> EngineSession:
-        """A session of ``rows`` rows through the blocks ``first:last``, with ``adapter`` or none. It takes no cache until
+        """A session of ``rows`` rows through the blocks ``first:last`` and an adapter, if any. It takes no cache until
         tokens come, and none is promised to it until it is admitted.
 
         Raises:

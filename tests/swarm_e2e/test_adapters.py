@@ -14,10 +14,10 @@ import torch
 from peft import PeftModel
 
 from swarm.client import SwarmModelForCausalLM
-from swarm.errors import MissingBlocksError, UsageError
+from swarm.errors import UsageError
 from tests.adapters import make_adapter, whole_with
 from tests.models import tiny_model
-from tests.swarm_e2e.nodes import Swarm, run_command, run_swarm, run_to_end
+from tests.swarm_e2e.nodes import Swarm, run_swarm
 
 QUIET: dict[str, Any] = {"eos_token_id": None, "pad_token_id": 0, "do_sample": False}
 WHICH: tuple[str | None, ...] = ("ada", "bob", None)
@@ -151,5 +151,5 @@ def test_failover_keeps_the_adapter(case: Case) -> None:
 
 
 def test_unknown_adapter(case: Case) -> None:
-    with case.client(active_adapter="eve") as model, pytest.raises(UsageError, match="'eve'.*there is 'ada', 'bob'"):
+    with case.client(active_adapter="eve") as model, pytest.raises(UsageError, match=r"'eve'.*there is 'ada', 'bob'"):
         model.generate(prompts(1, 4), max_new_tokens=2, **QUIET)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -205,9 +206,7 @@ def run_alone(engine: Engine, *inputs: tuple[str, Tensor]) -> list[Tensor]:
     for adapter, hidden in inputs:
         session = engine.open(rows=hidden.shape[0], first=0, last=LAYERS, adapter=adapter)
         cuts = [0, hidden.shape[1] - 3, *range(hidden.shape[1] - 2, hidden.shape[1] + 1)]
-        steps = [
-            engine.step(session, hidden[:, at:to], start=at).result(60) for at, to in zip(cuts, cuts[1:], strict=False)
-        ]
+        steps = [engine.step(session, hidden[:, at:to], start=at).result(60) for at, to in itertools.pairwise(cuts)]
         outputs.append(torch.cat(steps, dim=1))
     return outputs
 
@@ -271,7 +270,7 @@ def test_tokens_of_adapters(counts: list[tuple[str, int]]) -> None:
     found = adapter_tokens(counts)
     if found:
         assert [part.adapter for part in found for _ in range(part.begin, part.end)] == wanted
-        assert all(before.end == after.begin for before, after in zip(found, found[1:], strict=False))
-        assert all(before.adapter != after.adapter for before, after in zip(found, found[1:], strict=False))
+        assert all(before.end == after.begin for before, after in itertools.pairwise(found))
+        assert all(before.adapter != after.adapter for before, after in itertools.pairwise(found))
     else:
         assert not any(wanted)
