@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -45,11 +47,13 @@ class AdapterCheckpoint:
     Attributes:
         name: in the swarm.
         file: where the tensors are.
+        digest: a hash of all that it computes with, the same wherever the same adapter is.
         blocks: for each block of the model, the layers that it changes, by their name in the block.
     """
 
     name: str
     file: Path
+    digest: str
     blocks: tuple[Mapping[str, LayerTensors], ...]
 
     @property
@@ -102,9 +106,10 @@ def open_adapter(
     try:
         with file.open("rb") as stream:
             header = read_ranges(stream, os.fstat(stream.fileno()).st_size)
+            digest = _digest(config, stream)
     except (OSError, ValueError) as error:
         raise ModelError(f"can't read {file}: {error}; if it was cut short, copy or download it again") from error
-    return AdapterCheckpoint(spec.name, file, match_layers(repr(spec.name), config, header, skeleton))
+    return AdapterCheckpoint(spec.name, file, digest, match_layers(repr(spec.name), config, header, skeleton))
 
 
 def _finder(spec: AdapterSpec, token: str | bool | None, cache_dir: str | Path | None) -> Callable[[str], Path | None]:
@@ -114,6 +119,14 @@ def _finder(spec: AdapterSpec, token: str | bool | None, cache_dir: str | Path |
     if spec.where.startswith(("/", "./", "../", "~")):
         raise ModelError(f"there is no directory {spec.where!r} with an adapter")
     return HubRepo(spec.where, spec.revision, token, cache_dir).fetch
+
+
+def _digest(config: AdapterConfig, weights: BinaryIO) -> str:
+    weights.seek(0)
+    found = hashlib.sha256(repr(replace(config, targets=())).encode())
+    while part := weights.read(1 << 20):
+        found.update(part)
+    return found.hexdigest()[:16]
 
 
 def _no_weights(spec: AdapterSpec, *, pickled: bool) -> str:

@@ -92,6 +92,7 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
     shape = fingerprint(source.config)
     root = sharing.root if sharing is not None else ""
     _check_same_model(records, shape, root, source, peer)
+    _check_same_adapters(records, adapters, peer)
     start, end, reason = _choose_blocks(settings, source, plan, records, peer)
     output.event(
         "blocks",
@@ -109,6 +110,7 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
         cache_tokens_total=plan.cache_tokens,
         deterministic=settings.deterministic,
         manifest=root,
+        adapters={adapter.name: adapter.digest for adapter in adapters},
     )
     info = ServerInfo(
         state=ServerState.JOINING,
@@ -119,7 +121,7 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
         version=__version__,
         torch_dtype=dtype_name(dtype),
         quant_type=plan.quantization,
-        adapters=tuple(spec.name for spec in specs),
+        adapters=tuple(offer.adapters),
         using_relay=settings.peer.relay,
         offer=offer,
     )
@@ -169,7 +171,7 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
         forward_rps=speed.forward_rps,
         offer=dataclasses.replace(offer, started=time.time()),
     )
-    _say_ready(settings, source, peer, start, end, output)
+    _say_ready(settings, source, peer, start, end, info.adapters, output)
     return Serving(handler, announcer)
 
 
@@ -230,6 +232,20 @@ def _check_same_model(
                 )
 
 
+def _check_same_adapters(
+    records: list[dict[Any, ServerInfo]], adapters: Sequence[AdapterCheckpoint], peer: Peer
+) -> None:
+    for peer_id, info in (pair for servers in records for pair in servers.items()):
+        if info.offer is None or info.state == ServerState.OFFLINE or peer_id == peer.peer_id:
+            continue
+        for adapter in adapters:
+            if info.offer.adapters.get(adapter.name, adapter.digest) != adapter.digest:
+                raise UsageError(
+                    f"another node serves another adapter as {adapter.name!r} in this swarm: check that it is the same "
+                    "one everywhere, or name this one differently with --adapters NAME=DIR_OR_ID"
+                )
+
+
 def _open_adapters(
     specs: Sequence[AdapterSpec], source: ModelSource, settings: NodeSettings
 ) -> list[AdapterCheckpoint]:
@@ -285,8 +301,17 @@ def _choose_blocks(
     return start, start + plan.num_blocks, "where the swarm is thinnest"
 
 
-def _say_ready(settings: NodeSettings, source: ModelSource, peer: Peer, start: int, end: int, output: Output) -> None:
+def _say_ready(
+    settings: NodeSettings,
+    source: ModelSource,
+    peer: Peer,
+    start: int,
+    end: int,
+    adapters: Sequence[str],
+    output: Output,
+) -> None:
     join = reachable(peer)
+    adapted = [f"with LoRA adapters, by --adapter or model.active_adapter: {', '.join(adapters)}"] if adapters else []
     output.panel(
         "ready",
         f"Serving blocks {start}:{end} of {source.name}",
@@ -297,11 +322,13 @@ def _say_ready(settings: NodeSettings, source: ModelSource, peer: Peer, start: i
             f"  swarm chat {settings.model} --initial-peers {join}",
             "or in Python:",
             f"  model = SwarmModelForCausalLM.from_pretrained({settings.model!r}, initial_peers=[{join!r}])",
+            *adapted,
         ],
         maddrs=list(peer.addresses),
         peer_id=peer.peer_id.to_base58(),
         blocks=[start, end],
         model=source.name,
+        adapters=list(adapters),
     )
 
 

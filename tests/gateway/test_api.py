@@ -14,6 +14,7 @@ import torch
 from langchain_openai import ChatOpenAI
 
 from tests.gateway.conftest import Api, Whole
+from tests.swarm_e2e.nodes import Swarm, run_command
 
 PROMPT = "This method returns"
 COLOURS = {
@@ -80,6 +81,15 @@ def test_an_adapter_is_a_model(api: Api, whole: Whole) -> None:
     assert adapted != plain
     base, own = (api.client.embeddings.create(model=each, input=PROMPT).data[0] for each in ("demo", "painter"))
     assert base.embedding != own.embedding
+
+
+@pytest.mark.parametrize("through", ["swarm", "gateway"])
+def test_the_command_takes_an_adapter(api: Api, swarm: Swarm, whole: Whole, through: str) -> None:
+    where = ["--initial-peers", *swarm.initial_peers] if through == "swarm" else ["--api", api.url]
+    argv = ["swarm", "generate", "demo", "--adapter", "painter", "-p", PROMPT, "--max-new-tokens", "20", "--json"]
+    done = run_command([*argv, *where])
+    assert done.returncode == 0, done.stderr
+    assert whole.adapted().greedy(PROMPT, 20) in json.loads(done.stdout)["text"]
 
 
 def test_a_text_that_ends_by_itself(api: Api, whole: Whole) -> None:

@@ -67,6 +67,14 @@ def test_a_span_reads_its_own(adapter: Path) -> None:
     assert found.block_bytes == 4 * (4 * (64 + 64) + 3 * (128 + 64))
 
 
+def test_the_same_adapter_is_known_anywhere(adapter: Path) -> None:
+    before = open_here(adapter).digest
+    change_config(adapter, base_model_name_or_path="elsewhere", target_modules="all-linear")
+    assert open_here(f"another={adapter}").digest == before
+    change_config(adapter, lora_alpha=9)
+    assert open_here(adapter).digest != before
+
+
 def test_from_the_hub(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with HubServer(adapter) as hub:
         hub.stand_in(monkeypatch)

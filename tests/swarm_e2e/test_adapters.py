@@ -17,7 +17,7 @@ from swarm.client import SwarmModelForCausalLM
 from swarm.errors import UsageError
 from tests.adapters import make_adapter, whole_with
 from tests.models import tiny_model
-from tests.swarm_e2e.nodes import Swarm, run_swarm
+from tests.swarm_e2e.nodes import Swarm, run_swarm, run_to_end
 
 QUIET: dict[str, Any] = {"eos_token_id": None, "pad_token_id": 0, "do_sample": False}
 WHICH: tuple[str | None, ...] = ("ada", "bob", None)
@@ -88,7 +88,7 @@ def test_all_at_once(case: Case) -> None:
     expected = {}
     for adapter in WHICH:
         with case.expecting(adapter) as whole:
-            expected[adapter] = whole.generate(input_ids=ids[adapter], max_new_tokens=24, **QUIET)
+            expected[adapter] = whole.generate(input_ids=ids[adapter], max_new_tokens=12, **QUIET)
     assert len({row.tolist().__repr__() for row in expected.values()}) == len(WHICH)
     found: dict[str | None, torch.Tensor] = {}
     opened = []
@@ -98,7 +98,7 @@ def test_all_at_once(case: Case) -> None:
     case.model.active_adapter = None
 
     def generate(adapter: str | None, session: Any) -> None:
-        found[adapter] = case.model.generate(ids[adapter], session=session, max_new_tokens=24, **QUIET)
+        found[adapter] = case.model.generate(ids[adapter], session=session, max_new_tokens=12, **QUIET)
         session.close()
 
     threads = [threading.Thread(target=generate, args=each) for each in opened]
@@ -148,6 +148,14 @@ def test_failover_keeps_the_adapter(case: Case) -> None:
     for node in (bare, spare):
         node.wait_gone(15)
     case.swarm.add("3:6", *(part for path in case.adapters.values() for part in ("--adapters", str(path))))
+
+
+def test_another_adapter_of_the_same_name(case: Case) -> None:
+    where = ["serve", case.swarm.model, "--blocks", "0:3", "--host", "127.0.0.1", "--log-format", "json"]
+    adapters = ["--adapters", f"ada={case.adapters['bob']}", "--initial-peers", case.swarm.initial_peers[0]]
+    code, events, _ = run_to_end([*where, *adapters], case.adapters["ada"].parent)
+    assert code == 2
+    assert "another adapter as 'ada'" in events[-1]["message"]
 
 
 def test_unknown_adapter(case: Case) -> None:
