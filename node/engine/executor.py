@@ -44,10 +44,10 @@ def run_blocks(
     for device, begin, end in span.runs(first, last):
         hidden, here = hidden.to(device, non_blocking=True), batch.to(device)
         prepared = span.prepare(hidden, here.positions)
-        for block in range(begin, end):
-            if prompts is not None:
-                hidden = prompts.add(block - (first if prompts_from is None else prompts_from), hidden)
-            with using(here.adapters):
+        with using(here.adapters):
+            for block in range(begin, end):
+                if prompts is not None:
+                    hidden = prompts.add(block - (first if prompts_from is None else prompts_from), hidden)
                 hidden = span.run(block, hidden, prepared, here)
     return hidden
 
