@@ -178,7 +178,8 @@ class ApiBackend:
     def _only_model(self) -> str:
         with self._answer("GET", "/v1/models") as answer:
             answer.read()
-            names = [entry["id"] for entry in answer.json()["data"]]
+            # a LoRA adapter has a parent
+            names = [entry["id"] for entry in answer.json()["data"] if entry.get("parent") is None]
         if len(names) != 1:
             raise UsageError(f"say which MODEL: {answer.url.host} serves {', '.join(names) or 'none'}")
         return str(names[0])

@@ -96,6 +96,14 @@ CacheDir = Annotated[
         rich_help_panel=_WEIGHTS,
     ),
 ]
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        envvar="SWARM_ADAPTER",
+        metavar="NAME",
+        help="LoRA adapter to use, by its name in the swarm (swarm-node serve … --adapters).",
+    ),
+]
 Interval = Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")]
 
 
@@ -104,6 +112,7 @@ def generate(
     model: OptionalModel = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Text to continue; default: from stdin.")] = None,
     initial_peers: InitialPeers = None,
+    adapter: Adapter = None,
     max_new_tokens: MaxNewTokens = 64,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -124,7 +133,7 @@ def generate(
             if sys.stdin.isatty():
                 raise UsageError('give a text to continue: --prompt "…", or pipe it in')
             prompt = sys.stdin.read()
-        where = _Where(model, split_list(initial_peers), dht_prefix, wait_timeout, api, api_key)
+        where = _Where(model, split_list(initial_peers), dht_prefix, wait_timeout, api, api_key, adapter)
         ends = _Ends(weights, manifest, cache_dir)
         with _backend(where, ends, (temperature, top_p, top_k, seed)) as backend:
             from swarm.client.terminal import describe_speed, print_now
@@ -144,6 +153,7 @@ def generate(
 def chat(
     model: OptionalModel = None,
     initial_peers: InitialPeers = None,
+    adapter: Adapter = None,
     system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
     max_new_tokens: MaxNewTokens = 256,
     max_length: Annotated[int, typer.Option(min=16, help="Tokens that the conversation may have in all.")] = 2048,
@@ -161,7 +171,7 @@ def chat(
 ) -> None:
     """Talk to the model. /help lists the commands; /exit or Ctrl-D ends."""
     with errors():
-        where = _Where(model, split_list(initial_peers), dht_prefix, wait_timeout, api, api_key)
+        where = _Where(model, split_list(initial_peers), dht_prefix, wait_timeout, api, api_key, adapter)
         ends = _Ends(weights, manifest, cache_dir)
         with _backend(where, ends, (temperature, top_p, top_k, seed), max_length=max_length) as backend:
             from swarm.client.talk import Talk, make_reader
@@ -212,6 +222,7 @@ class _Where:
     wait_timeout: float
     api: str | None
     api_key: str | None
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         if self.api is None and self.model is None:
@@ -241,7 +252,8 @@ def _backend(
 
     made: Backend
     if where.api is not None:
-        made = ApiBackend(where.api, where.api_key, where.model, Sampling(*sampling))
+        # a gateway serves adapters as models of their own
+        made = ApiBackend(where.api, where.api_key, where.adapter or where.model, Sampling(*sampling))
     else:
         made = SwarmBackend(*_load(where, ends), Sampling(*sampling), max_length)
     try:
@@ -262,6 +274,7 @@ def _load(where: _Where, ends: _Ends) -> tuple[SwarmModelForCausalLM, PreTrained
         dht_prefix=where.dht_prefix,
         wait_timeout=where.wait_timeout,
         **asdict(ends),
+        active_adapter=where.adapter,
     )
     try:
         return facade, load_tokenizer(facade, where.model)

@@ -59,6 +59,7 @@ class Hop:
         max_length: int,
         left_padding: Sequence[int],
         prefix: tuple[bytes, list[bytes] | None] | None = None,
+        adapter: str | None = None,
         wait: float = 0.0,
         max_bytes: int,
         timeout: float,
@@ -67,6 +68,7 @@ class Hop:
 
         Args:
             prefix: ``prefix_context`` and ``page_names`` of the session, where it may share cache with others.
+            adapter: the LoRA adapter that all of it goes through, if any.
             wait: seconds to queue at a peer without room, beyond ``timeout``.
 
         Raises:
@@ -81,6 +83,8 @@ class Hop:
             fields["prefix_context"], names = prefix
             if names is not None:
                 fields["page_names"] = names
+        if adapter:
+            fields["active_adapter"] = adapter
         if wait:
             fields["alloc_timeout"] = wait
         try:

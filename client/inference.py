@@ -63,6 +63,7 @@ class Inference:
 
     Args:
         salt: what the names of pages are salted with (see :mod:`swarm.client.prefix`); None to share no cache.
+        adapter: the LoRA adapter that the session goes through, if any.
     """
 
     def __init__(
@@ -76,11 +77,12 @@ class Inference:
         hidden_size: int,
         salt: bytes | None = None,
         croppable: bool = True,
+        adapter: str | None = None,
     ) -> None:
         self._view, self._settings = view, settings
         self._first, self._last = first, last
         self._max_length, self._hidden_size = max_length, hidden_size
-        self._salt = salt
+        self._salt, self._adapter = salt, adapter
         self._croppable = croppable
         self._rows = 0
         self._left_padding: tuple[int, ...] = ()
@@ -419,7 +421,11 @@ class Inference:
         crowded: set[PeerID] = set()
         while True:
             legs = await self._view.route(
-                first, last, cache_tokens=self._rows * self._max_length, left_padding=any(left_padding)
+                first,
+                last,
+                cache_tokens=self._rows * self._max_length,
+                left_padding=any(left_padding),
+                adapter=self._adapter,
             )
             prefixes = self._prefixes(legs, *sharing) if sharing is not None else [None] * len(legs)
             ways = [partial(self._open, leg, left_padding, prefix) for leg, prefix in zip(legs, prefixes, strict=True)]
@@ -489,7 +495,7 @@ class Inference:
         if self._salt is None or self._names is None:
             return [None] * len(legs)
         names = self._names.between(0, spare)
-        model = (self._view.prefix, self._view.fingerprint)
+        model = (self._view.prefix, self._view.fingerprint, self._adapter or "")
         return [(context, names) for context in describe_context(self._salt, model, dtype, legs)]
 
     async def _open(
@@ -509,6 +515,7 @@ class Inference:
             max_length=self._max_length,
             left_padding=left_padding,
             prefix=prefix,
+            adapter=self._adapter,
             wait=wait,
             max_bytes=4 * self._hidden_size * (self._settings.prefill_tokens + self._rows) + 2**20,
             timeout=self._settings.connect_timeout,

@@ -174,6 +174,22 @@ class SwarmModelForCausalLM(_Family):
         return found
 
     @property
+    def active_adapter(self) -> str | None:
+        """The LoRA adapter, by its name in the swarm, that what begins from now on goes through; None: only the base
+        weights. A session keeps the one that it was made with, a backward that of its forward.
+
+        Example::
+
+            model.active_adapter = "my-adapter"    # on nodes with swarm-node serve … --adapters …/my-adapter
+        """
+        adapter: str | None = self._connection.active_adapter
+        return adapter
+
+    @active_adapter.setter
+    def active_adapter(self, name: str | None) -> None:
+        self._connection.active_adapter = name
+
+    @property
     def last_route(self) -> list[Hop]:
         """The hops (``.peer_id``, ``.start``, ``.end``) of the ``generate()`` that ended last; empty before one."""
         return list(self._last_route)
@@ -316,8 +332,10 @@ class SwarmModelForCausalLM(_Family):
     # Our own
 
     def _cache(self, max_length: int | None, *, remember: bool = False) -> SwarmCache:
-        connection = self._connection
-        return SwarmCache(lambda length: connection.session(max_length=length), max_length, remember=remember)
+        connection, adapter = self._connection, self.active_adapter
+        return SwarmCache(
+            lambda length: connection.session(max_length=length, adapter=adapter), max_length, remember=remember
+        )
 
     @staticmethod
     def _resume(cache: SwarmCache, inputs: Tensor | None, kwargs: dict[str, Any]) -> None:

@@ -23,9 +23,15 @@ _EMPTY = encode(rpc.EMPTY)
 
 
 async def forward(
-    view: SwarmView, settings: ClientSettings, hidden: torch.Tensor, first: int, last: int
+    view: SwarmView,
+    settings: ClientSettings,
+    hidden: torch.Tensor,
+    first: int,
+    last: int,
+    adapter: str | None = None,
 ) -> tuple[torch.Tensor, list[tuple[int, int, torch.Tensor]]]:
     """Runs ``hidden`` ``[B, T, H]`` through the blocks ``first:last``; a leg that fails is taken by other nodes.
+    With ``adapter``, nodes that have it compute that LoRA adapter too.
 
     Returns:
         The output, and each leg's ``(start, end, input)``.
@@ -36,9 +42,9 @@ async def forward(
     done: list[tuple[int, int, torch.Tensor]] = []
     refused = 0
     while first < last:
-        for leg in await view.route(first, last):
+        for leg in await view.route(first, last, adapter=adapter):
             try:
-                (output,) = await _call(view, settings, leg, rpc.FORWARD, [hidden], expected=hidden.shape)
+                (output,) = await _call(view, settings, leg, rpc.FORWARD, [hidden], hidden.shape, adapter)
             except SwarmError as error:
                 view.failed(leg.peer_id)
                 refused += isinstance(error, BadRequestError)
@@ -52,23 +58,29 @@ async def forward(
 
 
 async def backward(
-    view: SwarmView, settings: ClientSettings, hidden: torch.Tensor, grad: torch.Tensor, first: int, last: int
+    view: SwarmView,
+    settings: ClientSettings,
+    hidden: torch.Tensor,
+    grad: torch.Tensor,
+    first: int,
+    last: int,
+    adapter: str | None = None,
 ) -> torch.Tensor:
     """The gradient ``[B, T, H]`` with respect to ``hidden``, given that of the blocks' output.
 
     Nodes keep nothing between a forward and a backward, so that any node can do either.
     """
-    _, legs = await forward(view, settings, hidden, first, last)
+    _, legs = await forward(view, settings, hidden, first, last, adapter)
     refused = 0
     while legs:
         start, end, inputs = legs.pop()
-        route = await view.route(start, end)
+        route = await view.route(start, end, adapter=adapter)
         if len(route) > 1:  # the node that did this leg is gone: several share it now
-            _, parts = await forward(view, settings, inputs, start, end)
+            _, parts = await forward(view, settings, inputs, start, end, adapter)
             legs.extend(parts)
             continue
         try:
-            grad, *_ = await _call(view, settings, route[0], rpc.BACKWARD, [inputs, grad], expected=inputs.shape)
+            grad, *_ = await _call(view, settings, route[0], rpc.BACKWARD, [inputs, grad], inputs.shape, adapter)
         except SwarmError as error:
             view.failed(route[0].peer_id)
             refused += isinstance(error, BadRequestError)
@@ -84,11 +96,12 @@ async def _call(
     leg: Leg,
     method: str,
     tensors: Sequence[torch.Tensor],
-    *,
     expected: Sequence[int],
+    adapter: str | None,
 ) -> list[torch.Tensor]:
     encoded = [*(encode(tensor) for tensor in tensors), _EMPTY]
-    request = Request(uid=span_uid(view.prefix, leg.start, leg.end), tensors=encoded, metadata=rpc.dump({}))
+    metadata = rpc.dump({"active_adapter": adapter} if adapter else {})
+    request = Request(uid=span_uid(view.prefix, leg.start, leg.end), tensors=encoded, metadata=metadata)
     large = sum(len(tensor.buffer) for tensor in encoded) > rpc.MAX_UNARY_BYTES
     elements = 1
     for size in expected:

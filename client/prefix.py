@@ -32,8 +32,8 @@ def column_digests(hidden: torch.Tensor) -> Digests:
 def describe_context(salt: bytes, model: Sequence[str], dtype: torch.dtype, legs: Iterable[Leg]) -> list[bytes]:
     """The context at each of the ``legs`` of a session: what its cache there depends on besides the client's inputs.
 
-    That is the model, and the hops before: hidden states that went through another node, or through the same with
-    another dtype or quantization, are not the same. Who doesn't know the ``salt`` can't name the context.
+    That is the model with its adapter, and the hops before: hidden states that went through another node, or through
+    the same with another dtype or quantization, are not the same. Who doesn't know the ``salt`` can't name the context.
     """
     contexts = []
     before = _digest(salt, repr((*model, str(dtype))).encode())

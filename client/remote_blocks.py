@@ -71,20 +71,23 @@ class RemoteBlocks(nn.Module):
         """
         if hidden.ndim != 3:
             raise ValueError(f"hidden states are [batch, tokens, hidden size]; got the shape {tuple(hidden.shape)}")
+        adapter = self.connection.active_adapter
         if torch.is_grad_enabled() and hidden.requires_grad:
-            result: Tensor = _ThroughBlocks.apply(hidden, self)
+            result: Tensor = _ThroughBlocks.apply(hidden, self, adapter)
             return result
-        return self._run(hidden)
+        return self._run(hidden, adapter)
 
     def extra_repr(self) -> str:
         return f"{self.first}:{self.last}"
 
-    def _run(self, hidden: Tensor) -> Tensor:
-        result = self.connection.forward(hidden.detach().cpu(), first=self.first, last=self.last)
+    def _run(self, hidden: Tensor, adapter: str | None) -> Tensor:
+        result = self.connection.forward(hidden.detach().cpu(), first=self.first, last=self.last, adapter=adapter)
         return result.to(device=hidden.device, dtype=hidden.dtype)
 
-    def _run_backward(self, hidden: Tensor, grad: Tensor) -> Tensor:
-        result = self.connection.backward(hidden.detach().cpu(), grad.cpu(), first=self.first, last=self.last)
+    def _run_backward(self, hidden: Tensor, grad: Tensor, adapter: str | None) -> Tensor:
+        result = self.connection.backward(
+            hidden.detach().cpu(), grad.cpu(), first=self.first, last=self.last, adapter=adapter
+        )
         return result.to(device=grad.device, dtype=grad.dtype)
 
 
@@ -92,13 +95,13 @@ class _ThroughBlocks(torch.autograd.Function):
     """Keeps only the input: the nodes compute their activations again when the gradient comes."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, blocks: RemoteBlocks) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, blocks: RemoteBlocks, adapter: str | None) -> Tensor:
         ctx.save_for_backward(hidden)
-        ctx.blocks = blocks
-        return blocks._run(hidden)
+        ctx.blocks, ctx.adapter = blocks, adapter
+        return blocks._run(hidden, adapter)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (hidden,) = ctx.saved_tensors
-        return ctx.blocks._run_backward(hidden, grads[0]), None
+        return ctx.blocks._run_backward(hidden, grads[0], ctx.adapter), None, None

@@ -27,6 +27,8 @@ class ClientSettings:
             model in one process. ``"shared"``: those of everybody who says so. Others can then find out by the time
             that a prompt takes whether somebody had it before, and a client that lies about what it sends can spoil
             others' sessions, so all have to trust each other. ``"off"``: none.
+        active_adapter: name of the LoRA adapter that a model begins with (``swarm-node serve --adapters``); None: the
+            base weights alone.
         prefix_salt: a secret that several clients have in common, to share among themselves, with ``"client"``.
     """
 
@@ -41,6 +43,7 @@ class ClientSettings:
     deterministic: bool = False
     prefix_reuse: str = "client"
     prefix_salt: str | None = None
+    active_adapter: str | None = None
 
     def __post_init__(self) -> None:
         if self.prefix_reuse not in ("client", "shared", "off"):

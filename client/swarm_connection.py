@@ -19,7 +19,11 @@ from swarm.source import ModelSource
 
 
 class SwarmConnection:
-    """Opened with :meth:`open`, shared by all sessions of a model, safe to use from several threads."""
+    """Opened with :meth:`open`, shared by all sessions of a model, safe to use from several threads.
+
+    Attributes:
+        active_adapter: the LoRA adapter that is meant where none is named. Nothing here looks at it.
+    """
 
     def __init__(
         self,
@@ -32,6 +36,7 @@ class SwarmConnection:
         self._runtime, self._initial_peers, self._view = runtime, initial_peers, view
         self._source, self._settings = source, settings
         self.num_blocks, self.files = source.num_blocks, source.path
+        self.active_adapter = settings.active_adapter
         self._salt = None if source.keeps_states else settings.salt()
         self._closed = False
 
@@ -70,16 +75,21 @@ class SwarmConnection:
 
         return cls(runtime, peers, runtime.run(join()), source, settings)
 
-    def session(self, *, max_length: int, first: int = 0, last: int | None = None) -> Session:
-        """A session over the blocks ``first:last`` for up to ``max_length`` columns. Its first step opens the route.
+    def session(
+        self, *, max_length: int, first: int = 0, last: int | None = None, adapter: str | None = None
+    ) -> Session:
+        """A session over the blocks ``first:last`` for up to ``max_length`` columns, with a LoRA adapter or none. Its
+        first step opens the route.
 
         Raises:
             UsageError: the model was not made for so many positions.
         """
-        inference = self.inference(max_length=max_length, first=first, last=last)
+        inference = self.inference(max_length=max_length, first=first, last=last, adapter=adapter)
         return Session(self._runtime, inference, max_length, shares=self._salt is not None)
 
-    def inference(self, *, max_length: int, first: int = 0, last: int | None = None) -> Inference:
+    def inference(
+        self, *, max_length: int, first: int = 0, last: int | None = None, adapter: str | None = None
+    ) -> Inference:
         """The asynchronous side of :meth:`session`, for work in the runtime's event loop.
 
         Raises:
@@ -101,12 +111,18 @@ class SwarmConnection:
             hidden_size=self._source.hidden_size,
             salt=self._salt,
             croppable=not self._source.keeps_states,
+            adapter=adapter,
         )
 
-    def forward(self, hidden: torch.Tensor, *, first: int, last: int) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, *, first: int, last: int, adapter: str | None = None) -> torch.Tensor:
         """``hidden`` ``[B, T, H]`` after the blocks ``first:last``, computed without a cache."""
-        output, _ = self._runtime.run(parallel.forward(self._view, self._settings, hidden.detach().cpu(), first, last))
+        work = parallel.forward(self._view, self._settings, hidden.detach().cpu(), first, last, adapter)
+        output, _ = self._runtime.run(work)
         return output.to(device=hidden.device, dtype=hidden.dtype)
+
+    def adapters(self) -> list[str]:
+        """The LoRA adapters with which the whole model is served now."""
+        return self._view.adapters()
 
     async def overview(self, name: str, before: Overview | None) -> Overview:
         """The swarm now, its nodes asked themselves; rates are since ``before``. For the runtime's event loop."""
@@ -122,9 +138,13 @@ class SwarmConnection:
         held = self._view.cache_tokens()
         return min(limits if held is None else [*limits, held], default=None)
 
-    def backward(self, hidden: torch.Tensor, grad: torch.Tensor, *, first: int, last: int) -> torch.Tensor:
+    def backward(
+        self, hidden: torch.Tensor, grad: torch.Tensor, *, first: int, last: int, adapter: str | None = None
+    ) -> torch.Tensor:
         """The gradient with respect to ``hidden``, given that of the blocks' output; both ``[B, T, H]``."""
-        work = parallel.backward(self._view, self._settings, hidden.detach().cpu(), grad.detach().cpu(), first, last)
+        work = parallel.backward(
+            self._view, self._settings, hidden.detach().cpu(), grad.detach().cpu(), first, last, adapter
+        )
         return self._runtime.run(work).to(device=hidden.device, dtype=hidden.dtype)
 
     def close(self) -> None:

@@ -43,6 +43,7 @@ class SwarmView:
         self._bans = Bans(settings.ban_seconds)
         self._full: dict[PeerID, float] = {}
         self._spans: tuple[RemoteSpan, ...] = ()
+        self._adapters: set[str] = set()  # that were seen so far
         self._rtts: dict[PeerID, float] = {}
         self._task: asyncio.Task[None] | None = None
         self._pinging: set[asyncio.Task[None]] = set()
@@ -73,6 +74,7 @@ class SwarmView:
                 "or give the right dht_prefix"
             )
         self._spans = same
+        self._adapters.update(*(span.info.adapters for span in same))
         self._ping_new(same)
 
     def failed(self, peer_id: PeerID) -> None:
@@ -97,30 +99,56 @@ class SwarmView:
                     held[block] = max(held.get(block, 0), total)
         return min(held.values(), default=None)
 
+    def adapters(self) -> list[str]:
+        """The LoRA adapters that every block has a node with."""
+        having: dict[str, set[int]] = {}
+        for span in self._spans:
+            for adapter in span.info.adapters:
+                having.setdefault(adapter, set()).update(range(span.start, span.end))
+        return sorted(adapter for adapter, blocks in having.items() if len(blocks) == self.num_blocks)
+
     async def route(
-        self, first: int, last: int, *, cache_tokens: int = 0, left_padding: bool = False
+        self,
+        first: int,
+        last: int,
+        *,
+        cache_tokens: int = 0,
+        left_padding: bool = False,
+        adapter: str | None = None,
     ) -> tuple[Leg, ...]:
         """The best chain for the blocks ``first:last``; waits for blocks that are missing at the moment.
 
         Args:
             left_padding: only by way of nodes that let rows start later, which Petals' servers can't.
+            adapter: only by way of nodes that serve this LoRA adapter.
 
         Raises:
             MissingBlocksError: still nobody serves them after ``wait_timeout`` seconds.
+            UsageError: no node that was ever seen has the adapter.
         """
+        if adapter and self._spans and adapter not in self._adapters:
+            await self.refresh()
+            if self._spans and adapter not in self._adapters:
+                known = ", ".join(map(repr, sorted(self._adapters))) or "none"
+                raise UsageError(
+                    f"no node serves an adapter {adapter!r} for {self.prefix}; there is {known} "
+                    "(swarm-node serve … --adapters)"
+                )
         deadline = time.monotonic() + self._settings.wait_timeout
         padded = " to rows with padding at their left (pass rows of one length to use servers that can't)"
-        whom = (padded if left_padding else "") + (_DETERMINISTIC if self._settings.deterministic else "")
+        whom = f" with the adapter {adapter!r}" if adapter else ""
+        whom += (padded if left_padding else "") + (_DETERMINISTIC if self._settings.deterministic else "")
         announced = False
         while True:
             try:
-                return self._find(first, last, cache_tokens, left_padding)
+                return self._find(first, last, cache_tokens, left_padding, adapter)
             except MissingBlocksError as error:
                 if time.monotonic() >= deadline:
                     raise MissingBlocksError(
                         f"nobody serves {describe_blocks(error.blocks)} of {self.prefix}{whom}, waited "
                         f"{self._settings.wait_timeout:.0f} s: start a node for them (swarm-node serve … --blocks "
-                        f"{error.blocks[0]}:{error.blocks[-1] + 1}) or raise wait_timeout",
+                        f"{error.blocks[0]}:{error.blocks[-1] + 1}{' --adapters …' if adapter else ''}) "
+                        "or raise wait_timeout",
                         error.blocks,
                     ) from None
                 if not announced:
@@ -135,13 +163,16 @@ class SwarmView:
             await asyncio.sleep(_POLL_SECONDS)
             await self.refresh()
 
-    def _find(self, first: int, last: int, cache_tokens: int, left_padding: bool) -> tuple[Leg, ...]:
+    def _find(
+        self, first: int, last: int, cache_tokens: int, left_padding: bool, adapter: str | None
+    ) -> tuple[Leg, ...]:
         now = time.monotonic()
         usable = [
             span
             for span in self._spans
             if (not left_padding or (span.info.offer is not None and span.info.offer.left_padding))
             and (not self._settings.deterministic or (span.info.offer is not None and span.info.offer.deterministic))
+            and (not adapter or adapter in span.info.adapters)
             and not self._bans.banned(span.peer_id, started=span.info.offer.started if span.info.offer else 0.0)
         ]
         random.shuffle(usable)  # equals share the load

@@ -224,6 +224,16 @@ def serve(
             rich_help_panel=_COMPUTE,
         ),
     ] = False,
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="SWARM_ADAPTERS",
+            metavar="[NAME=]DIR_OR_ID[@REVISION]",
+            help="LoRA adapter that PEFT has saved, served beside the base weights; several: repeat it or separate "
+            "them by commas. Clients ask for it by NAME: by default the directory's name, or the Hub id.",
+            rich_help_panel="Model",
+        ),
+    ] = None,
     idle_timeout: Annotated[
         float,
         typer.Option(
@@ -325,6 +335,7 @@ def serve(
             token=token,
             cache_dir=cache_dir,
             metrics_port=metrics_port,
+            adapters=tuple(part for value in adapters or () for part in value.split(",") if part),
             weights=weights,
             seed=seed,
             manifest=manifest,

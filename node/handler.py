@@ -130,7 +130,11 @@ class Handler:
         opening = check_opening(request, metadata, self._served, self._limits)
         session_id = metadata.session_id or f"unnamed {id(request)} {peer}"  # without a name nobody can push to it
         engine_session = self._engine.open(
-            rows=opening.rows, first=opening.first, last=opening.last, left_padding=opening.left_padding
+            rows=opening.rows,
+            first=opening.first,
+            last=opening.last,
+            left_padding=opening.left_padding,
+            adapter=opening.adapter,
         )
         session = _Session(stream, opening, engine_session, asyncio.Queue(self._limits.max_waiting_steps))
         reading = asyncio.create_task(_read(session))
@@ -290,14 +294,20 @@ class Handler:
         self._refuse_if_leaving()
         metadata = rpc.parse(rpc.load(request.metadata))
         first, last, hidden, prompts = read_forward(request, metadata, self._served, self._limits)
-        output = await self._run(self._engine.forward(hidden, first=first, last=last, prompts=prompts))
+        output = await self._run(
+            self._engine.forward(hidden, first=first, last=last, prompts=prompts, adapter=metadata.active_adapter)
+        )
         return Response(tensors=_encode_outputs([output], metadata))
 
     async def _backward(self, request: Request) -> Response:
         self._refuse_if_leaving()
         metadata = rpc.parse(rpc.load(request.metadata))
         first, last, hidden, grad, prompts = read_backward(request, metadata, self._served, self._limits)
-        grads = await self._run(self._engine.backward(hidden, grad, first=first, last=last, prompts=prompts))
+        grads = await self._run(
+            self._engine.backward(
+                hidden, grad, first=first, last=last, prompts=prompts, adapter=metadata.active_adapter
+            )
+        )
         return Response(tensors=_encode_outputs([tensor for tensor in grads if tensor is not None], metadata))
 
     def _stream_of(

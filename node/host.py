@@ -22,6 +22,7 @@ from swarm.memory import trim
 from swarm.node.announcer import Announcer
 from swarm.node.balance import better_start, covered_by_others
 from swarm.node.engine.acceleration import Acceleration, accelerate
+from swarm.node.engine.adapters import Adapter, put_adapters
 from swarm.node.engine.deterministic import check, make_deterministic
 from swarm.node.engine.engine import Engine
 from swarm.node.engine.quantization import Keep, Scheme, finish_block
@@ -38,7 +39,7 @@ from swarm.node.throughput import measure
 from swarm.peer import Peer
 from swarm.records import ServerInfo, ServerState
 from swarm.sharing.holders import as_ranges
-from swarm.skeleton import SpanLoader, fetch_span
+from swarm.skeleton import Span, SpanLoader, fetch_span
 from swarm.source import ModelSource
 from swarm.threads import in_thread
 
@@ -56,6 +57,7 @@ class Means:
     keep: Keep | None
     plan: Plan
     devices: Sequence[torch.device]
+    adapters: Sequence[Adapter] = ()
 
 
 class Host:
@@ -238,8 +240,6 @@ class Host:
 
     def _finish(self, block: nn.Module) -> None:
         finish_block(block, self._means.scheme)
-        if self._settings.deterministic:
-            make_deterministic(block)
 
     async def _fetch(self, sharing: Sharing) -> None:
         while True:
@@ -272,9 +272,13 @@ class Host:
                     report(block - first, last - first)
                     await in_thread(partial(loader.load, block))
                 report(last - first, last - first)
+            part, adapters = loader.span.part(first, last), self._means.adapters
+            if adapters:
+                with self._output.stage("adapters", f"Loading adapters {', '.join(self._info.adapters)}"):
+                    await in_thread(partial(put_adapters, part, adapters))
             if self._settings.deterministic:
                 with self._output.stage("deterministic", "Making sure that results don't depend on the batch"):
-                    await in_thread(partial(check, loader.span.part(first, last)))
+                    await in_thread(partial(_make_deterministic, part, self._info.adapters))
         self._loaded += len(coming)
 
     async def _wait_for(self, blocks: Sequence[int]) -> None:
@@ -294,9 +298,10 @@ class Host:
             # recorded steps are padded to sizes that depend on who else is there
             acceleration=Acceleration() if settings.deterministic else await in_thread(lambda: accelerate(span)),
             deterministic=settings.deterministic,
+            adapters=self._info.adapters,
         )
         self._engine.start()
-        served = Served(source.dht_prefix, *self.ready, source.hidden_size, means.dtype)
+        served = Served(source.dht_prefix, *self.ready, source.hidden_size, means.dtype, self._info.adapters)
         limits = Limits(
             max_length=min(source.max_positions or tokens, tokens),
             step_timeout=settings.idle_timeout,
@@ -338,6 +343,9 @@ class Host:
         model, peer, join = self._settings.model, self._peer, reachable(self._peer)
         option, argument = ("", "") if self._source.store is None else (" --weights peers", ", weights='peers'")
         (first, last), span = self.ready, f"{self._start}:{self._end}"
+        adapters = self._info.adapters
+        by = "by --adapter or model.active_adapter"
+        adapted = [f"with LoRA adapters, {by}: {', '.join(adapters)}"] if adapters else []
         fields = {"maddrs": list(peer.addresses), "peer_id": peer.peer_id.to_base58(), "blocks": [first, last]}
         if (first, last) != (self._start, self._end):
             text = f"Serving blocks {first}:{last} already, until all of {span} are here. Others join with"
@@ -353,10 +361,18 @@ class Host:
                 f"  swarm chat {model}{option} --initial-peers {join}",
                 "or in Python:",
                 f"  model = SwarmModelForCausalLM.from_pretrained({model!r}, initial_peers=[{join!r}]{argument})",
+                *adapted,
             ],
             model=self._source.name,
+            adapters=list(adapters),
             **fields,
         )
+
+
+def _make_deterministic(span: Span, adapters: Sequence[str]) -> None:
+    for block in span.blocks:
+        make_deterministic(block)
+    check(span, adapters)
 
 
 def reachable(peer: Peer) -> str:

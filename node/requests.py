@@ -18,13 +18,14 @@ from swarm.rpc import Metadata, arrange
 
 @dataclass(frozen=True)
 class Served:
-    """What this node serves: blocks ``start:end`` of the model announced under ``prefix``."""
+    """What this node serves: blocks ``start:end`` of the model announced under ``prefix``, and LoRA adapters."""
 
     prefix: str
     start: int
     end: int
     hidden_size: int
     dtype: torch.dtype
+    adapters: tuple[str, ...] = ()
 
     def blocks_of(self, uid: str) -> tuple[int, int]:
         """The blocks that a request names, as ``(first, last)`` with ``last`` excluded."""
@@ -38,6 +39,12 @@ class Served:
             )
         return first, last
 
+    def check_adapter(self, name: str) -> None:
+        """Refuses an adapter that isn't here; the empty name is none."""
+        if name and name not in self.adapters:
+            here = ", ".join(map(repr, self.adapters)) or "none"
+            raise BadRequestError(f"adapter {name!r} is not served here; this node has {here}")
+
 
 @dataclass(frozen=True)
 class Opening:
@@ -49,6 +56,7 @@ class Opening:
     max_length: int
     left_padding: tuple[int, ...]
     prefix: Prefix | None = None
+    adapter: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,8 +71,7 @@ class StepInput:
 def check_opening(request: runtime_pb2.ExpertRequest, metadata: Metadata, served: Served, limits: Limits) -> Opening:
     """Checks the message that opens a session."""
     first, last = served.blocks_of(request.uid)
-    if metadata.active_adapter:
-        raise BadRequestError(f"adapter {metadata.active_adapter!r} is not served here")
+    served.check_adapter(metadata.active_adapter)
     if metadata.max_length is None:
         raise BadRequestError("the message that opens a session needs max_length")
     if metadata.max_length > limits.max_length:
@@ -83,7 +90,7 @@ def check_opening(request: runtime_pb2.ExpertRequest, metadata: Metadata, served
         if len(metadata.page_names) not in (0, rows):
             raise BadRequestError("page_names is to have one item per row")
         prefix = Prefix(metadata.prefix_context, metadata.page_names)
-    return Opening(first, last, rows, metadata.max_length, padding, prefix)
+    return Opening(first, last, rows, metadata.max_length, padding, prefix, metadata.active_adapter)
 
 
 def read_step(
@@ -97,6 +104,8 @@ def read_step(
 ) -> StepInput:
     """Decodes and checks a step of a session that has done ``position`` columns."""
     hidden, prompts, hypo_ids = _tensors(request, metadata, served, limits, count=3)
+    if metadata.active_adapter not in ("", opening.adapter):
+        raise BadRequestError("the adapter of a session can't change: open another session for another adapter")
     start = position if metadata.start is None else metadata.start
     if start > position:
         raise BadRequestError(f"out of order: the step starts at {start}, the session is at {position}")
@@ -118,6 +127,7 @@ def read_forward(
 ) -> tuple[int, int, torch.Tensor, torch.Tensor | None]:
     """Checks a forward: ``(first, last, hidden, prompts)``."""
     first, last = served.blocks_of(request.uid)
+    served.check_adapter(metadata.active_adapter)
     hidden, prompts = _tensors(request, metadata, served, limits, count=2)
     _check_hidden(hidden, served, limits)
     return first, last, hidden, _check_prompts(prompts, hidden.shape[0], hidden.shape[1], last - first, served)
@@ -128,6 +138,7 @@ def read_backward(
 ) -> tuple[int, int, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Checks a backward: ``(first, last, hidden, gradient of the output, prompts)``."""
     first, last = served.blocks_of(request.uid)
+    served.check_adapter(metadata.active_adapter)
     hidden, grad, prompts = _tensors(request, metadata, served, limits, count=3)
     _check_hidden(hidden, served, limits)
     _check_hidden(grad, served, limits)
@@ -142,8 +153,6 @@ def _tensors(
 ) -> list[torch.Tensor]:
     if not 1 <= len(request.tensors) <= 8:
         raise BadRequestError(f"the request has {len(request.tensors)} tensors")
-    if metadata.active_adapter:
-        raise BadRequestError(f"adapter {metadata.active_adapter!r} is not served here")
     limit = limits.max_step_tokens * served.hidden_size
     return arrange(
         [decode(tensor, max_elements=limit) for tensor in request.tensors], metadata.args_structure, count=count

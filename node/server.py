@@ -15,6 +15,8 @@ from swarm.codec import dtype_name
 from swarm.errors import UsageError, parse_blocks
 from swarm.fingerprint import fingerprint
 from swarm.layout import check_range
+from swarm.node.adapter_checkpoint import AdapterCheckpoint, open_adapter
+from swarm.node.adapter_config import AdapterSpec, parse_specs
 from swarm.node.balance import covered_by_others
 from swarm.node.engine.engine import STATE_ROWS
 from swarm.node.engine.quantization import Keep, Use, describe, find_scheme, quantized_bytes, schemes_on
@@ -58,9 +60,12 @@ async def serve(settings: NodeSettings, output: Output, stop: asyncio.Event) -> 
 
 async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) -> Host:
     devices = choose_devices(settings.device)
+    specs = parse_specs(settings.adapters)
     source, peer, sharing = await find_source(settings, output, stack)
     dtype = choose_dtype(settings.dtype, source.dtype, devices[0])
-    plan, use = await in_thread(lambda: _plan(settings, source, dtype, devices))  # before the network is touched
+    # before the swarm is touched
+    adapters = await in_thread(lambda: _open_adapters(specs, source, settings))
+    plan, use = await in_thread(lambda: _plan(settings, source, dtype, devices, adapters))
     kept = plan.quantization in ("packed", "kernels")
     scheme = None if kept or plan.quantization == "none" else find_scheme(plan.quantization, devices[0], dtype)
     keep = Keep(dtype, slow=plan.quantization == "packed") if kept else None
@@ -76,6 +81,7 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
     root = sharing.root if sharing is not None else ""
     _check_same_model(records, shape, root, source, peer)
     quantization = source.quantization.title if kept and source.quantization is not None else plan.quantization
+    _check_same_adapters(records, adapters, peer)
     covered = covered_by_others(records, peer.peer_id)
     start, end, reason = _choose_blocks(settings, source, plan, covered)
     output.event(
@@ -92,6 +98,7 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
         cache_tokens_total=plan.cache_tokens,
         deterministic=settings.deterministic,
         manifest=root,
+        adapters={adapter.name: adapter.digest for adapter in adapters},
     )
     info = ServerInfo(
         state=ServerState.JOINING,
@@ -100,10 +107,11 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
         version=__version__,
         torch_dtype=dtype_name(dtype),
         quant_type=quantization,
+        adapters=tuple(offer.adapters),
         using_relay=settings.peer.relay,
         offer=offer,
     )
-    means = Means(dtype, scheme, keep, plan, _place(devices, plan, end - start))
+    means = Means(dtype, scheme, keep, plan, _place(devices, plan, end - start), adapters)
     host = Host(settings, output, peer, source, sharing, means, info)
     stack.push_async_callback(host.close)
     if sharing is not None:
@@ -137,8 +145,35 @@ def _check_same_model(
                 )
 
 
+def _check_same_adapters(
+    records: list[dict[PeerID, ServerInfo]], adapters: Sequence[AdapterCheckpoint], peer: Peer
+) -> None:
+    for peer_id, info in (pair for servers in records for pair in servers.items()):
+        if info.offer is None or info.state == ServerState.OFFLINE or peer_id == peer.peer_id:
+            continue
+        for adapter in adapters:
+            if info.offer.adapters.get(adapter.name, adapter.digest) != adapter.digest:
+                raise UsageError(
+                    f"another node serves another adapter as {adapter.name!r} in this swarm: check that it is the same "
+                    "one everywhere, or name this one differently with --adapters NAME=DIR_OR_ID"
+                )
+
+
+def _open_adapters(
+    specs: Sequence[AdapterSpec], source: ModelSource, settings: NodeSettings
+) -> list[AdapterCheckpoint]:
+    if not specs:
+        return []
+    skeleton = build_skeleton(source, source.dtype, attention="eager")
+    return [open_adapter(spec, skeleton, token=settings.token, cache_dir=settings.cache_dir) for spec in specs]
+
+
 def _plan(
-    settings: NodeSettings, source: ModelSource, dtype: torch.dtype, devices: Sequence[torch.device]
+    settings: NodeSettings,
+    source: ModelSource,
+    dtype: torch.dtype,
+    devices: Sequence[torch.device],
+    adapters: Sequence[AdapterCheckpoint],
 ) -> tuple[Plan, Mapping[str, Use]]:
     """What fits into the memory of ``devices``, which are of one kind; and what can be done with packed weights."""
     device = devices[0]
@@ -152,7 +187,9 @@ def _plan(
         count = last - first
     wanted = slice(first, last)
     layers = build_skeleton(source, dtype, attention="eager").layers
-    states = cache_bytes(source, dtype, tokens=0, rows=STATE_ROWS)  # always there, as weights are
+    states = cache_bytes(source, dtype, tokens=0, rows=STATE_ROWS)
+    adapter_bytes = sum(adapter.block_bytes for adapter in adapters)
+    always = [state + adapter_bytes for state in states]  # there as long as weights are
     kinds = {"none": None} | {scheme.name: scheme for scheme in schemes_on(device)}
     block_bytes = {name: [quantized_bytes(block, kind) for block in layers] for name, kind in kinds.items()}
     use: dict[str, Use] = {}
@@ -171,7 +208,7 @@ def _plan(
     if fastest != "kernels":
         block_bytes.pop("kernels", None)
     needed = {
-        name: [state + size for state, size in zip(states, sizes, strict=True)][wanted]
+        name: [more + size for more, size in zip(always, sizes, strict=True)][wanted]
         for name, sizes in block_bytes.items()
     }
     token_bytes = cache_bytes(source, dtype, tokens=1, rows=0)[wanted]

@@ -22,6 +22,7 @@ class NodeSettings:
         deterministic: a session's results don't depend on who else uses the node, to the last bit.
         idle_timeout: seconds after which an idle session ends.
         idle_seconds: seconds after which it gives its cache to sessions that wait for some.
+        adapters: LoRA adapters that are served beside the base weights: ``[NAME=]DIR`` or ``[NAME=]ID[@REVISION]``.
         update_period: seconds between two announcements.
         balance_quality: a node that chose its blocks moves to others if the swarm's weakest ones have less than this
             share, 0 to 1, of what they would have then; 0: never.
@@ -60,3 +61,4 @@ class NodeSettings:
     seed: bool = False
     upload_rate: float = 0.0
     store: Path | None = None
+    adapters: tuple[str, ...] = ()

@@ -68,6 +68,7 @@ class NodeView:
     relayed: bool
     started: float | None
     deterministic: bool = False
+    adapters: tuple[str, ...] = ()
     meter: Meter | None = None
     rates: Rates | None = None
 
@@ -100,6 +101,7 @@ class Overview:
             for fields in source["nodes"]:
                 known = {name: fields[name] for name in NodeView.__dataclass_fields__}
                 meter, rates = known["meter"], known["rates"]
+                known["adapters"] = tuple(known["adapters"])
                 known["meter"] = None if meter is None else Meter(**meter)
                 known["rates"] = None if rates is None else Rates(**rates)
                 nodes.append(NodeView(**known))
@@ -172,6 +174,7 @@ def _view(span: RemoteSpan) -> NodeView:
         relayed=bool(info.using_relay),
         started=offer.started if offer is not None else None,
         deterministic=offer is not None and offer.deterministic,
+        adapters=info.adapters,
     )
 
 

@@ -38,6 +38,7 @@ class Offer:
         deterministic: a session's results are the same to the last bit whoever else uses the node.
         manifest: the root of the manifest of its weights, if it has made or got one; nodes with different ones serve
             different weights.
+        adapters: by the names of its LoRA adapters a hash of each, as there may be several of one name.
     """
 
     fingerprint: str = ""
@@ -48,6 +49,7 @@ class Offer:
     cache_tokens_total: int = 0
     deterministic: bool = False
     manifest: str = ""
+    adapters: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, source: Mapping[str, Any]) -> Offer:
@@ -64,6 +66,8 @@ class Offer:
         for name in ("sessions", "cache_tokens_total"):
             fields[name] = _natural(source.get(name, 0), name)
         fields["started"] = _number(source.get("started", 0.0), "started")
+        hashes = _typed(source.get("adapters", {}), dict, "adapters")
+        fields["adapters"] = {_typed(key, str, "adapters"): _typed(hashes[key], str, "adapters") for key in hashes}
         return cls(**fields)
 
 

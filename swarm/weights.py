@@ -63,19 +63,16 @@ class WeightPlan:
 def plan_weights(model: PreTrainedModel, checkpoint: Checkpoint) -> WeightPlan:
     """The plan for a whole model. Tensors that the model has no use for (old rotary buffers) are left out."""
     rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
-    own = model.state_dict()
+    by_pattern = {
+        pattern: rule for rule in rules if isinstance(rule, WeightConverter) for pattern in rule.source_patterns
+    }
+    rename = _renamer(model)
     sources: defaultdict[str, list[str]] = defaultdict(list)
     columns: defaultdict[str, defaultdict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     converted: set[str] = set()
     for key in sorted(checkpoint.files, key=dot_natural_key):
-        given = _in_text_model(key, own)
-        name, pattern = rename_source_key(given, renamings, converters, model.base_model_prefix, own)
-        if name not in own and given in own:
-            name, pattern = given, None
-        if name not in own:
+        name, pattern = rename(key)
+        if name is None:
             continue
         sources[name].append(key)
         if pattern is not None:
@@ -87,6 +84,36 @@ def plan_weights(model: PreTrainedModel, checkpoint: Checkpoint) -> WeightPlan:
         kinds = by_pattern[next(iter(found))].source_patterns
         stacks[name] = tuple(tuple(found[kind]) for kind in kinds)
     return WeightPlan({name: tuple(keys) for name, keys in sources.items()}, stacks, frozenset(converted))
+
+
+def _renamer(model: PreTrainedModel) -> Callable[[str], tuple[str | None, str | None]]:
+    """From a checkpoint's name to the model's, and the pattern of the conversion that makes the one of the other."""
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    own = model.state_dict()
+
+    def rename(key: str) -> tuple[str | None, str | None]:
+        given = _in_text_model(key, own)
+        name, pattern = rename_source_key(given, renamings, converters, model.base_model_prefix, own)
+        if name not in own and given in own:
+            name, pattern = given, None
+        return (name, pattern) if name in own else (None, None)
+
+    return rename
+
+
+def make_module_finder(model: PreTrainedModel) -> Callable[[str], tuple[str | None, bool]]:
+    """From the name that a module with weights has in some version of transformers to its name in ``model``, and
+    whether it is only a part of that there (an expert of those stacked in one tensor); None if there is none."""
+    rename, own = _renamer(model), model.state_dict()
+
+    def find(module: str) -> tuple[str | None, bool]:
+        key = f"{module}.weight"
+        name, pattern = (key, None) if key in own else rename(key)
+        return None if name is None else name.removesuffix(".weight"), pattern is not None
+
+    return find
 
 
 def load_weights(

@@ -28,7 +28,7 @@ async def embed(model: ServedModel, request: EmbeddingRequest, call: Call) -> An
         model.room(prompt, None, "input")
     call.prompt_tokens = sum(map(len, prompts))
     model.engine.check_room(1)  # they wait for each other, so many of them don't fill the queue
-    vectors = await model.engine.embed_texts(prompts, call.route)
+    vectors = await model.engine.embed_texts(prompts, call.route, model.adapter)
     return {
         "object": "list",
         "model": model.id,

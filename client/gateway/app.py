@@ -65,17 +65,28 @@ class Gateway:
         self._counting: set[asyncio.Future[None]] = set()
 
     def model(self, name: str) -> ServedModel:
-        """The model of this name.
+        """The model of this name, or one with the LoRA adapter of this name.
 
         Raises:
             ApiError: 404.
         """
         if name not in self.models:
-            known = ", ".join(self.models)
+            every = self.served()
+            if name in every:
+                return every[name]
+            known = ", ".join(every)
             raise ApiError(
                 404, f"The model {name!r} does not exist: there is {known}", param="model", code="model_not_found"
             )
         return self.models[name]
+
+    def served(self) -> dict[str, ServedModel]:
+        """All models, and with each its LoRA adapters, which are models of their own to those who ask."""
+        every = dict(self.models)
+        for base in self.models.values():
+            for adapted in base.adapters():
+                every.setdefault(adapted.id, adapted)
+        return every
 
     def done(self, call: Call, status: int) -> None:
         """Counts and logs a request."""
@@ -190,7 +201,7 @@ async def _metrics(request: Request) -> Response:
 
 
 async def _models(request: Request) -> Response:
-    models = request.app.state.gateway.models.values()
+    models = request.app.state.gateway.served().values()
     return JSONResponse({"object": "list", "data": [model.describe() for model in models]})
 
 

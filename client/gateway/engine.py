@@ -77,12 +77,14 @@ class GatewayEngine:
         """Runs ``function`` in the thread that all torch work is done in."""
         return await asyncio.get_running_loop().run_in_executor(self._torch, function)
 
-    async def embed_texts(self, prompts: list[tuple[int, ...]], route: list[str]) -> list[Tensor]:
+    async def embed_texts(
+        self, prompts: list[tuple[int, ...]], route: list[str], adapter: str | None = None
+    ) -> list[Tensor]:
         """The mean of the last hidden states of each prompt, of length one: ``[H]`` float32 each.
 
         ``route`` as for :meth:`generate`.
         """
-        embedding = [asyncio.ensure_future(self._embed_text(prompt, route)) for prompt in prompts]
+        embedding = [asyncio.ensure_future(self._embed_text(prompt, route, adapter)) for prompt in prompts]
         try:
             return list(await asyncio.gather(*embedding))
         finally:
@@ -105,7 +107,8 @@ class GatewayEngine:
         generation: Generation | None = None
         try:
             timing.started = time.monotonic()
-            inference = self._connection.inference(max_length=len(job.prompt) + job.max_tokens)
+            max_length = len(job.prompt) + job.max_tokens
+            inference = self._connection.inference(max_length=max_length, adapter=job.adapter)
             generation = Generation(job, inference, timing)
             hidden = await self.compute(partial(self._embed_prompt, job.prompt))
             self._send(generation, hidden, decoding=False)
@@ -125,11 +128,11 @@ class GatewayEngine:
             else:
                 self._admission.release()
 
-    async def _embed_text(self, prompt: tuple[int, ...], route: list[str]) -> Tensor:
+    async def _embed_text(self, prompt: tuple[int, ...], route: list[str], adapter: str | None) -> Tensor:
         await self._admission.acquire()
         inference: Inference | None = None
         try:
-            inference = self._connection.inference(max_length=len(prompt))
+            inference = self._connection.inference(max_length=len(prompt), adapter=adapter)
             hidden = await self.compute(partial(self._embed_prompt, prompt))
             output = await inference.step(hidden, None, None)
             _describe(inference, route)

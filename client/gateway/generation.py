@@ -40,6 +40,7 @@ class Job:
         prompt: token ids, at least one.
         eos: tokens that end it.
         top_logprobs: how many of the likeliest tokens to tell with each; None for no log-probabilities at all.
+        adapter: the LoRA adapter that it goes through, if any.
         trace: whether to tell how the route changes, and how long each hop took for each token.
         seed: the same seed gives the same text, whatever else the gateway does.
     """
@@ -51,6 +52,7 @@ class Job:
     eos: frozenset[int] = frozenset()
     top_logprobs: int | None = None
     grammar: Grammar | None = None
+    adapter: str | None = None
     trace: bool = False
 
 

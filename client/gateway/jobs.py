@@ -50,6 +50,7 @@ def make_jobs(
                     eos=frozenset() if request.ignore_eos else model.eos,
                     top_logprobs=top_logprobs,
                     grammar=None if grammar is None else grammar(),
+                    adapter=model.adapter,
                     trace=trace,
                 )
             )

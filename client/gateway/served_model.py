@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 import time
 from collections.abc import Callable
@@ -26,8 +27,9 @@ class ServedModel:
     """Made over a loaded facade and its tokenizer.
 
     Attributes:
-        id: its name in the API: MODEL as typed, a directory by its own name.
+        id: its name in the API: MODEL as typed, a directory by its own name; with a LoRA adapter, the adapter's name.
         name: MODEL as typed.
+        adapter: the LoRA adapter that its texts go through, if any.
         eos: tokens that end a text.
         defaults: sampling options of the model's ``generation_config.json``; OpenAI's where it has none.
     """
@@ -37,6 +39,9 @@ class ServedModel:
     ) -> None:
         self.id = Path(name).name if Path(name).expanduser().is_dir() else name
         self.name = name
+        self.adapter: str | None = None
+        self._base: str | None = None
+        self._with_adapters: dict[str, ServedModel] = {}
         self.created = int(time.time())
         self.tokenizer = tokenizer
         self._facade = facade
@@ -47,6 +52,17 @@ class ServedModel:
         self.eos = _eos_of(facade, tokenizer)
         self.defaults = _defaults_of(facade.generation_config)
         self.engine = GatewayEngine(ModelEnds(facade), facade._connection, admission, on_batch)
+
+    def adapters(self) -> list[ServedModel]:
+        """The model with each of the LoRA adapters that the swarm serves all of it with now."""
+        return [self._with(name) for name in self._facade._connection.adapters()]
+
+    def _with(self, adapter: str) -> ServedModel:
+        if adapter not in self._with_adapters:
+            made = self._with_adapters[adapter] = copy.copy(self)
+            made.id = made.adapter = adapter
+            made._base = self.id
+        return self._with_adapters[adapter]
 
     @property
     def grammars(self) -> GrammarFactory:
@@ -113,13 +129,15 @@ class ServedModel:
         return await self._facade._connection.overview(self.id, before)  # type: ignore[no-any-return]
 
     def describe(self) -> dict[str, Any]:
-        """For ``/v1/models``."""
+        """For ``/v1/models``. As in vLLM, ``parent`` is the base model of an adapter."""
+        parent = {} if self._base is None else {"parent": self._base}
         return {
             "id": self.id,
             "object": "model",
             "created": self.created,
             "owned_by": "swarm",
             "max_model_len": self._facade._connection.longest_session(),
+            **parent,
         }
 
 

@@ -103,4 +103,4 @@ class Admissions:
 
 
 def _full_names(session: EngineSession, context: bytes, names: list[bytes] | tuple[bytes, ...]) -> list[Hashable]:
-    return [(context, session.first, session.last, name) for name in names]
+    return [(context, session.adapter, session.first, session.last, name) for name in names]

@@ -11,6 +11,7 @@ import torch
 
 from swarm.families.mixers import Mixer
 from swarm.node.engine.kv_cache import KVCache, Sequence
+from swarm.node.engine.lora import AdapterTokens, adapter_tokens
 from swarm.node.engine.paged_attention import PagedRows, describe_rows
 from swarm.node.engine.states import RowStates, mix
 from swarm.node.engine.transfer import to_device
@@ -67,7 +68,7 @@ class Batch:
     many, ``pieces`` how :func:`pack` was told to cut them. ``paged`` describes them for the cache's kernel, if it has
     one. What is the same for all blocks is made once; ``masks`` holds the masks that the first block made.
     ``states`` are those of each row, in models that have any. ``shared_kv`` are keys and values of these tokens that
-    blocks leave for later ones.
+    blocks leave for later ones. ``adapters`` say which tokens go through which.
     """
 
     cache: KVCache
@@ -80,6 +81,7 @@ class Batch:
     masks: Masks = field(default_factory=dict)
     states: tuple[RowStates, ...] = ()
     shared_kv: SharedKV = field(default_factory=dict)
+    adapters: tuple[AdapterTokens, ...] = ()
 
     def mix(self, block: int, hidden: torch.Tensor, mixer: Mixer) -> torch.Tensor:
         """``hidden`` ``[1, N, H]`` through a block's mixer, which is called with each row's tokens and states."""
@@ -119,6 +121,7 @@ class DenseBatch:
     positions: torch.Tensor
     masks: Masks = field(default_factory=dict)
     shared_kv: SharedKV = field(default_factory=dict)
+    adapters: tuple[AdapterTokens, ...] = ()
 
     def mix(self, block: int, hidden: torch.Tensor, mixer: Mixer) -> torch.Tensor:
         """As :meth:`Batch.mix`, and nothing is kept."""
@@ -216,7 +219,7 @@ def _is_short(segment: Segment) -> bool:
     return segment.index is None and segment.end - segment.begin == 1 and segment.length <= SHORT_LENGTH
 
 
-def pack_dense(rows: int, columns: int, device: torch.device) -> DenseBatch:
-    """A batch of ``rows`` rows of ``columns`` tokens each."""
+def pack_dense(rows: int, columns: int, device: torch.device, adapter: str = "") -> DenseBatch:
+    """A batch of ``rows`` rows of ``columns`` tokens each, all of them through one adapter or none."""
     positions = torch.arange(columns, device=device).repeat(rows)[None]
-    return DenseBatch(rows, columns, positions)
+    return DenseBatch(rows, columns, positions, adapters=adapter_tokens([(adapter, rows * columns)]))

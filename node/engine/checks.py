@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import torch
 
 from swarm.errors import BadRequestError, UsageError
@@ -18,6 +20,12 @@ def check_blocks(span: Span, first: int, last: int) -> None:
         check_range(first, last, span.inner_boundaries)
     except UsageError as error:
         raise BadRequestError(str(error)) from None
+
+
+def check_adapter(served: Container[str], adapter: str) -> None:
+    """``adapter`` is empty, or among those that are ``served``."""
+    if adapter and adapter not in served:
+        raise BadRequestError(f"adapter {adapter!r} is not served here")
 
 
 def check_hidden(span: Span, hidden: torch.Tensor) -> None:

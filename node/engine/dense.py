@@ -32,7 +32,7 @@ def advance(span: Span, work: DenseWork, *, max_tokens: int) -> int:
         elif end > work.done and columns:
             hidden, prompts = _rows_of(span, work, end)
             work.output[work.done : end] = executor.forward(
-                span, hidden, first=work.first, last=work.last, prompts=prompts
+                span, hidden, first=work.first, last=work.last, prompts=prompts, adapter=work.adapter
             )
     tokens = (end - work.done) * columns
     work.done = end
@@ -53,6 +53,7 @@ def _backward(span: Span, work: DenseWork, grad: torch.Tensor, output: torch.Ten
         first=work.first,
         last=work.last,
         prompts=prompts,
+        adapter=work.adapter,
         kept_tokens=kept_tokens,
     )
     if prompt_grad is not None and work.prompt_grad is not None:

@@ -9,7 +9,10 @@ of its own, cut at fixed columns. The rest computes each row by itself, which :f
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
+from collections.abc import Sequence as Listing
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ from swarm.errors import UsageError
 from swarm.node.engine.batch import pack
 from swarm.node.engine.executor import run_blocks
 from swarm.node.engine.kv_cache import KVCache, Sequence
+from swarm.node.engine.lora import adapter_tokens
 from swarm.span import Span
 from swarm.tiles import tile_linear, tiled
 
@@ -116,24 +120,28 @@ _FUNCTIONS: dict[Any, Callable[..., torch.Tensor]] = {
 
 
 @torch.inference_mode()
-def check(span: Span) -> None:
-    """Runs one session alone and again among others, and compares the bits.
+def check(span: Span, adapters: Listing[str] = ()) -> None:
+    """Runs one session alone and again among others, and compares the bits; with an adapter too, if there are any.
 
     Raises:
         UsageError: they differ, so this model can't be served deterministically here.
     """
-    if not span.ropes_vary:
-        alone, together = _watch(span, ()), _watch(span, (1, 2, 33, 12, 5, 70))
-        if all(torch.equal(mine, again) for mine, again in zip(alone, together, strict=True)):
-            return
+    if not span.ropes_vary and all(_keeps_bits(span, adapter) for adapter in ("", *adapters[:1])):
+        return
     raise UsageError(
         f"--deterministic can't be kept for {span.config.model_type} on this machine: a token's result depends on what "
         "else is computed with it. Leave the option out"
     )
 
 
-def _watch(span: Span, others: tuple[int, ...]) -> list[torch.Tensor]:
-    """Outputs of a session: a prompt of 70 tokens, then three more, with rows of ``others`` tokens around it."""
+def _keeps_bits(span: Span, adapter: str) -> bool:
+    alone, together = _watch(span, (), adapter), _watch(span, (1, 2, 33, 12, 5, 70), adapter)
+    return all(torch.equal(mine, again) for mine, again in zip(alone, together, strict=True))
+
+
+def _watch(span: Span, others: tuple[int, ...], adapter: str) -> list[torch.Tensor]:
+    """Outputs of a session with ``adapter``: a prompt of 70 tokens, then three more, with rows of ``others`` tokens
+    around it, by turns without an adapter and with it."""
     generator = torch.Generator().manual_seed(0)
     mine = torch.randn(73, span.hidden_size, generator=generator).to(span.device, span.dtype)
     cache = KVCache(
@@ -161,6 +169,9 @@ def _watch(span: Span, others: tuple[int, ...]) -> list[torch.Tensor]:
         inputs[watched] = mine[done : done + step[watched]]
         done += step[watched]
         batch = pack(cache, list(zip(rows, step, strict=True)), span.device, pieces=[(0, PIECE_TOKENS)] * len(rows))
+        turns = itertools.cycle(("", adapter))
+        names = [adapter if row == watched else next(turns) for row in range(len(rows))]
+        batch = replace(batch, adapters=adapter_tokens(zip(names, step, strict=True)))
         output = run_blocks(span, torch.cat(inputs)[None], batch, first=span.start, last=span.end)[0]
         outputs.append(output.split(step)[watched])
         for row, count in zip(rows, step, strict=True):

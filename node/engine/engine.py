@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Collection
 from collections.abc import Sequence as Listing
 from concurrent.futures import CancelledError, Future
 from queue import Empty, SimpleQueue
@@ -17,7 +18,7 @@ from swarm.errors import BadRequestError, LeavingError, OutOfCacheError, RemoteE
 from swarm.node.engine import dense
 from swarm.node.engine.acceleration import Acceleration
 from swarm.node.engine.admission import Admissions
-from swarm.node.engine.checks import check_blocks, check_hidden, check_step
+from swarm.node.engine.checks import check_adapter, check_blocks, check_hidden, check_step
 from swarm.node.engine.deterministic import PIECE_TOKENS, columns_per_piece
 from swarm.node.engine.kv_cache import KVCache, Sequence
 from swarm.node.engine.pacing import Gatherer, Pacer
@@ -51,6 +52,7 @@ class Engine:
             that are made for it (``deterministic.make_deterministic``).
         acceleration: what to use of a GPU; by default nothing.
         state_rows: for how many rows recurrent states are kept, in models that have them.
+        adapters: names of those that were put into the span (``adapters.put_adapters``).
     """
 
     def __init__(
@@ -63,8 +65,10 @@ class Engine:
         acceleration: Acceleration | None = None,
         deterministic: bool = False,
         state_rows: int = STATE_ROWS,
+        adapters: Collection[str] = (),
     ) -> None:
         self.span = span
+        self._adapters = frozenset(adapters)
         acceleration = acceleration or Acceleration()
         self._max_batch_tokens = max_batch_tokens
         self._deterministic = deterministic
@@ -120,15 +124,19 @@ class Engine:
         assert self._thread is not None
         self._thread.join()
 
-    def open(self, *, rows: int, first: int, last: int, left_padding: Listing[int] = ()) -> EngineSession:
-        """A session of ``rows`` rows through the blocks ``first:last``. It takes no cache until tokens come,
-        and none is promised to it until it is admitted.
+    def open(
+        self, *, rows: int, first: int, last: int, left_padding: Listing[int] = (), adapter: str = ""
+    ) -> EngineSession:
+        """A session of ``rows`` rows through the blocks ``first:last`` and an adapter, if any. It takes no cache until
+        tokens come, and none is promised to it until it is admitted.
 
         Raises:
-            BadRequestError: the span doesn't hold these blocks, or ``left_padding`` isn't one number per row.
+            BadRequestError: the span doesn't hold these blocks or this adapter, or ``left_padding`` isn't one number
+                per row.
             OutOfCacheError: there can't be a page for each row.
         """
         check_blocks(self.span, first, last)
+        check_adapter(self._adapters, adapter)
         if not self._running:
             raise LeavingError("the node is shutting down")
         if rows < 1 or len(left_padding) not in (0, rows) or any(padding < 0 for padding in left_padding):
@@ -137,7 +145,8 @@ class Engine:
             raise OutOfCacheError(
                 f"the KV cache has {self._cache.pages.count} pages, which are too few for {rows} rows"
             )
-        session = EngineSession(first, last, [Sequence() for _ in range(rows)], list(left_padding) or [0] * rows)
+        sequences = [Sequence() for _ in range(rows)]
+        session = EngineSession(first, last, sequences, list(left_padding) or [0] * rows, adapter)
         self._sessions.add(session)
         return session
 
@@ -211,11 +220,17 @@ class Engine:
         return future
 
     def forward(
-        self, hidden: torch.Tensor, *, first: int, last: int, prompts: torch.Tensor | None = None
+        self,
+        hidden: torch.Tensor,
+        *,
+        first: int,
+        last: int,
+        prompts: torch.Tensor | None = None,
+        adapter: str = "",
     ) -> Future[torch.Tensor]:
         """``hidden`` ``[rows, T, H]`` through the blocks ``first:last``, without a session."""
         future: Future[torch.Tensor] = Future()
-        self._submit(("dense", DenseWork(hidden, None, first, last, prompts, future)), future)
+        self._submit(("dense", DenseWork(hidden, None, first, last, prompts, future, adapter=adapter)), future)
         return future
 
     def backward(
@@ -226,10 +241,11 @@ class Engine:
         first: int,
         last: int,
         prompts: torch.Tensor | None = None,
+        adapter: str = "",
     ) -> Future[tuple[torch.Tensor, torch.Tensor | None]]:
         """Gradients with respect to ``hidden`` and ``prompts`` (same shapes), given ``grad`` of the output."""
         future: Future[tuple[torch.Tensor, torch.Tensor | None]] = Future()
-        self._submit(("dense", DenseWork(hidden, grad, first, last, prompts, future)), future)
+        self._submit(("dense", DenseWork(hidden, grad, first, last, prompts, future, adapter=adapter)), future)
         return future
 
     def stats(self) -> EngineStats:
@@ -356,6 +372,8 @@ class Engine:
             chosen.append((session, work, columns))
         if not chosen:
             return
+        if self._adapters:  # side by side, and still with decode first
+            chosen.sort(key=lambda one: (one[1].columns > DECODE_COLUMNS, one[0].adapter))
         try:
             outputs, prefill, decode = self._turns.run(chosen, *turn.blocks)
         except Exception as error:
@@ -458,6 +476,7 @@ class Engine:
             return
         began = time.perf_counter()
         try:
+            check_adapter(self._adapters, work.adapter)
             self._dense_tokens += dense.advance(self.span, work, max_tokens=self._max_batch_tokens)
         except Exception as error:
             self._failures += 1

@@ -8,6 +8,7 @@ import torch
 
 import swarm.node.engine.attention  # noqa: F401  registers the function that the blocks call
 from swarm.node.engine.batch import Batch, DenseBatch, pack_dense
+from swarm.node.engine.lora import using
 from swarm.span import Span
 
 
@@ -43,10 +44,11 @@ def run_blocks(
     for device, begin, end in span.runs(first, last):
         hidden, batch = hidden.to(device, non_blocking=True), batch.to(device)
         prepared = span.prepare(hidden, batch.positions)
-        for block in range(begin, end):
-            if prompts is not None:
-                hidden = prompts.add(block - (first if prompts_from is None else prompts_from), hidden)
-            hidden = span.run(block, hidden, prepared, batch)
+        with using(batch.adapters):
+            for block in range(begin, end):
+                if prompts is not None:
+                    hidden = prompts.add(block - (first if prompts_from is None else prompts_from), hidden)
+                hidden = span.run(block, hidden, prepared, batch)
     return hidden
 
 
@@ -60,12 +62,18 @@ def place_dense(prompts: torch.Tensor, rows: int, columns: int) -> PlacedPrompts
 
 
 def forward(
-    span: Span, hidden: torch.Tensor, *, first: int, last: int, prompts: torch.Tensor | None = None
+    span: Span,
+    hidden: torch.Tensor,
+    *,
+    first: int,
+    last: int,
+    prompts: torch.Tensor | None = None,
+    adapter: str = "",
 ) -> torch.Tensor:
     """``hidden`` ``[rows, T, H]`` through the blocks ``first:last`` without a cache; same shape."""
     rows, columns, size = hidden.shape
     placed = None if prompts is None else place_dense(prompts, rows, columns)
-    batch = pack_dense(rows, columns, hidden.device)
+    batch = pack_dense(rows, columns, hidden.device, adapter)
     flat = hidden.reshape(1, rows * columns, size)
     return run_blocks(span, flat, batch, first=first, last=last, prompts=placed).view(rows, columns, size)
 
@@ -78,6 +86,7 @@ def backward(
     first: int,
     last: int,
     prompts: torch.Tensor | None = None,
+    adapter: str = "",
     kept_tokens: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Gradients with respect to ``hidden`` ``[rows, T, H]`` and ``prompts``, given ``grad`` of the output.
@@ -86,7 +95,7 @@ def backward(
     blocks' inputs are kept for groups of them and the rest is computed once more.
     """
     rows, columns, size = hidden.shape
-    batch = pack_dense(rows, columns, hidden.device)
+    batch = pack_dense(rows, columns, hidden.device, adapter)
     group = max(1, kept_tokens // (rows * columns))
     # within a group of blocks gradients also go through keys and values that they share
     starts = [start for start in range(first, last, group) if start not in span.inner_boundaries]

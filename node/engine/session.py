@@ -71,12 +71,14 @@ class Admission:
 class EngineSession:
     """Handle of one session; only the engine changes it. ``position`` counts the columns done. ``pages`` is what it was
     promised, ``context`` that of its :class:`Prefix`, and ``reused`` what it found in the cache, until its first step.
+    All of it goes through one ``adapter``, or none.
     """
 
     first: int
     last: int
     rows: list[Sequence]
     padding: list[int]
+    adapter: str = ""
     position: int = 0
     pages: int = 0
     context: bytes | None = None
@@ -105,3 +107,4 @@ class DenseWork:
     done: int = 0  # rows
     output: torch.Tensor | None = None
     prompt_grad: torch.Tensor | None = None
+    adapter: str = ""

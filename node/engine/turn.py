@@ -12,6 +12,7 @@ from swarm.node.engine.batch import pack
 from swarm.node.engine.deterministic import columns_per_piece
 from swarm.node.engine.executor import PlacedPrompts
 from swarm.node.engine.kv_cache import KVCache, Sequence
+from swarm.node.engine.lora import adapter_tokens
 from swarm.node.engine.scheduler import DECODE_COLUMNS
 from swarm.node.engine.session import EngineSession, StepWork
 from swarm.node.engine.states import StateStore
@@ -73,11 +74,13 @@ class TurnRunner:
             return [self._empty(len(new), columns) for new, (_, _, columns) in zip(cuts, chosen, strict=True)], 0, 0
         flat = inputs[0] if len(inputs) == 1 else torch.cat([part.to(span.dtype) for part in inputs])
         prompts = self._place(*chosen[0][1:], cuts[0])
+        adapters = adapter_tokens((one[0].adapter, sum(new)) for one, new in zip(chosen, cuts, strict=True))
         output = None
-        if self._decode is not None and prompts is None:
+        if self._decode is not None and prompts is None and not adapters:
             output = self._decode.run(rows, flat, first, last)
         if output is None:
             batch = pack(self._cache, rows, span.device, pieces=pieces if self._deterministic else None)
+            batch = replace(batch, adapters=adapters)
             if self._states is not None:
                 batch = replace(batch, states=tuple(self._states.of(row) for row, count in rows if count))
             hidden = to_device(flat[None], span.device, span.dtype)

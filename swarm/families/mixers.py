@@ -103,6 +103,12 @@ def adapt_mixers(block: nn.Module) -> None:
     block.has_mixers = bool(found)  # type: ignore[assignment]
 
 
+def in_mixer(block: nn.Module, name: str) -> bool:
+    """Whether the module ``name`` of ``block``, to which :func:`adapt_mixers` was applied, is in a mixer."""
+    parts = name.split(".")
+    return any(isinstance(block.get_submodule(".".join(parts[:end])), _ByRows) for end in range(1, len(parts)))
+
+
 def has_mixers(block: nn.Module) -> bool:
     """Whether :func:`adapt_mixers` found any."""
     return bool(getattr(block, "has_mixers", False))

@@ -18,7 +18,8 @@ from swarm.source import resolve
 class InProcessSession:
     """What ``swarm.client.session.Session`` promises, one ``Engine.open`` and ``Engine.step`` per half."""
 
-    def __init__(self, connection: InProcessConnection, max_length: int) -> None:
+    def __init__(self, connection: InProcessConnection, max_length: int, adapter: str | None) -> None:
+        assert adapter is None
         self.position = 0
         self.max_length = max_length
         self.closed = False
@@ -86,21 +87,24 @@ class InProcessConnection:
         ]
         self.sessions: list[InProcessSession] = []
         self.failure: str | None = None
+        self.active_adapter: str | None = None
         self.times_closed = 0
         for engine in self.engines:
             engine.start()
 
-    def session(self, *, max_length: int, first: int = 0, last: int | None = None) -> InProcessSession:
-        session = InProcessSession(self, max_length)
+    def session(
+        self, *, max_length: int, first: int = 0, last: int | None = None, adapter: str | None = None
+    ) -> InProcessSession:
+        session = InProcessSession(self, max_length, adapter)
         self.sessions.append(session)
         return session
 
-    def forward(self, hidden: Tensor, *, first: int, last: int) -> Tensor:
+    def forward(self, hidden: Tensor, *, first: int, last: int, adapter: str | None = None) -> Tensor:
         for engine, start, end in self._parts(first, last):
             hidden = engine.forward(hidden, first=start, last=end).result(timeout=60)
         return hidden.clone()  # the engine's are inference tensors; what comes over a network isn't
 
-    def backward(self, hidden: Tensor, grad: Tensor, *, first: int, last: int) -> Tensor:
+    def backward(self, hidden: Tensor, grad: Tensor, *, first: int, last: int, adapter: str | None = None) -> Tensor:
         parts = self._parts(first, last)
         inputs = [hidden]
         for engine, start, end in parts[:-1]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from swarm.client.gateway.server import GatewaySettings, running
 from swarm.source import resolve
+from tests.adapters import make_adapter, whole_with
 from tests.swarm_e2e.conftest import _zygote  # noqa: F401
 from tests.swarm_e2e.nodes import Swarm, run_swarm
 
@@ -42,9 +45,16 @@ class Api:
         return httpx.get(self.url.removesuffix("/v1") + path, headers=headers)
 
 
+@functools.cache
+def demo_adapter() -> Path:
+    """A LoRA adapter for the demo model."""
+    return make_adapter(resolve("demo").path, "painter", r=4, target_modules=["q_proj", "v_proj", "up_proj"])
+
+
 @pytest.fixture(scope="session")
 def swarm() -> Iterator[Swarm]:
-    with run_swarm("demo", ("0:4", "4:8"), "--cache-tokens", str(CACHE_TOKENS)) as swarm:
+    adapters = ("--adapters", str(demo_adapter()))
+    with run_swarm("demo", ("0:4", "4:8"), "--cache-tokens", str(CACHE_TOKENS), *adapters) as swarm:
         yield swarm
 
 
@@ -87,9 +97,15 @@ class Whole:
     def greedy(self, text: str, tokens: int, **options: Any) -> str:
         """The continuation by transformers' generate."""
         ids = self.tokenizer(text, return_tensors="pt")["input_ids"]
-        made = self.model.generate(ids, max_new_tokens=tokens, do_sample=False, **options)
+        made = self.model.generate(input_ids=ids, max_new_tokens=tokens, do_sample=False, **options)
         continuation: str = self.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
         return continuation
+
+    def adapted(self) -> Whole:
+        """The same with the adapter, in PEFT."""
+        other = copy.copy(self)
+        other.model = whole_with(resolve("demo").path, {"painter": demo_adapter()})
+        return other
 
     def chat_prompt(self, content: str) -> str:
         """What the model's template makes of one message, without the token that the tokenizer adds again."""

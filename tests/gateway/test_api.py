@@ -14,6 +14,7 @@ import torch
 from langchain_openai import ChatOpenAI
 
 from tests.gateway.conftest import Api, Whole
+from tests.swarm_e2e.nodes import Swarm, run_command
 
 PROMPT = "This method returns"
 COLOURS = {
@@ -36,7 +37,10 @@ def ask(content: str) -> Any:
 
 
 def test_models(api: Api) -> None:
-    assert [model.id for model in api.client.models.list()] == ["demo"]
+    assert [(model.id, (model.model_extra or {}).get("parent")) for model in api.client.models.list()] == [
+        ("demo", None),
+        ("painter", "demo"),
+    ]
     assert api.client.models.retrieve("demo").owned_by == "swarm"
     with pytest.raises(openai.NotFoundError) as error:
         api.client.models.retrieve("gpt/4")
@@ -60,6 +64,32 @@ def test_a_completion_is_transformers_own_text(api: Api, whole: Whole) -> None:
     route = done.headers["x-swarm-route"]
     assert route.isascii()
     assert [hop[-5:] for hop in route.split(" -> ")] == ["[0:4]", "[4:8]"]
+
+
+def test_an_adapter_is_a_model(api: Api, whole: Whole) -> None:
+    """The base model and the adapter, at the same time."""
+
+    def ask_for(model: str) -> str:
+        made = api.client.completions.create(model=model, prompt=PROMPT, max_tokens=30, temperature=0)
+        assert made.model == model
+        return made.choices[0].text
+
+    with ThreadPoolExecutor(2) as threads:
+        plain, adapted = threads.map(ask_for, ("demo", "painter"))
+    assert plain == whole.greedy(PROMPT, 30)
+    assert adapted == whole.adapted().greedy(PROMPT, 30)
+    assert adapted != plain
+    base, own = (api.client.embeddings.create(model=each, input=PROMPT).data[0] for each in ("demo", "painter"))
+    assert base.embedding != own.embedding
+
+
+@pytest.mark.parametrize("through", ["swarm", "gateway"])
+def test_the_command_takes_an_adapter(api: Api, swarm: Swarm, whole: Whole, through: str) -> None:
+    where = ["--initial-peers", *swarm.initial_peers] if through == "swarm" else ["--api", api.url]
+    argv = ["swarm", "generate", "demo", "--adapter", "painter", "-p", PROMPT, "--max-new-tokens", "20", "--json"]
+    done = run_command([*argv, *where])
+    assert done.returncode == 0, done.stderr
+    assert whole.adapted().greedy(PROMPT, 20) in json.loads(done.stdout)["text"]
 
 
 def test_a_text_that_ends_by_itself(api: Api, whole: Whole) -> None:

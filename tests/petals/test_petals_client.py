@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from swarm.source import default_dht_prefix
+from tests.adapters import make_adapter, whole_with
 from tests.petals.models import shared_model
 from tests.petals.peers import Client, Petals, closing
 from tests.swarm_e2e.nodes import Swarm, run_swarm
@@ -47,10 +49,17 @@ def generate(client: Client, ids: torch.Tensor, **options: Any) -> torch.Tensor:
     return torch.tensor(client.ask("generate", ids=ids.tolist(), **QUIET, **options))
 
 
+@functools.cache
+def llama_adapter() -> Path:
+    """A LoRA adapter of the Llama model."""
+    return make_adapter(shared_model("llama-gqa"), "ada", r=4, target_modules=["q_proj", "v_proj", "down_proj"])
+
+
 @contextmanager
 def make_case(petals: Petals, name: str) -> Iterator[Case]:
     path = shared_model(name)
-    with run_swarm(path, ("0:3", "3:6")) as swarm, connect(petals, swarm, name) as client:
+    options = ("--adapters", str(llama_adapter())) if name == "llama-gqa" else ()
+    with run_swarm(path, ("0:3", "3:6"), *options) as swarm, connect(petals, swarm, name) as client:
         yield Case(swarm, petals, name, AutoModelForCausalLM.from_pretrained(path), client)
 
 
@@ -98,6 +107,22 @@ def test_greedy(case: Case) -> None:
     ids = prompts(1, 9)
     expected = case.whole.generate(ids, max_new_tokens=16, **QUIET)
     assert torch.equal(generate(case.client, ids, max_new_tokens=16), expected)
+
+
+def test_active_adapter(llama: Case) -> None:
+    whole = whole_with(shared_model("llama-gqa"), {"ada": llama_adapter()})
+    ids, hidden, grad = prompts(1, 9), numbers(1, 9, 64).requires_grad_(), numbers(1, 9, 64, seed=1)
+    base = whole.get_base_model()
+    output = through(base.model.layers, base, hidden)
+    output.backward(grad)
+    with llama.connect(active_adapter="ada") as client:
+        expected = whole.generate(input_ids=ids, max_new_tokens=16, **QUIET)
+        assert torch.equal(generate(client, ids, max_new_tokens=16), expected)
+        assert not torch.equal(generate(llama.client, ids, max_new_tokens=16), expected)
+        order = {"hidden": hidden.tolist(), "grad": grad.tolist(), "first": 0, "last": 6}
+        result = client.ask("forward_backward", **order)
+    torch.testing.assert_close(torch.tensor(result["output"]), output.detach(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(torch.tensor(result["grad"]), hidden.grad, atol=1e-4, rtol=1e-4)
 
 
 def test_batch(case: Case) -> None:

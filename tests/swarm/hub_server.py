@@ -10,6 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pytest
+from huggingface_hub import constants
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_secret"
 Fault = Callable[["_Handler", int, int, bytes], bool]
@@ -51,6 +54,14 @@ class HubServer:
     def __enter__(self) -> HubServer:
         self._servers = [self._start("hub"), self._start("cdn")]
         self.url, self.cdn_url = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
+        return self
+
+    def stand_in(self, monkeypatch: pytest.MonkeyPatch) -> HubServer:
+        """Makes the Hub's library take this for the Hub."""
+        monkeypatch.setattr(constants, "ENDPOINT", self.url)
+        template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         return self
 
     def __exit__(self, *_: object) -> None:

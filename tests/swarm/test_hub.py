@@ -41,11 +41,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     save_file({f"t{n}": torch.randn(1 << 19, generator=generator) for n in range(8)}, files / SINGLE)
     monkeypatch.setattr(range_download, "FIRST_WAIT", 0.01)
     with HubServer(files) as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        yield server
+        yield server.stand_in(monkeypatch)
 
 
 @pytest.fixture

@@ -86,7 +86,7 @@ def test_records_go_round_and_petals_records_are_read() -> None:
         adapters=("a",),
         next_pings={"Qm": 0.1},
         cache_tokens_left=7,
-        offer=Offer(fingerprint="f", push_stream=True, sessions=2),
+        offer=Offer(fingerprint="f", push_stream=True, sessions=2, adapters={"ada": "1f"}),
     )
     assert ServerInfo.from_tuple(MSGPackSerializer.loads(MSGPackSerializer.dumps(info.to_tuple()))) == info
     petals = (2, 10.0, {"start_block": 0, "end_block": 4, "version": "2.2.0", "torch_dtype": "float32", "unknown": 1})

@@ -87,6 +87,7 @@ BAD = {
         "none of the initial peers answers",
     ),
     "public ip without a port": (["serve", "{path}", "--public-ip", "1.2.3.4"], "--port"),
+    "adapter that is none": (["serve", "{path}", "--adapters", "{path}"], "no adapter_config.json"),
     "identity that is none": (["serve", "{path}", "--identity", "{path}/config.json"], "identity file"),
 }
 
