@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.utils import tqdm
 
 from swarm.client.runtime import Runtime
-from swarm.errors import UsageError
+from swarm.errors import ModelError, UsageError
+from swarm.hub import HubRepo
+from swarm.manifest import SMALL_FILES
 from swarm.peer import Peer
 from swarm.sharing.download import download
 from swarm.sharing.find import find_store, weights_folder
@@ -21,6 +25,7 @@ from swarm.skeleton import end_tensors
 from swarm.source import ModelSource, check_dht_prefix, is_here, resolve, resolve_store
 from swarm.threads import in_thread
 
+logger = logging.getLogger(__name__)
 WEIGHTS = ("hub", "peers", "auto")
 
 
@@ -73,7 +78,25 @@ def find_model(
                 await runtime.leave(peers)
 
         found = runtime.run(find())
-    return found or resolve(model, revision=revision, token=token, cache_dir=cache_dir, dht_prefix=dht_prefix)
+    if found is not None:
+        return found
+    source = resolve(model, revision=revision, token=token, cache_dir=cache_dir, dht_prefix=dht_prefix)
+    if source.hub is not None:
+        _fetch_tokenizer(source.hub)
+    return source
+
+
+def _fetch_tokenizer(hub: HubRepo) -> None:
+    """Whatever small files the model has, beside its config, where :attr:`ModelSource.path` is."""
+    for name in sorted(SMALL_FILES):
+        known = try_to_load_from_cache(hub.name, name, cache_dir=hub.cache_dir, revision=hub.revision)
+        if known is not None or constants.HF_HUB_OFFLINE:  # it is here, or known not to be there
+            continue
+        try:
+            hub.fetch(name)
+        except ModelError as error:  # no network, though the config is cached: then these may be, too, or not be there
+            logger.warning("%s", error)
+            return
 
 
 async def _from_peers(
