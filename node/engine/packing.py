@@ -9,8 +9,6 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from swarm.packed_linear import PackedLinear, can_pack
 
-__all__ = ["PackedLinear", "is_plain_linear", "pack_block"]
-
 
 def pack_block(block: nn.Module) -> None:
     """Packs all linear layers in ``block``, one after the other, so that only one, or a quarter of a large one, has its

@@ -47,7 +47,7 @@ def test_the_plan_is_for_the_blocks_that_are_asked_for(monkeypatch: pytest.Monke
 
     def plan(blocks: str) -> None:
         settings = NodeSettings(model="m", peer=PeerOptions(), blocks=blocks)
-        server._plan(settings, source, torch.bfloat16, [torch.device("cpu")])
+        server._plan(settings, source, torch.bfloat16, [torch.device("cpu")], [])
 
     plan("1:2")
     with pytest.raises(UsageError, match="one block needs"):

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from swarm.node.engine import packing
-from swarm.node.engine.packing import PackedLinear, pack_block
+from swarm import packed_linear
+from swarm.node.engine.packing import pack_block
+from swarm.packed_linear import PackedLinear
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -20,7 +21,7 @@ def test_packed_is_plain(
     dtype: torch.dtype, bias: bool, rows: int, large: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if large:
-        monkeypatch.setattr(packing, "_LARGE", 16 << 10)
+        monkeypatch.setattr(packed_linear, "_LARGE", 16 << 10)
     torch.manual_seed(rows)
     plain = nn.Sequential(nn.Linear(96, 160, bias=bias), nn.SiLU(), nn.Linear(160, 90, bias=bias)).to(dtype)
     plain.requires_grad_(False)
