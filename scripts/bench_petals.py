@@ -33,6 +33,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PREFIX = "bench-hf"
+CLIENT_BYTES = 320 << 20
+"""What a client of Petals holds; both sides have as many."""
 MODELS: dict[str, dict[str, Any]] = {
     "small": {"hidden": 512, "layers": 8, "heads": 8, "kv_heads": 4, "intermediate": 1408, "vocab": 8192},
     # few words: 64 Petals clients hold 64 copies of embeddings and head
@@ -340,6 +342,11 @@ class Bench:
         """Tokens a second of many texts together, each of a process of its own, until the last has finished."""
         tokens = 16 if self.arguments.quick else 32
         for count in self.arguments.sessions:
+            if (needed := count * CLIENT_BYTES) > (free := _available_bytes()):
+                name = f"{self.label}: {count} sessions together, tokens/s"
+                note = f"not run: the clients need some {needed >> 30} GiB of memory, {free >> 30} are free"
+                self.table.add(name, None, None, more_is_better=True, note=note)
+                continue
 
             def rate(side: Side, count: int = count) -> Figure:
                 answer = side.order("generate", count=count, prompt=16, tokens=tokens, timeout=self.arguments.timeout)
@@ -365,6 +372,10 @@ class Bench:
                 notes.append(f"{side.name}: {note} after {timeout:.0f} s")
         name = f"{self.label}: stall when a hop is killed, s"
         self.table.add(name, *values, more_is_better=False, note="; ".join(notes))
+
+
+def _available_bytes() -> int:
+    return int(re.findall(r"^MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text(), re.MULTILINE)[0]) * 1024
 
 
 def make_model(out: Path, label: str, **options: Any) -> Path:
