@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from swarm.openmp import set_waiting
 
 if TYPE_CHECKING:
     from .model import SwarmModelForCausalLM
@@ -19,6 +22,10 @@ _HOMES = {
     "RemoteBlocks": "remote_blocks",
     "SwarmModelForCausalLM": "model",
 }
+
+
+if "torch" not in sys.modules:
+    set_waiting()
 
 
 def __getattr__(name: str) -> Any:

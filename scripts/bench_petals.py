@@ -31,6 +31,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from swarm.openmp import set_waiting
+
 ROOT = Path(__file__).parents[1]
 PREFIX = "bench-hf"
 CLIENT_BYTES = 320 << 20
@@ -101,7 +103,10 @@ class Side:
         """The same threads for both; nobody looks at the internet."""
         offline = {"HF_HUB_OFFLINE": "1", "HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
         threads = {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
-        return {**os.environ, **offline, **threads, "PETALS_IGNORE_DEPENDENCY_VERSION": "1", "PYTHONWARNINGS": "ignore"}
+        waiting: dict[str, str] = {}
+        set_waiting(waiting)  # as our commands do; it does Petals good, too
+        petals = {"PETALS_IGNORE_DEPENDENCY_VERSION": "1", "PYTHONWARNINGS": "ignore"}
+        return {**waiting, **os.environ, **offline, **threads, **petals}
 
     def start(self, blocks: str) -> Server:
         """A server for these blocks that is up."""
