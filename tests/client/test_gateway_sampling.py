@@ -61,8 +61,9 @@ def test_distribution_equals_transformers_row_by_row(params: list[SamplingParams
     ours = distribution(adjust(logits, rows), params)
     for index, each in enumerate(params):
         right = theirs(each, prompts[index : index + 1], logits[index : index + 1])[0]
-        # where sums of many small numbers decide (top_p near 1), one token more or less is rounding
-        assert ((ours[index] > 0) != (right > 0)).sum() <= (1 if each.top_p > 0.999 else 0)
+        other = (ours[index] > 0) != (right > 0)
+        # where sums of many small numbers decide (top_p near 1), a few of the smallest more or less are rounding
+        assert (ours[index] + right)[other].sum() <= (5e-6 if each.top_p > 0.999 else 0)
         torch.testing.assert_close(ours[index], right, atol=2e-5, rtol=1e-4)
 
 
