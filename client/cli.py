@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swarm.errors import BadRequestError, SwarmError, UsageError
-from swarm.openmp import set_waiting
-from swarm.options import CONTEXT, NETWORK, DhtPrefix, InitialPeers, split_list
+from swarm.options import CONTEXT, NETWORK, WEIGHTS, CacheDir, DhtPrefix, InitialPeers, Manifest, split_list
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,7 +66,6 @@ Api = Annotated[
 ApiKey = Annotated[
     str | None, typer.Option(envvar="SWARM_API_KEY", help="Key for --api, if it wants one.", rich_help_panel=NETWORK)
 ]
-_WEIGHTS = "Weights"
 Weights = Annotated[
     str,
     typer.Option(
@@ -76,24 +74,7 @@ Weights = Annotated[
         help="Where embeddings, head, config and tokenizer come from. hub: a directory here, or else the Hub. peers: "
         "nodes that hand weights out; MODEL is then its name in the swarm. auto: a directory here, else peers, else "
         "the Hub.",
-        rich_help_panel=_WEIGHTS,
-    ),
-]
-Manifest = Annotated[
-    str | None,
-    typer.Option(
-        envvar="SWARM_MANIFEST",
-        metavar="HASH",
-        help="Take from peers only the weights with this manifest, as swarm-node seed prints it.",
-        rich_help_panel=_WEIGHTS,
-    ),
-]
-CacheDir = Annotated[
-    Path | None,
-    typer.Option(
-        envvar="SWARM_CACHE_DIR",
-        help="Where downloads are kept; default: the Hub's own cache.",
-        rich_help_panel=_WEIGHTS,
+        rich_help_panel=WEIGHTS,
     ),
 ]
 Adapter = Annotated[
@@ -322,5 +303,4 @@ def main() -> None:
     from swarm.client.gateway.cli import gateway  # takes its options' types from here
 
     app.add_typer(gateway, name="gateway")
-    set_waiting()  # before torch is imported
     app()

@@ -82,15 +82,17 @@ def find_model(
         return found
     source = resolve(model, revision=revision, token=token, cache_dir=cache_dir, dht_prefix=dht_prefix)
     if source.hub is not None:
-        _fetch_tokenizer(source.hub)
+        _fetch_small_files(source.hub)
     return source
 
 
-def _fetch_tokenizer(hub: HubRepo) -> None:
-    """Whatever small files the model has, beside its config, where :attr:`ModelSource.path` is."""
+def _fetch_small_files(hub: HubRepo) -> None:
+    """The tokenizer and the model's other small files, to where its config is (:attr:`ModelSource.path`)."""
+    if constants.HF_HUB_OFFLINE:
+        return
     for name in sorted(SMALL_FILES):
         known = try_to_load_from_cache(hub.name, name, cache_dir=hub.cache_dir, revision=hub.revision)
-        if known is not None or constants.HF_HUB_OFFLINE:  # it is here, or known not to be there
+        if known is not None:  # it is here, or known not to be there
             continue
         try:
             hub.fetch(name)

@@ -15,7 +15,7 @@ import typer
 
 from swarm.errors import SwarmError, UsageError
 from swarm.openmp import set_waiting
-from swarm.options import CONTEXT, NETWORK, DhtPrefix, InitialPeers, Model, split_list
+from swarm.options import CONTEXT, NETWORK, WEIGHTS, CacheDir, DhtPrefix, InitialPeers, Manifest, Model, split_list
 
 app = typer.Typer(
     name="swarm-node",
@@ -73,23 +73,13 @@ Identity = Annotated[
         rich_help_panel=NETWORK,
     ),
 ]
-_WEIGHTS = "Weights"
-Manifest = Annotated[
-    str | None,
-    typer.Option(
-        envvar="SWARM_MANIFEST",
-        metavar="HASH",
-        help="Take only the weights with this manifest, as swarm-node seed prints it: then nobody needs to be trusted.",
-        rich_help_panel=_WEIGHTS,
-    ),
-]
 UploadRate = Annotated[
     float,
     typer.Option(
         envvar="SWARM_UPLOAD_RATE",
         min=0,
         help="MB/s of weights that are sent to others at most; 0: no limit.",
-        rich_help_panel=_WEIGHTS,
+        rich_help_panel=WEIGHTS,
     ),
 ]
 Revision = Annotated[
@@ -98,14 +88,6 @@ Revision = Annotated[
 ]
 Token = Annotated[
     str | None, typer.Option(envvar="HF_TOKEN", help="Hub token for gated models.", rich_help_panel="Model")
-]
-CacheDir = Annotated[
-    Path | None,
-    typer.Option(
-        envvar="SWARM_CACHE_DIR",
-        help="Where downloads are kept; default: the Hub's own cache.",
-        rich_help_panel="Model",
-    ),
 ]
 Format = Annotated[
     LogFormat,
@@ -260,7 +242,7 @@ def serve(
             help="Where the weights come from. hub: a directory here, or else the Hub. peers: other nodes; MODEL is "
             "then its name in the swarm. auto: what is here whole, else peers, else the Hub; what is here is hashed, "
             "once, and handed out.",
-            rich_help_panel=_WEIGHTS,
+            rich_help_panel=WEIGHTS,
         ),
     ] = "hub",
     seed: Annotated[
@@ -270,7 +252,7 @@ def serve(
             envvar="SWARM_SEED",
             help="Hand out the weights to other nodes. Hashes the whole checkpoint first, once; a Hub model is "
             "downloaded whole.",
-            rich_help_panel=_WEIGHTS,
+            rich_help_panel=WEIGHTS,
         ),
     ] = False,
     manifest: Manifest = None,
@@ -359,7 +341,7 @@ def fetch(
         typer.Option(
             metavar="DIR",
             help="Into this directory; default: where serve --weights peers looks.",
-            rich_help_panel=_WEIGHTS,
+            rich_help_panel=WEIGHTS,
         ),
     ] = None,
     manifest: Manifest = None,

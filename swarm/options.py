@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-NETWORK = "Network"
+NETWORK, WEIGHTS = "Network", "Weights"
 CONTEXT = {"help_option_names": ["-h", "--help"]}
 
 Model = Annotated[
@@ -27,6 +28,23 @@ DhtPrefix = Annotated[
     str | None,
     typer.Option(
         envvar="SWARM_DHT_PREFIX", help="The model's name in the swarm; default: from MODEL.", rich_help_panel=NETWORK
+    ),
+]
+Manifest = Annotated[
+    str | None,
+    typer.Option(
+        envvar="SWARM_MANIFEST",
+        metavar="HASH",
+        help="Take only the weights with this manifest, as swarm-node seed prints it: then nobody needs to be trusted.",
+        rich_help_panel=WEIGHTS,
+    ),
+]
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="SWARM_CACHE_DIR",
+        help="Where downloads are kept; default: the Hub's own cache.",
+        rich_help_panel=WEIGHTS,
     ),
 ]
 

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from swarm.client.cli import CacheDir, Manifest, WaitTimeout, Weights, errors
+from swarm.client.cli import WaitTimeout, Weights, errors
 from swarm.errors import UsageError
-from swarm.options import NETWORK, DhtPrefix, InitialPeers, split_list
+from swarm.options import NETWORK, CacheDir, DhtPrefix, InitialPeers, Manifest, split_list
 
 _LIMITS, _ACCESS = "Limits", "Access"
 INSTALL = "the gateway needs more packages: pip install 'swarm-llm[gateway]'"
