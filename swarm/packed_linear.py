@@ -12,12 +12,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from swarm.memory import discard
 
 _LARGE, _PIECES = 64 << 20, 4
 """Weights of so many bytes are packed in so many pieces. While one is packed it is there twice: of a block of Falcon
 180B, whose largest two matrices are four fifths of it, that is a tenth, not two fifths."""
+_FEW, _SLOW_BYTES = 4, 4 << 20
+"""oneDNN multiplies one, two or three bfloat16 rows with weights of so many bytes more slowly than four
+(docs/benchmarks.md), so they are filled up to four."""
 _KEPT = 1 << 20
 """Weights of fewer bytes may be kept by the C library for a while when they are no longer used."""
 
@@ -36,6 +40,7 @@ class PackedLinear(nn.Module):
         self._rows = -(-self.out_features // _PIECES) if large else self.out_features
         # not parameters: they have no strides, so nothing but these operators can use them
         self._packed = []
+        self._least = _FEW if weight.dtype == torch.bfloat16 and weight.nbytes >= _SLOW_BYTES else 1
         for piece in weight.split(self._rows):
             self._packed.append(torch.ops.mkldnn._reorder_linear_weight(piece, 1))
             if not keep and weight.nbytes >= _KEPT:
@@ -61,6 +66,14 @@ class PackedLinear(nn.Module):
 
     def compute(self, x: torch.Tensor) -> torch.Tensor:
         """:meth:`forward`, not differentiable."""
+        rows = x.shape[:-1].numel()
+        if 0 < rows < self._least:
+            few = x.reshape(rows, self.in_features)
+            more = few.expand(self._least, -1) if rows == 1 else functional.pad(few, (0, 0, 0, self._least - rows))
+            return self._multiply(more)[:rows].view(*x.shape[:-1], self.out_features)
+        return self._multiply(x)
+
+    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         biases = [None] * len(self._packed) if self.bias is None else self.bias.split(self._rows)
         outputs = [
             torch.ops.mkldnn._linear_pointwise(x, piece, bias, "none", [], "")

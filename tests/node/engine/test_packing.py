@@ -15,13 +15,14 @@ from swarm.packed_linear import PackedLinear
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("rows", [1, 2, 17, 300])
+@pytest.mark.parametrize("rows", [1, 2, 3, 17, 300])
 @pytest.mark.parametrize("large", [False, True])
 def test_packed_is_plain(
     dtype: torch.dtype, bias: bool, rows: int, large: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if large:
         monkeypatch.setattr(packed_linear, "_LARGE", 16 << 10)
+        monkeypatch.setattr(packed_linear, "_SLOW_BYTES", 16 << 10)
     torch.manual_seed(rows)
     plain = nn.Sequential(nn.Linear(96, 160, bias=bias), nn.SiLU(), nn.Linear(160, 90, bias=bias)).to(dtype)
     plain.requires_grad_(False)
