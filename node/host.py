@@ -27,6 +27,7 @@ from swarm.node.engine.deterministic import check, make_deterministic
 from swarm.node.engine.engine import Engine
 from swarm.node.engine.quantization import Keep, Scheme, finish_block
 from swarm.node.engine.stats import EngineStats
+from swarm.node.engine.turnstile import open_turnstile
 from swarm.node.handler import Handler
 from swarm.node.limits import Limits
 from swarm.node.metrics import serve_metrics
@@ -299,6 +300,7 @@ class Host:
             acceleration=Acceleration() if settings.deterministic else await in_thread(lambda: accelerate(span)),
             deterministic=settings.deterministic,
             adapters=self._info.adapters,
+            turnstile=open_turnstile(torch.get_num_threads()) if span.device.type == "cpu" else None,
         )
         self._engine.start()
         served = Served(source.dht_prefix, *self.ready, source.hidden_size, means.dtype, self._info.adapters)

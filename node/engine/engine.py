@@ -20,14 +20,16 @@ from swarm.node.engine.acceleration import Acceleration
 from swarm.node.engine.admission import Admissions
 from swarm.node.engine.checks import check_adapter, check_blocks, check_hidden, check_step
 from swarm.node.engine.deterministic import PIECE_TOKENS, columns_per_piece
+from swarm.node.engine.gathering import Gatherer
 from swarm.node.engine.kv_cache import KVCache, Sequence
-from swarm.node.engine.pacing import Gatherer, Pacer
+from swarm.node.engine.pacing import Pacer
 from swarm.node.engine.scheduler import DECODE_COLUMNS, Waiting, plan_turn
 from swarm.node.engine.session import Admission, DenseWork, EngineSession, Prefix, StepTimes, StepWork
 from swarm.node.engine.states import StateStore
 from swarm.node.engine.static_decode import StaticDecode
 from swarm.node.engine.stats import EngineStats
 from swarm.node.engine.turn import TurnRunner
+from swarm.node.engine.turnstile import Turnstile
 from swarm.span import Span
 
 logger = logging.getLogger(__name__)
@@ -53,6 +55,7 @@ class Engine:
         acceleration: what to use of a GPU; by default nothing.
         state_rows: for how many rows recurrent states are kept, in models that have them.
         adapters: names of those that were put into the span (``adapters.put_adapters``).
+        turnstile: what nodes of the same machine go through one at a time to compute.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Engine:
         deterministic: bool = False,
         state_rows: int = STATE_ROWS,
         adapters: Collection[str] = (),
+        turnstile: Turnstile | None = None,
     ) -> None:
         self.span = span
         self._adapters = frozenset(adapters)
@@ -99,6 +103,8 @@ class Engine:
         self._ready: deque[EngineSession] = deque()  # sessions with waiting work, who waits longest first
         self._dense: deque[DenseWork] = deque()
         self._admissions = Admissions(self._cache, self._sessions)
+        self._turnstile = turnstile
+        self._waited_s = 0.0  # for this turn
         self._previous: tuple[int, int] | None = None
         self._thread: threading.Thread | None = None
         self._gate = threading.Lock()  # between those who put work in and the end of the thread that takes it out
@@ -276,35 +282,51 @@ class Engine:
         with torch.inference_mode():
             while self._receive():
                 try:
-                    self._turn()
+                    self._take_turn()
                 except Exception as error:  # a mistake of ours must not end the node's only engine
                     logger.exception("a turn of the engine failed")
                     for session in list(self._ready):
                         self._end(session, session.waiting[0], error)
         self._fail_all(LeavingError("the node is shutting down"))
 
-    def _receive(self) -> bool:
+    def _take_turn(self) -> None:
+        if self._turnstile is None:
+            self._turn()
+            return
+        asked = time.perf_counter()
+        with self._turnstile.turn():
+            self._waited_s = time.perf_counter() - asked
+            if self._receive(patient=False):  # more may have come meanwhile
+                self._turn()
+
+    def _receive(self, *, patient: bool = True) -> bool:
         """Take in all messages, waiting for one if there is nothing to do. False: stop."""
-        while True:
+        while self._running:
             try:
-                if not self._ready and not self._dense:
+                if not self._ready and not self._dense and patient:
                     message = self._inbox.get()
-                elif patience := self._patience_left():
+                elif patient and (patience := self._patience_left()):
                     message = self._inbox.get(timeout=patience)
                 else:
                     message = self._inbox.get_nowait()
             except Empty:
                 return True
-            if message[0] == "stop":
-                return False
-            self._accept(message)
+            if message[0] != "stop":
+                self._accept(message)
+        return False
 
     def _patience_left(self) -> float:
         """How long to wait, with work at hand, for sessions that are due. 0: not at all."""
         if not self._away or not self._ready:
             return 0.0
         due = [session.answered_at + session.away_s for session in self._away if session.away_s is not None]
-        return self._gatherer.patience_s(time.perf_counter(), len(self._ready), self._waiting_since, due)
+        now, waiting = time.perf_counter(), len(self._ready)
+        return self._gatherer.patience_s(now, waiting, self._waiting_since, due, self._together())
+
+    def _together(self) -> int | None:
+        """How many sessions are to decode at a time; None: any number."""
+        decoding = {*self._away, *self._ready} if len(self._ready) > 1 or self._away else ()
+        return self._gatherer.size(session.away_s for session in decoding if session.away_s is not None)
 
     def _accept(self, message: _Message) -> None:
         kind, content = message
@@ -338,21 +360,27 @@ class Engine:
 
     def _turn_steps(self) -> None:
         ready = list(self._ready)
+        waiting = [
+            Waiting(
+                (session.first, session.last),
+                session.waiting[0].rows,
+                session.waiting[0].columns - session.waiting[0].done,
+                session.waiting[0].prompts is not None,
+                session.waiting[0].start + session.waiting[0].done,
+                columns_per_piece(session.waiting[0].rows) if self._deterministic else 1,
+            )
+            for session in ready
+        ]
+        decoding = sum(work.decodes for work in waiting)
+        prefill_budget = self._pacer.prefill_budget(
+            prefilling=len(waiting) - decoding, decoding=decoding + len(self._away)
+        )
         turn = plan_turn(
-            [
-                Waiting(
-                    (session.first, session.last),
-                    session.waiting[0].rows,
-                    session.waiting[0].columns - session.waiting[0].done,
-                    session.waiting[0].prompts is not None,
-                    session.waiting[0].start + session.waiting[0].done,
-                    columns_per_piece(session.waiting[0].rows) if self._deterministic else 1,
-                )
-                for session in ready
-            ],
+            waiting,
             budget=self._max_batch_tokens,
-            prefill_budget=max(self._pacer.prefill_budget(), PIECE_TOKENS if self._deterministic else 0),
+            prefill_budget=max(prefill_budget, PIECE_TOKENS if self._deterministic else 0),
             previous=self._previous,
+            together=self._together(),
         )
         if turn is None:
             return
@@ -390,7 +418,7 @@ class Engine:
         self._pacer.ran(prefill=prefill, decode=decode, seconds=seconds)
         self._waiting_since = time.perf_counter()  # who isn't done has had its turn, and can wait for decode again
         if decode:
-            self._gatherer.ran(seconds)
+            self._gatherer.ran(self._waiting_since, self._waited_s + seconds, None if prefill else len(chosen))
         for (session, work, columns), output in zip(chosen, outputs, strict=True):
             work.times.compute_s += seconds
             self._advance(session, work, columns, output)

@@ -42,11 +42,13 @@ def plan_turn(
     budget: int,
     prefill_budget: int,
     previous: tuple[int, int] | None = None,
+    together: int | None = None,
 ) -> Turn | None:
     """The next turn over ``waiting`` (in the order of who waits longest), of ``budget`` tokens if something fits.
 
     Decode comes first, then prefill, cut into pieces of at most ``prefill_budget`` tokens in all. Ranges of blocks take
-    turns, beginning after ``previous``, the range of the turn before. ``None`` if nothing waits.
+    turns, beginning after ``previous``, the range of the turn before. At most ``together`` sessions decode while nobody
+    waits for prefill. ``None`` if nothing waits.
     """
     if not waiting:
         return None
@@ -58,9 +60,11 @@ def plan_turn(
     first_alone = Turn(blocks, ((index, _cut(work, limit) or _least(work)),))
     if work.alone:
         return first_alone
-    together = [(index, work) for index, work in here if not work.alone]
-    decodes = [(index, work) for index, work in together if work.decodes]
-    prefills = [(index, work) for index, work in together if not work.decodes]
+    shared = [(index, work) for index, work in here if not work.alone]
+    decodes = [(index, work) for index, work in shared if work.decodes]
+    prefills = [(index, work) for index, work in shared if not work.decodes]
+    if not prefills:
+        decodes = decodes[:together]
     takes: list[tuple[int, int]] = []
     left = budget - (min(prefill_budget, budget // _PREFILL_SHARE) if prefills else 0)
     for index, work in decodes:

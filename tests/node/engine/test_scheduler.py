@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarm.node.engine.pacing import Gatherer, Pacer
+from swarm.node.engine.pacing import Pacer
 from swarm.node.engine.scheduler import Waiting, plan_turn
 
 ALL = (0, 4)
@@ -66,6 +65,16 @@ def test_prefill_gets_its_share_among_many_decodes() -> None:
     assert len(turn.takes) == 31
 
 
+def test_only_so_many_decode_together_unless_prefill_waits() -> None:
+    waiting = [Waiting(ALL, 1, 1) for _ in range(10)]
+    turn = plan_turn(waiting, budget=64, prefill_budget=64, together=4)
+    assert turn is not None
+    assert [index for index, _ in turn.takes] == [0, 1, 2, 3]
+    turn = plan_turn([*waiting, Waiting(ALL, 1, 50)], budget=64, prefill_budget=20, together=4)
+    assert turn is not None
+    assert len(turn.takes) == 11
+
+
 def test_ranges_take_turns() -> None:
     waiting = [Waiting((0, 2), 1, 1), Waiting((2, 4), 1, 1), Waiting((0, 4), 1, 1)]
     previous = None
@@ -93,23 +102,11 @@ def test_prefill_is_cut_only_while_somebody_decodes() -> None:
     for _ in range(50):
         pacer.ran(prefill=0, decode=8, seconds=0.2)
     assert pacer.prefill_budget() == 20, "one decode step more for those who decode"
+    assert pacer.prefill_budget(prefilling=1, decoding=8) == 20
+    assert pacer.prefill_budget(prefilling=9, decoding=8) == 22, "more wait for prefill"
+    assert pacer.prefill_budget(prefilling=80, decoding=8) == 25, "but never more than a quarter of a second"
     for _ in range(50):
         pacer.ran(prefill=20, decode=8, seconds=0.3)  # of which 0.2 are for decode
     assert pacer.prefill_budget() == 40
     now = 2.0
     assert pacer.prefill_budget() == 512
-
-
-def test_others_are_waited_for_where_that_saves_more_than_it_costs() -> None:
-    gatherer = Gatherer(worth=0.5, reach=1.25)
-    assert gatherer.patience_s(10.0, 1, 10.0, [10.01]) == 0, "nothing is known yet"
-    gatherer.ran(0.08)
-    assert gatherer.patience_s(10.0, 1, 10.0, []) == 0
-    assert gatherer.patience_s(10.0, 1, 10.0, [10.2, 9.9]) == 0, "one is far away, one seems to have gone"
-    assert gatherer.patience_s(10.0, 1, 10.0, [10.03]) == pytest.approx(0.04), "one waits 30 ms: worth 40 to each"
-    assert gatherer.patience_s(10.0, 1, 10.0, [10.09]) == 0, "90 ms is too long for two"
-    assert gatherer.patience_s(10.0, 1, 10.0, [10.09] * 15) == pytest.approx(0.1), "but not if fifteen come"
-    assert gatherer.patience_s(10.0, 15, 10.0, [10.09]) == 0, "fifteen don't wait so long for one"
-    assert gatherer.patience_s(10.0, 1, 9.94, [10.03] * 9) == pytest.approx(0.04), "nor does anyone for ever"
-    assert gatherer.usual(None, 0.5) == 0.5
-    assert 0.2 < gatherer.usual(0.2, 0.3) < 0.3
