@@ -204,8 +204,8 @@ def measure(path, name):
         return memory("VmHWM") - before
 
     load(0, 1)  # what is needed once, whatever is loaded
-    # the least of three: on a busy machine a thread that reads may be ahead of the one that quantizes
-    return [4 * quantized_bytes(block, scheme), quantized_bytes(block, None), min(peak() for _ in range(3))]
+    # the least of five: on a busy machine a thread that reads may be ahead of the one that quantizes
+    return [4 * quantized_bytes(block, scheme), quantized_bytes(block, None), min(peak() for _ in range(5))]
 
 print(json.dumps([measure(path, name) for path, name in zip(sys.argv[1::2], sys.argv[2::2])]))
 """
