@@ -1,0 +1,189 @@
+"""Importing transformers and hivemind without what our commands never use of them: half of the time that a node took to
+start. For the commands only, which own their process; a program that imports us imports everything as it is.
+
+* ``torch._dynamo``, and sympy with it: transformers only marks functions with its decorators. It is imported when
+  something else of it is asked for, as ``torch.compile`` does, and gets the marks then.
+* ``scipy.optimize``: hivemind averages gradients with it, and transformers computes a loss.
+* ``torch.distributed.tensor``: transformers takes it for its tensor parallelism. It is told that this torch is one of
+  those built without, like some for macOS.
+* transformers reads all its 1,600 files to know what they export; and again, as its cache has room for 128 folders.
+
+The standard library's ``LazyLoader`` would not do: it runs a module when anybody looks at its ``__file__``, as
+``inspect.getmodule`` does with all modules, and a package when a submodule is imported.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import FunctionType, ModuleType
+from typing import Any
+
+_DEADLOCK_SECONDS = 10.0  # then a thread goes on with a module that is half there, as Python's own imports do at once
+_ALONE = {"torch._dynamo._trace_wrapped_higher_order_op"}  # needs nothing of its package
+
+_lock = threading.RLock()
+_waiting: dict[str, Loader] = {}  # of modules whose code has not been run
+_marks: list[tuple[str, str, Any]] = []  # module, decorator and what it was given
+
+
+def defer_imports() -> None:
+    """From now on imports go the short way, unless torch is imported already."""
+    if "torch" not in sys.modules:
+        sys.meta_path.insert(0, _Finder())
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Around the imports of a command: what they make stays, so nobody looks through it for garbage, then or later."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+class _Deferred(ModuleType):
+    """A module whose code is run when something of it is asked for that has no stand-in."""
+
+    def __getattr__(self, name: str) -> Any:
+        if self.__name__ in _waiting and name in _STAND_INS[self.__name__]:
+            return _STAND_INS[self.__name__][name](self, name)
+        if not name.startswith("__") or name == "__all__":
+            _run(self)
+        try:
+            return self.__dict__[name]
+        except KeyError:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}") from None
+
+
+def _run(module: ModuleType) -> None:
+    taken = _lock.acquire(timeout=_DEADLOCK_SECONDS)
+    try:
+        loader = _waiting.pop(module.__name__, None)
+        if loader is None:  # has been run, or is at it
+            return
+        loader.exec_module(module)
+        for name, decorator, function in _marks:
+            if name == module.__name__:
+                getattr(module, decorator)(function)
+    finally:
+        if taken:
+            _lock.release()
+
+
+def _real(module: ModuleType, name: str) -> Any:
+    _run(module)
+    return module.__dict__[name]
+
+
+def _mark(module: ModuleType, name: str) -> Callable[[Any], Any]:
+    """For a decorator that returns what it is given."""
+
+    def decorate(function: Any) -> Any:
+        if module.__name__ not in _waiting:
+            return _real(module, name)(function)
+        _marks.append((module.__name__, name, function))
+        return function
+
+    return decorate
+
+
+def _disable(module: ModuleType, name: str) -> Callable[..., Any]:
+    """For ``torch._dynamo.disable``: torch has a way of its own to put it off until the function is called."""
+
+    def disable(fn: Any = None, recursive: bool = True, *, reason: str | None = None, **more: Any) -> Any:
+        if more or not (fn is None or isinstance(fn, FunctionType)) or module.__name__ not in _waiting:
+            return _real(module, name)(fn, recursive, reason=reason, **more)
+        from torch._compile import _disable_dynamo
+
+        return _disable_dynamo(fn, recursive)
+
+    return disable
+
+
+def _call(module: ModuleType, name: str) -> Callable[..., Any]:
+    """For a function."""
+    return lambda *args, **options: _real(module, name)(*args, **options)
+
+
+_STAND_INS: dict[str, dict[str, Callable[[ModuleType, str], Any]]] = {
+    "torch._dynamo": {"disable": _disable, "assume_constant_result": _mark, "allow_in_graph": _mark},
+    "scipy.optimize": {"linear_sum_assignment": _call},
+}
+
+
+def _shorten(utils: ModuleType) -> None:
+    """Of ``transformers.utils.import_utils``."""
+    if hasattr(utils, "is_torch_distributed_available"):
+        utils.is_torch_distributed_available = lambda: False  # type: ignore[attr-defined]
+    scan = getattr(utils, "create_import_structure_from_path", None)
+    if hasattr(scan, "__wrapped__"):
+        utils.create_import_structure_from_path = functools.cache(scan.__wrapped__)  # type: ignore[attr-defined]
+
+
+class _Finder(MetaPathFinder):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        parent = fullname.rpartition(".")[0]
+        if parent in _waiting and fullname not in _ALONE:
+            _run(sys.modules[parent])
+            if fullname in sys.modules:
+                return ModuleSpec(fullname, _Present(sys.modules[fullname]))
+        kind = _Later if fullname in _STAND_INS else _Shortened if fullname == "transformers.utils.import_utils" else None
+        spec = PathFinder.find_spec(fullname, path, target) if kind is not None else None
+        if kind is None or spec is None or spec.loader is None:
+            return None
+        spec.loader = kind(spec.loader)
+        return spec
+
+
+class _Around(Loader):
+    """Puts the module's own loader in its place when it has done what there is to do."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self.loader
+
+
+class _Later(_Around):
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _Deferred(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        _waiting[module.__name__] = self.loader
+
+
+class _Shortened(_Around):
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        self.loader.exec_module(module)
+        _shorten(module)
+
+
+class _Present(Loader):
+    """For a submodule that its package has imported meanwhile."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module, self.spec = module, module.__spec__
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return self.module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self.spec
