@@ -97,14 +97,26 @@ def _mark(module: ModuleType, name: str) -> Callable[[Any], Any]:
 
 
 def _disable(module: ModuleType, name: str) -> Callable[..., Any]:
-    """For ``torch._dynamo.disable``: torch has a way of its own to put it off until the function is called."""
+    """For the decorator of functions that are not to be compiled: as long as the module hasn't been run, nothing is."""
 
-    def disable(fn: Any = None, recursive: bool = True, *, reason: str | None = None, **more: Any) -> Any:
-        if more or not (fn is None or isinstance(fn, FunctionType)) or module.__name__ not in _waiting:
-            return _real(module, name)(fn, recursive, reason=reason, **more)
-        from torch._compile import _disable_dynamo
+    def disable(fn: Any = None, recursive: bool = True, **options: Any) -> Any:
+        if fn is None:
+            return functools.partial(disable, recursive=recursive, **options)
+        if not isinstance(fn, FunctionType):
+            return _real(module, name)(fn, recursive, **options)
+        disabled: list[Callable[..., Any]] = []
 
-        return _disable_dynamo(fn, recursive)
+        @functools.wraps(fn)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            real = module.__dict__.get(name)
+            if real is None:
+                return fn(*args, **kwargs)
+            if not disabled:
+                disabled.append(real(fn, recursive, **options))
+            return disabled[0](*args, **kwargs)
+
+        call._torchdynamo_disable = True  # type: ignore[attr-defined]
+        return call
 
     return disable
 
