@@ -1,8 +1,8 @@
-"""Importing transformers and hivemind without what our commands never use of them: half of the time that a node took to
-start. For the commands only, which own their process; a program that imports us imports everything as it is.
+"""Importing transformers and hivemind without what our commands never use of them, which took half of the time. For the
+commands only, which own their process; a program that imports us imports everything as it is.
 
-* ``torch._dynamo``, and sympy with it: transformers only marks functions with its decorators. It is imported when
-  something else of it is asked for, as ``torch.compile`` does, and gets the marks then.
+* ``torch._dynamo``: transformers only marks functions with its decorators. It is imported when something else of it is
+  asked for, as ``torch.compile`` does, and gets the marks then.
 * ``scipy.optimize``: hivemind averages gradients with it, and transformers computes a loss.
 * ``torch.distributed.tensor``: transformers takes it for its tensor parallelism. It is told that this torch is one of
   those built without, like some for macOS.
@@ -26,10 +26,12 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 _DEADLOCK_SECONDS = 10.0  # then a thread goes on with a module that is half there, as Python's own imports do at once
+_UTILS = "transformers.utils.import_utils"
 _ALONE = {"torch._dynamo._trace_wrapped_higher_order_op"}  # needs nothing of its package
 
 _lock = threading.RLock()
-_waiting: dict[str, Loader] = {}  # of modules whose code has not been run
+_waiting: dict[str, Loader] = {}  # of modules whose code has not been run to its end
+_running: set[str] = set()
 _marks: list[tuple[str, str, Any]] = []  # module, decorator and what it was given
 
 
@@ -65,14 +67,19 @@ class _Deferred(ModuleType):
 
 
 def _run(module: ModuleType) -> None:
+    name = module.__name__
     taken = _lock.acquire(timeout=_DEADLOCK_SECONDS)
     try:
-        loader = _waiting.pop(module.__name__, None)
-        if loader is None:  # has been run, or is at it
+        if name not in _waiting or name in _running:
             return
-        loader.exec_module(module)
-        for name, decorator, function in _marks:
-            if name == module.__name__:
+        _running.add(name)
+        try:
+            _waiting[name].exec_module(module)
+        finally:
+            _running.remove(name)
+        del _waiting[name]
+        for marked, decorator, function in _marks:
+            if marked == name:
                 getattr(module, decorator)(function)
     finally:
         if taken:
@@ -88,10 +95,8 @@ def _mark(module: ModuleType, name: str) -> Callable[[Any], Any]:
     """For a decorator that returns what it is given."""
 
     def decorate(function: Any) -> Any:
-        if module.__name__ not in _waiting:
-            return _real(module, name)(function)
         _marks.append((module.__name__, name, function))
-        return function
+        return function if module.__name__ in _waiting else _real(module, name)(function)
 
     return decorate
 
@@ -133,7 +138,7 @@ _STAND_INS: dict[str, dict[str, Callable[[ModuleType, str], Any]]] = {
 
 
 def _shorten(utils: ModuleType) -> None:
-    """Of ``transformers.utils.import_utils``."""
+    """Of ``_UTILS``."""
     if hasattr(utils, "is_torch_distributed_available"):
         utils.is_torch_distributed_available = lambda: False  # type: ignore[attr-defined]
     scan = getattr(utils, "create_import_structure_from_path", None)
@@ -150,11 +155,12 @@ class _Finder(MetaPathFinder):
             _run(sys.modules[parent])
             if fullname in sys.modules:
                 return ModuleSpec(fullname, _Present(sys.modules[fullname]))
-        kind = _Later if fullname in _STAND_INS else _Shortened if fullname == "transformers.utils.import_utils" else None
-        spec = PathFinder.find_spec(fullname, path, target) if kind is not None else None
-        if kind is None or spec is None or spec.loader is None:
+        around = _Later if fullname in _STAND_INS else _Shortened if fullname == _UTILS else None
+        if around is None:
             return None
-        spec.loader = kind(spec.loader)
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = around(spec.loader)
         return spec
 
 

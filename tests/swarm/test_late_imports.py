@@ -15,7 +15,7 @@ def run(code: str) -> str:
 
 @pytest.mark.parametrize("module", ["swarm.node.server", "swarm.client.model"])
 def test_what_is_not_imported(module: str) -> None:
-    code = f"with importing():\n    import {module}\nimport sys\nprint([name for name in {HEAVY} if name in sys.modules])"
+    code = f"with importing():\n    import {module}, sys\nprint([name for name in {HEAVY} if name in sys.modules])"
     assert run(BEGIN + code) == "[]\n"
 
 
