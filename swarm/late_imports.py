@@ -141,9 +141,9 @@ def _shorten(utils: ModuleType) -> None:
     """Of ``_UTILS``."""
     if hasattr(utils, "is_torch_distributed_available"):
         utils.is_torch_distributed_available = lambda: False  # type: ignore[attr-defined]
-    scan = getattr(utils, "create_import_structure_from_path", None)
-    if hasattr(scan, "__wrapped__"):
-        utils.create_import_structure_from_path = functools.cache(scan.__wrapped__)  # type: ignore[attr-defined]
+    scan = getattr(getattr(utils, "create_import_structure_from_path", None), "__wrapped__", None)
+    if scan is not None:
+        utils.create_import_structure_from_path = functools.cache(scan)  # type: ignore[attr-defined]
 
 
 class _Finder(MetaPathFinder):
