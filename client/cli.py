@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swarm.errors import BadRequestError, SwarmError, UsageError
+from swarm.late_imports import defer_imports, importing
 from swarm.options import CONTEXT, NETWORK, WEIGHTS, CacheDir, DhtPrefix, InitialPeers, Manifest, split_list
 
 if TYPE_CHECKING:
@@ -245,8 +246,9 @@ def _backend(
 
 def _load(where: _Where, ends: _Ends) -> tuple[SwarmModelForCausalLM, PreTrainedTokenizerBase]:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    from swarm.client.model import SwarmModelForCausalLM
-    from swarm.client.tokenizer import load_tokenizer
+    with importing():
+        from swarm.client.model import SwarmModelForCausalLM
+        from swarm.client.tokenizer import load_tokenizer
 
     assert where.model is not None
     facade = SwarmModelForCausalLM.from_pretrained(
@@ -300,6 +302,7 @@ def errors() -> Iterator[None]:
 
 def main() -> None:
     """Entry point of ``swarm``."""
+    defer_imports()
     from swarm.client.gateway.cli import gateway  # takes its options' types from here
 
     app.add_typer(gateway, name="gateway")

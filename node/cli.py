@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from swarm.errors import SwarmError, UsageError
+from swarm.late_imports import defer_imports, importing
 from swarm.openmp import set_waiting
 from swarm.options import CONTEXT, NETWORK, WEIGHTS, CacheDir, DhtPrefix, InitialPeers, Manifest, Model, split_list
 
@@ -282,12 +283,13 @@ def serve(
     output.event("starting", f"Starting a node for {model}…", model=model)
 
     async def run(stop: asyncio.Event) -> None:
-        from swarm.node.server import serve as serve_node
-        from swarm.node.settings import NodeSettings
-        from swarm.peer import PeerOptions
-
         if blocks is not None and num_blocks is not None:
             raise UsageError("--blocks and --num-blocks can't be given together")
+        with importing():
+            from swarm.node.server import serve as serve_node
+            from swarm.node.settings import NodeSettings
+            from swarm.peer import PeerOptions
+
         settings = NodeSettings(
             model=model,
             peer=PeerOptions(
@@ -528,5 +530,6 @@ def _run_until_stopped(run: Callable[[asyncio.Event], Awaitable[None]], say_erro
 
 def main() -> None:
     """Entry point of ``swarm-node``."""
-    set_waiting()  # before torch is imported
+    set_waiting()  # both before torch is imported
+    defer_imports()
     app()

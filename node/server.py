@@ -38,7 +38,7 @@ from swarm.node.settings import NodeSettings
 from swarm.node.sharing import find_source
 from swarm.peer import Peer
 from swarm.records import Offer, ServerInfo, ServerState
-from swarm.skeleton import build_skeleton, cache_bytes, packed_blocks
+from swarm.skeleton import block_caches, build_skeleton, packed_blocks
 from swarm.source import ModelSource
 from swarm.threads import in_thread
 
@@ -63,8 +63,9 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
     specs = parse_specs(settings.adapters)
     source, peer, sharing = await find_source(settings, output, stack)
     dtype = choose_dtype(settings.dtype, source.dtype, devices[0])
-    # before the swarm is touched
     adapters = await in_thread(lambda: _open_adapters(specs, source, settings))
+    joining = asyncio.ensure_future(_join(settings, peer, stack))  # while the memory is planned
+    stack.push_async_callback(_end, joining)
     plan, use = await in_thread(lambda: _plan(settings, source, dtype, devices, adapters))
     kept = plan.quantization in ("packed", "kernels")
     scheme = None if kept or plan.quantization == "none" else find_scheme(plan.quantization, devices[0], dtype)
@@ -73,9 +74,7 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
         text = f"The checkpoint is quantized ({source.quantization.title}): {describe(use, keep, dtype_name(dtype))}"
         output.event("checkpoint", text, format=source.quantization.title, packed=kept)
 
-    if peer is None:
-        peer = await Peer.start(settings.peer)
-        stack.push_async_callback(peer.stop)
+    peer = await joining
     records = await dht.fetch(peer.dht, source.dht_prefix, source.num_blocks)
     shape = fingerprint(source.config)
     root = sharing.root if sharing is not None else ""
@@ -118,6 +117,18 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
         await sharing.begin(stack)
     await host.take(start, end, covered)
     return host
+
+
+async def _join(settings: NodeSettings, peer: Peer | None, stack: AsyncExitStack) -> Peer:
+    if peer is None:
+        peer = await Peer.start(settings.peer)
+        stack.push_async_callback(peer.stop)
+    return peer
+
+
+async def _end(task: asyncio.Future[Peer]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 def _place(devices: Sequence[torch.device], plan: Plan, num_blocks: int) -> list[torch.device]:
@@ -187,9 +198,10 @@ def _plan(
         count = last - first
     wanted = slice(first, last)
     layers = build_skeleton(source, dtype, attention="eager").layers
-    states = cache_bytes(source, dtype, tokens=0, rows=STATE_ROWS)
+    caches = block_caches(source, dtype)
     adapter_bytes = sum(adapter.block_bytes for adapter in adapters)
-    always = [state + adapter_bytes for state in states]  # there as long as weights are
+    # there as long as weights are
+    always = [adapter_bytes + cache.bytes(tokens=0, rows=STATE_ROWS, itemsize=dtype.itemsize) for cache in caches]
     kinds = {"none": None} | {scheme.name: scheme for scheme in schemes_on(device)}
     block_bytes = {name: [quantized_bytes(block, kind) for block in layers] for name, kind in kinds.items()}
     use: dict[str, Use] = {}
@@ -211,7 +223,7 @@ def _plan(
         name: [more + size for more, size in zip(always, sizes, strict=True)][wanted]
         for name, sizes in block_bytes.items()
     }
-    token_bytes = cache_bytes(source, dtype, tokens=1, rows=0)[wanted]
+    token_bytes = [cache.bytes(tokens=1, rows=0, itemsize=dtype.itemsize) for cache in caches][wanted]
     free = [free_memory(each) for each in devices]
     early = source.store is not None
 

@@ -31,9 +31,9 @@ __all__ = [
     "Span",
     "SpanLoader",
     "assemble_span",
+    "block_caches",
     "block_tensors",
     "build_skeleton",
-    "cache_bytes",
     "end_tensors",
     "fetch_span",
     "load_ends",
@@ -505,8 +505,8 @@ def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def cache_bytes(source: ModelSource, dtype: torch.dtype, *, tokens: int, rows: int) -> list[int]:
-    """Memory that each block's cache takes for ``tokens`` tokens and the states of ``rows`` rows."""
+def block_caches(source: ModelSource, dtype: torch.dtype) -> list[BlockCache]:
+    """What each block keeps."""
     skeleton, family, device = build_skeleton(source, dtype, attention="eager"), family_of(source.model_type), "cpu"
     for module in skeleton.base.children():
         if module is not skeleton.layers and not any(True for _ in module.parameters()):
@@ -514,5 +514,4 @@ def cache_bytes(source: ModelSource, dtype: torch.dtype, *, tokens: int, rows: i
     for block in skeleton.layers:
         family.adapt(block, skeleton.config)
     every = range(source.num_blocks)
-    caches = _probe(skeleton, family, every, _layer_kinds(source), dtype, torch.device(device))
-    return [cache.bytes(tokens=tokens, rows=rows, itemsize=dtype.itemsize) for cache in caches]
+    return _probe(skeleton, family, every, _layer_kinds(source), dtype, torch.device(device))

@@ -27,6 +27,7 @@ from swarm.client.gateway.keys import KeyStore
 from swarm.client.gateway.metrics import Metrics
 from swarm.client.local_swarm import LocalNode, LocalSwarm
 from swarm.errors import ConnectError, UsageError
+from swarm.late_imports import importing
 
 if TYPE_CHECKING:
     from swarm.client.gateway.served_model import ServedModel
@@ -198,9 +199,10 @@ def _load(
     metrics: Metrics,
     stack: ExitStack,
 ) -> list[ServedModel]:
-    from swarm.client.gateway.served_model import ServedModel
-    from swarm.client.model import SwarmModelForCausalLM
-    from swarm.client.tokenizer import load_tokenizer
+    with importing():
+        from swarm.client.gateway.served_model import ServedModel
+        from swarm.client.model import SwarmModelForCausalLM
+        from swarm.client.tokenizer import load_tokenizer
 
     models = []
     for name in settings.models:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from swarm.node.engine.quantization import quantized_bytes
-from swarm.skeleton import build_skeleton, cache_bytes
+from swarm.skeleton import block_caches, build_skeleton
 from swarm.source import ModelSource
 from tests.models import large_config
 
@@ -29,4 +29,4 @@ def test_a_block(like: str) -> None:
     source = ModelSource(like, Path(), large_config(like, num_hidden_layers=1), like, torch.bfloat16)
     block = build_skeleton(source, torch.bfloat16, attention="eager").layers[0]
     assert round(quantized_bytes(block, None) / 2e6) == parameters
-    assert cache_bytes(source, torch.bfloat16, tokens=1, rows=0) == [kv_bytes]
+    assert [cache.bytes(tokens=1, rows=0, itemsize=2) for cache in block_caches(source, torch.bfloat16)] == [kv_bytes]

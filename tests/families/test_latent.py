@@ -9,7 +9,7 @@ import torch
 
 from swarm.node.engine.engine import Engine
 from swarm.probe import KVGeometry
-from swarm.skeleton import cache_bytes, load_span
+from swarm.skeleton import block_caches, load_span
 from swarm.source import resolve
 from tests.families.table import CASES
 from tests.models import make_checkpoint
@@ -24,12 +24,14 @@ def test_what_is_kept(model_type: str, tmp_path: Path) -> None:
     assert span.kv == (KVGeometry(1, size, size, shared=True),) * 2
     cache = Engine(span, cache_tokens=64)._cache
     assert all(cache.values[block] is cache.keys[block] for block in (1, 2))
-    assert cache_bytes(source, torch.float32, tokens=10, rows=7) == [10 * size * 4] * 5
+    caches = block_caches(source, torch.float32)
+    assert [each.bytes(tokens=10, rows=7, itemsize=4) for each in caches] == [10 * size * 4] * 5
 
 
 def test_what_hybrids_keep(tmp_path: Path) -> None:
     config = next(case for case in CASES if case.model_type == "qwen3_next").config()
     source = resolve(str(make_checkpoint(tmp_path, config)))
     states = 4 * (4 * 80 + 4 * 8 * 12)  # see tests/node/engine/test_states.py
-    assert cache_bytes(source, torch.float32, tokens=0, rows=3) == [3 * states] * 3 + [0, 3 * states]
-    assert cache_bytes(source, torch.float32, tokens=1000, rows=3)[3] == 1000 * 2 * (16 + 16) * 4
+    caches = block_caches(source, torch.float32)
+    assert [each.bytes(tokens=0, rows=3, itemsize=4) for each in caches] == [3 * states] * 3 + [0, 3 * states]
+    assert caches[3].bytes(tokens=1000, rows=3, itemsize=4) == 1000 * 2 * (16 + 16) * 4

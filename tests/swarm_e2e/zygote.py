@@ -13,6 +13,9 @@ import sys
 
 
 def main() -> None:
+    from swarm.late_imports import defer_imports
+
+    defer_imports()  # as the commands do
     import swarm.client.cli
     import swarm.client.model
     import swarm.client.talk
