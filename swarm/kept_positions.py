@@ -19,7 +19,7 @@ _MOST = 8  # times so many positions are kept
 
 class KeptPositions:
     """Keeps what ``make`` makes of positions (``[1, N]`` int64 on a device). That may be tensors ``[1, N, …]``, tensors
-    ``[n]`` that don't depend on positions, None, and tuples and dicts of these; whatever else it is isn't kept."""
+    ``[n]`` that don't depend on positions, and tuples and dicts of these; whatever else it is isn't kept."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[torch.device, int], Any] = {}
