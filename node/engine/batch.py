@@ -63,8 +63,8 @@ class ShortRows:
 class Batch:
     """Tokens of many rows, packed flat, whose keys and values go to ``cache``.
 
-    ``positions`` ``[1, N]`` int64 counts tokens within the row. Where each token's key and value go say ``slots``
-    ``[N]`` int64 or, if they lie side by side, by ``run``, the first of them. ``rows`` are the rows with new tokens and
+    ``positions`` ``[1, N]`` int64 counts tokens within the row. ``slots`` ``[N]`` int64 says where each token's key and
+    value go; if they lie side by side it is None, and ``run`` the first. ``rows`` are the rows with new tokens and
     how many, ``pieces`` how :func:`pack` was told to cut them. ``paged`` describes them for the kernel, if there is
     one. What is the same for all blocks is made once; ``masks`` holds the masks that the first block made.
     ``states`` are those of each row, in models that have any. ``shared_kv`` are keys and values of these tokens that
