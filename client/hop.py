@@ -147,7 +147,7 @@ class Hop:
             fields["next_servers"] = [hop.to_tuple() for hop in hops]
         if page_names is not None:
             fields["page_names"] = page_names
-        if self.dtype is not None:
+        if self.dtype is not None and hidden.dtype != self.dtype:
             hidden = hidden.to(self.dtype)
         reorder = _EMPTY_INT64 if hypo_ids is None else encode(hypo_ids)
         request = Request(uid=self._uid, tensors=[encode(hidden), _EMPTY, reorder], metadata=rpc.dump(fields))

@@ -172,7 +172,7 @@ class Inference:
         chunks = [
             _Chunk(
                 start + at,
-                hidden[:, at : at + width],
+                hidden if columns <= width else hidden[:, at : at + width],
                 hypo_ids if at == 0 else None,
                 columns <= width,
                 self._names.between(start + at, min(start + at + width, start + columns)) if self._names else None,

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from swarm.client.routing import Leg
+from swarm.codec import raw_bytes
 from swarm.rpc import MAX_NAMES, NAME_BYTES, NAMED_TOKENS
 
 Digests = list[list[bytes]]  # of each row, one for each column
@@ -25,8 +26,11 @@ def _digest(*parts: bytes) -> bytes:
 
 def column_digests(hidden: torch.Tensor) -> Digests:
     """Digests of the columns of ``hidden`` ``[rows, T, H]``, which is on the CPU."""
-    rows = hidden.detach().contiguous().view(torch.uint8).numpy()
-    return [[hashlib.sha256(column).digest()[:NAME_BYTES] for column in row] for row in rows]
+    rows, columns, size = hidden.shape
+    width = size * hidden.itemsize
+    data = memoryview(raw_bytes(hidden.contiguous()))
+    digests = [hashlib.sha256(data[at : at + width]).digest()[:NAME_BYTES] for at in range(0, len(data), width)]
+    return [digests[row * columns : (row + 1) * columns] for row in range(rows)]
 
 
 def describe_context(salt: bytes, model: Sequence[str], dtype: torch.dtype, legs: Iterable[Leg]) -> list[bytes]:

@@ -67,10 +67,12 @@ class Session:
                 f"the session holds {self.max_length} tokens; it has {self.position} and gets {hidden.shape[1]} more: "
                 "open it with a larger max_length"
             )
-        cpu = hidden.detach().cpu()
+        cpu = hidden.detach().cpu() if hidden.requires_grad or not hidden.is_cpu else hidden
         reorder = None if hypo_ids is None else hypo_ids.detach().cpu()
         digests = column_digests(cpu) if self._shares else None  # here, and not in the loop that all sessions share
         output = self._runtime.run(self._inference.step(cpu, reorder, left_padding, wanted=wanted, digests=digests))
+        if output.dtype == hidden.dtype and hidden.is_cpu:
+            return output
         return output.to(device=hidden.device, dtype=hidden.dtype)
 
     def crop(self, position: int) -> None:

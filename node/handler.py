@@ -7,8 +7,8 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from hivemind.p2p import P2P, P2PContext, PeerID
@@ -40,27 +40,47 @@ from swarm.stream import MessageStream
 logger = logging.getLogger(__name__)
 
 
+class _Arrived(NamedTuple):
+    """A step, and what its metadata says."""
+
+    request: Request
+    fields: dict[str, Any]
+    metadata: rpc.Metadata
+
+
 @dataclass(eq=False)
 class _Session:
-    """A session that is open. ``inbox`` has the client's steps and those pushed by other nodes, and what ends it."""
+    """A session that is open.
+
+    Attributes:
+        waiting: the client's steps and those pushed by other nodes, in order, and what ends the session: an error or,
+            with None, its client.
+        over: done when it has ended.
+        busy: no step can begin, since one is under way or the session isn't admitted yet.
+        done: names of steps that have begun.
+        room: set when one that waited has begun.
+    """
 
     stream: MessageStream
     opening: Opening
     engine_session: EngineSession
-    inbox: asyncio.Queue[Request | SwarmError | None]
+    over: asyncio.Future[None]
+    done: deque[str]
+    waiting: deque[_Arrived | SwarmError | None] = field(default_factory=deque)
+    room: asyncio.Event = field(default_factory=asyncio.Event)
+    busy: bool = True
     position: int = 0
     idle_since: float | None = None
 
+    def end(self, error: BaseException | None) -> None:
+        """Ends it; the first error counts."""
+        if not self.over.done():
+            self.over.set_result(None) if error is None else self.over.set_exception(error)
 
-async def _read(session: _Session) -> None:
-    """Moves what the client sends into the inbox."""
-    last: SwarmError | None = None
-    try:
-        while (request := await session.stream.receive(Request)) is not None:
-            await session.inbox.put(request)
-    except SwarmError as error:
-        last = error
-    await session.inbox.put(last)
+
+def _open(request: Request) -> _Arrived:
+    fields = rpc.load(request.metadata)
+    return _Arrived(request, fields, rpc.parse(fields))
 
 
 class Handler:
@@ -102,8 +122,7 @@ class Handler:
         while self._busy and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.02)
         for session in list(self._sessions.values()):
-            with suppress(asyncio.QueueFull):
-                session.inbox.put_nowait(LeavingError("this node is shutting down"))
+            self._take(session, LeavingError("this node is shutting down"))
         await asyncio.sleep(0.1)  # lets the goodbyes out
         for task in self._tasks:
             task.cancel()
@@ -126,9 +145,9 @@ class Handler:
             return
         if self._leaving:
             raise LeavingError("this node is shutting down: open the session elsewhere")
-        metadata = rpc.parse(rpc.load(request.metadata))
-        opening = check_opening(request, metadata, self._served, self._limits)
-        session_id = metadata.session_id or f"unnamed {id(request)} {peer}"  # without a name nobody can push to it
+        first = _open(request)
+        opening = check_opening(request, first.metadata, self._served, self._limits)
+        session_id = first.metadata.session_id or f"unnamed {id(first)} {peer}"  # without a name nobody can push to it
         engine_session = self._engine.open(
             rows=opening.rows,
             first=opening.first,
@@ -136,20 +155,40 @@ class Handler:
             left_padding=opening.left_padding,
             adapter=opening.adapter,
         )
-        session = _Session(stream, opening, engine_session, asyncio.Queue(self._limits.max_waiting_steps))
-        reading = asyncio.create_task(_read(session))
+        over = asyncio.get_running_loop().create_future()
+        done: deque[str] = deque(maxlen=2 * self._limits.max_waiting_steps)
+        session = _Session(stream, opening, engine_session, over, done)
+        reading = asyncio.create_task(self._read(session))
         try:
-            session.position = await self._admit(session, reading, metadata.alloc_timeout)
+            session.position = await self._admit(session, reading, first.metadata.alloc_timeout)
             if session_id in self._sessions:
                 raise BadRequestError("there is a session of this id already")
             self._sessions[session_id] = session
             try:
-                await self._run_session(session, request)
+                session.waiting.appendleft(first)
+                session.busy = False
+                self._go_on(session)
+                await session.over
             finally:
                 del self._sessions[session_id]
         finally:
             reading.cancel()
+            session.end(None)
             self._engine.close(engine_session)
+
+    async def _read(self, session: _Session) -> None:
+        """Takes what the client sends."""
+        last: SwarmError | None = None
+        try:
+            while (request := await session.stream.receive(Request)) is not None:
+                arrived = _open(request)
+                while len(session.waiting) >= self._limits.max_waiting_steps:
+                    session.room.clear()
+                    await session.room.wait()
+                self._take(session, arrived)
+        except SwarmError as error:
+            last = error
+        self._take(session, last)
 
     async def _admit(self, session: _Session, reading: asyncio.Task[None], timeout: float) -> int:
         """Gets cache for a session, if need be by waiting; how many columns of it are there already."""
@@ -172,64 +211,92 @@ class Handler:
             self._waiting -= wait
             promise.cancel()
 
-    async def _run_session(self, session: _Session, request: Request) -> None:
-        done: deque[str] = deque(maxlen=2 * self._limits.max_waiting_steps)
-        while request.tensors:  # an empty request ends the session
-            fields = rpc.load(request.metadata)
-            metadata = rpc.parse(fields)
-            if metadata.step_id is None or metadata.step_id not in done:
-                if metadata.step_id is not None:
-                    done.append(metadata.step_id)
-                await self._step(session, request, fields, metadata)
-            session.idle_since = asyncio.get_running_loop().time()
-            received = await session.inbox.get()
-            session.idle_since = None
-            if received is None:
-                return
-            if isinstance(received, SwarmError):
-                raise received
-            request = received
+    # A step goes on in plain calls, and comes back from the engine in one: each task or future between would be a way
+    # through the event loop, some tens of microseconds behind layers that have pushed all else out of the caches.
 
-    async def _step(self, session: _Session, request: Request, fields: dict[str, Any], metadata: rpc.Metadata) -> None:
-        """Runs one step and sends its result on."""
+    def _take(self, session: _Session, arrived: _Arrived | SwarmError | None) -> None:
+        """Has something wait for its turn in a session, which may be now."""
+        session.waiting.append(arrived)
+        self._go_on(session)
+
+    def _go_on(self, session: _Session) -> None:
+        """Begins what waits, up to a step that takes time."""
+        while session.waiting and not session.busy and not session.over.done():
+            arrived = session.waiting.popleft()
+            session.room.set()
+            if arrived is None or isinstance(arrived, SwarmError):
+                session.end(arrived)
+            elif not arrived.request.tensors:  # an empty request ends the session, too
+                session.end(None)
+            else:
+                try:
+                    self._begin(session, arrived)
+                except Exception as error:
+                    session.end(error)
+        session.idle_since = None if session.busy else asyncio.get_running_loop().time()
+
+    def _begin(self, session: _Session, arrived: _Arrived) -> None:
+        """Begins a step, unless it has come before."""
+        request, _, metadata = arrived
+        if metadata.step_id is not None:
+            if metadata.step_id in session.done:
+                return
+            session.done.append(metadata.step_id)
         opening, position = session.opening, session.position
         step = read_step(request, metadata, opening, self._served, self._limits, position=position)
         start = position if metadata.start is None else metadata.start
         columns = step.hidden.shape[1]
-        times = StepTimes()
+        session.busy = True
         if columns == 0:
-            output = step.hidden.to(self._served.dtype)
-        else:
-            output = await self._run(
-                self._engine.step(
-                    session.engine_session,
-                    step.hidden,
-                    start=start,
-                    hypo_ids=step.hypo_ids,
-                    prompts=step.prompts,
-                    names=[list(row) for row in metadata.page_names],
-                    times=times,
-                )
-            )
-        session.position = start + columns
-        encoded = encode(output)
-        if metadata.next_servers and step.prompts is None and columns:
-            self._push_on(session.stream, encoded, request, fields, metadata)
-        about: dict[str, Any] = {"step_id": metadata.step_id}
-        if columns:
-            about |= {"queue_s": times.queue_s, "compute_s": times.compute_s}
-        else:
-            about["reused"] = start
-        await session.stream.send(Response(tensors=[encoded], metadata=rpc.dump(about)))
+            output = encode(step.hidden.to(self._served.dtype))
+            session.position = start
+            self._reply(session, Response(tensors=[output], metadata=_about(arrived, reused=start)))
+            return
+        times = StepTimes()
+        future = self._engine.step(
+            session.engine_session,
+            step.hidden,
+            start=start,
+            hypo_ids=step.hypo_ids,
+            prompts=step.prompts,
+            names=[list(row) for row in metadata.page_names],
+            times=times,
+        )
+        self._busy += 1
+        loop, pushes = asyncio.get_running_loop(), step.prompts is None
 
-    def _push_on(
-        self,
-        stream: MessageStream,
-        output: runtime_pb2.Tensor,
-        request: Request,
-        fields: dict[str, Any],
-        metadata: rpc.Metadata,
-    ) -> None:
+        def finish() -> None:
+            self._busy -= 1
+            if not session.over.done():
+                try:
+                    output = encode(future.result())
+                    session.position = start + columns
+                    if metadata.next_servers and pushes:
+                        self._push_on(session.stream, output, arrived)
+                    about = _about(arrived, queue_s=times.queue_s, compute_s=times.compute_s)
+                    self._reply(session, Response(tensors=[output], metadata=about))
+                except Exception as error:
+                    session.end(error)
+                self._go_on(session)
+
+        future.add_done_callback(lambda _: loop.is_closed() or loop.call_soon_threadsafe(finish))
+
+    def _reply(self, session: _Session, response: Response) -> None:
+        """Answers the step that is under way; unless much waits to be sent, the next can begin then."""
+        session.busy = not session.stream.send_now(response)
+        if session.busy:
+            self._spawn(self._reply_later(session, response))
+
+    async def _reply_later(self, session: _Session, response: Response) -> None:
+        try:
+            await session.stream.send(response)
+        except PeerLostError as error:
+            session.end(error)
+        session.busy = False
+        self._go_on(session)
+
+    def _push_on(self, stream: MessageStream, output: runtime_pb2.Tensor, arrived: _Arrived) -> None:
+        request, fields, metadata = arrived
         hop, *rest = metadata.next_servers
         passed_on = dict(
             fields, session_id=hop.session_id, next_servers=[following.to_tuple() for following in rest], pushed=True
@@ -260,9 +327,7 @@ class Handler:
             idle = [(session.idle_since, session) for session in self._sessions.values() if session.idle_since]
             for number, (since, session) in enumerate(sorted(idle, key=lambda pair: pair[0])):
                 if now - since > limit or (number == 0 and self._waiting and now - since > short):
-                    session.idle_since = None
-                    with suppress(asyncio.QueueFull):
-                        session.inbox.put_nowait(EvictedError(f"the session was idle for {now - since:.0f} seconds"))
+                    self._take(session, EvictedError(f"the session was idle for {now - since:.0f} seconds"))
 
     # pushes from other nodes
 
@@ -279,14 +344,13 @@ class Handler:
         return Response()
 
     def _deliver(self, request: Request) -> None:
-        session_id = rpc.parse(rpc.load(request.metadata)).session_id
-        session = self._sessions.get(session_id) if session_id is not None else None
+        arrived = _open(request)
+        session = self._sessions.get(arrived.metadata.session_id or "")
         if session is None:
             return  # its client is gone, or has found another route
-        try:
-            session.inbox.put_nowait(request)
-        except asyncio.QueueFull:
-            raise BadRequestError("too many steps of one session are waiting") from None
+        if len(session.waiting) >= self._limits.max_waiting_steps:
+            raise BadRequestError("too many steps of one session are waiting")
+        self._take(session, arrived)
 
     # forward and backward without a session
 
@@ -397,6 +461,10 @@ class Handler:
                 stream.close()
 
         return guarded
+
+
+def _about(arrived: _Arrived, **told: float) -> bytes:
+    return rpc.dump({"step_id": arrived.metadata.step_id, **told})
 
 
 def _unary(answer: Callable[[Request], Awaitable[Response]]) -> Callable[[Request, P2PContext], Awaitable[Response]]:

@@ -3,10 +3,13 @@
     python scripts/bench_overhead.py
 
 Two nodes with one block each of a Llama with hidden 2048 in bfloat16 (and a narrow MLP, since long layers hide what is
-measured here), and one session of one row. From the time of a
-step, as a caller of ``session.step`` sees it, are taken: the time of the same blocks run alone in this process, and the
-network, that is three legs between peers, measured with an echo of a message of the same size. What is left is ours:
-codec, checks, threads, queues, packing.
+measured here), and one session of one row. From the time of a step, as a caller of ``session.step`` sees it, are taken:
+the time of the same blocks run alone in this process, and the network, that is three legs between peers, measured with
+an echo of a message of the same size. What is left is ours: codec, checks, threads, queues, packing.
+
+Blocks and echo are measured twice: back to back, and as they come in a step, where each block waits for the other,
+whose weights take its place in the processor's caches, and daemons fall asleep. The latter counts. What the nodes tell
+of their turns (``compute_s``) shows how much of ours is in the engines, and how much outside.
 """
 
 from __future__ import annotations
@@ -44,18 +47,27 @@ PROTOCOL = "bench.echo"
 LIMIT = 2**20
 
 
-def step_ms(session: Any, hidden: torch.Tensor, steps: int) -> list[float]:
-    """Milliseconds of each step of a session."""
-    taken = []
+def step_ms(session: Any, hidden: torch.Tensor, steps: int) -> tuple[list[float], list[float]]:
+    """Milliseconds of each step of a session, and of the engines' turns in it."""
+    taken, turns = [], []
+    for _ in range(20):
+        session.step(hidden)
+    inference = session.cache._session._inference
+    inference.on_route = lambda event: None  # so that it keeps what the nodes tell
     for _ in range(steps):
         begin = time.perf_counter()
         session.step(hidden)
         taken.append((time.perf_counter() - begin) * 1e3)
-    return taken
+        turns.append(sum(hop.compute_s for hop in inference.times) * 1e3)
+    return taken, turns
 
 
-def arithmetic_ms(path: Path, blocks: int, hidden: torch.Tensor, steps: int) -> list[float]:
-    """Milliseconds that ``blocks`` blocks take for one row, run as the engine runs them, without an engine."""
+def arithmetic_ms(path: Path, hidden: torch.Tensor, steps: int, pause: float) -> list[float]:
+    """Milliseconds that both blocks take for one row, run as an engine runs them, without an engine.
+
+    One runs after the other, and before each there are ``pause`` seconds, which don't count.
+    """
+    blocks = 2
     span = load_span(resolve(str(path)), 0, blocks, dtype=hidden.dtype, device="cpu", finish=pack_block)
     cache = KVCache(
         start=0,
@@ -71,9 +83,12 @@ def arithmetic_ms(path: Path, blocks: int, hidden: torch.Tensor, steps: int) -> 
         for position in range(steps):
             rows = cache.arrange(rows, sources=None, keep=[position], grow=[1], blocks=range(blocks))
             batch = pack(cache, [(rows[0], 1)], span.device)
-            begin = time.perf_counter()
-            executor.run_blocks(span, hidden, batch, first=0, last=blocks)
-            taken.append((time.perf_counter() - begin) * 1e3)
+            taken.append(0.0)
+            for block in range(blocks):
+                time.sleep(pause)
+                begin = time.perf_counter()
+                executor.run_blocks(span, hidden, batch, first=block, last=block + 1)
+                taken[-1] += (time.perf_counter() - begin) * 1e3
             rows[0].length += 1
     return taken
 
@@ -98,14 +113,15 @@ def echo(ready: Any) -> None:
     uvloop.run(run())
 
 
-def leg_ms(hidden: torch.Tensor, steps: int) -> list[float]:
-    """Milliseconds of one way between two peers, for a message with ``hidden`` in it."""
+def leg_ms(hidden: torch.Tensor, steps: int, pause: float) -> tuple[list[float], list[float]]:
+    """Milliseconds of one way between two peers, for a message with ``hidden`` in it: back to back, and each time after
+    ``pause`` seconds."""
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
     process = multiprocessing.get_context("spawn").Process(target=echo, args=(theirs,), daemon=True)
     process.start()
     addresses = ours.recv()
 
-    async def run() -> list[float]:
+    async def run() -> tuple[list[float], list[float]]:
         from hivemind.p2p import PeerID
 
         peer = await Peer.start(PeerOptions(initial_peers=tuple(addresses[:1]), client=True))
@@ -113,12 +129,14 @@ def leg_ms(hidden: torch.Tensor, steps: int) -> list[float]:
         _, reader, writer = await peer.p2p.call_binary_stream_handler(target, PROTOCOL)
         stream = MessageStream(reader, writer, max_bytes=LIMIT)
         message = runtime_pb2.ExpertRequest(uid="x", tensors=[encode(hidden)], metadata=b"x" * 200)
-        taken = []
-        for _ in range(steps):
-            begin = time.perf_counter()
-            await stream.send(message)
-            await stream.receive(runtime_pb2.ExpertRequest)
-            taken.append((time.perf_counter() - begin) * 1e3 / 2)
+        taken: tuple[list[float], list[float]] = [], []
+        for values, seconds in zip(taken, (0.0, pause), strict=True):
+            for _ in range(steps):
+                await asyncio.sleep(seconds)
+                begin = time.perf_counter()
+                await stream.send(message)
+                await stream.receive(runtime_pb2.ExpertRequest)
+                values.append((time.perf_counter() - begin) * 1e3 / 2)
         await peer.stop()
         return taken
 
@@ -144,18 +162,32 @@ def main(
         with (
             run_nodes(path, ("0:1", "1:2"), threads) as peers,
             SwarmModelForCausalLM.from_pretrained(str(path), initial_peers=peers) as model,
-            model.session(max_length=3 * steps + 64) as session,
+            model.session(max_length=steps + 64) as session,
         ):
-            step_ms(session, hidden, 20)
-            step = step_ms(session, hidden, steps)
-        blocks = [2 * value for value in arithmetic_ms(path, 1, hidden, steps)]
-    leg = leg_ms(hidden, steps)
+            step, turns = step_ms(session, hidden, steps)
+        close = arithmetic_ms(path, hidden, steps, 0.0)
+        # what a step has beside the blocks is before, between and behind them
+        pause = (statistics.median(step) - statistics.median(close)) / 3e3
+        blocks = arithmetic_ms(path, hidden, steps, pause)
+    leg_close, leg = leg_ms(hidden, steps, statistics.median(step) / 1e3)
     print(f"load {os.getloadavg()[0]:.1f}, {threads} threads; milliseconds")
     print("| | median | fastest tenth |\n| --- | --- | --- |")
-    for name, values in (("step", step), ("its layers, run alone", blocks), ("one leg of the network", leg)):
+    for name, values in {
+        "step": step,
+        "its layers, run alone, back to back": close,
+        "its layers, run alone, as they come in a step": blocks,
+        "one leg of the network, back to back": leg_close,
+        "one leg of the network, once a step": leg,
+        "turns of both engines, as they tell": turns,
+    }.items():
         print(f"| {name} | {statistics.median(values):.2f} | {_tenth(values):.2f} |")
     for name, take in (("median", statistics.median), ("fastest tenth", _tenth)):
-        print(f"overhead of a hop, {name}: {(take(step) - take(blocks) - 3 * take(leg)) / 2:.2f} ms (target: under 1)")
+        ours, engines = (take(step) - take(blocks) - 3 * take(leg)) / 2, (take(turns) - take(blocks)) / 2
+        cold = (take(step) - take(close) - 3 * take(leg_close)) / 2
+        print(
+            f"overhead of a hop, {name}: {ours:.2f} ms (target: under 1), of it {engines:.2f} in the engine; "
+            f"{cold:.2f} beyond layers and network back to back"
+        )
 
 
 def _tenth(values: list[float]) -> float:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from swarm.families import Family
+from swarm.kept_positions import KeptPositions
 from swarm.layout import inner_boundaries
 from swarm.probe import KVGeometry
 
@@ -59,6 +60,7 @@ class Span:
     bases: Mapping[torch.device, nn.Module] = field(repr=False)
     family: Family = field(repr=False)
     kinds: tuple[str, ...] = field(repr=False)
+    _kept: KeptPositions = field(default_factory=KeptPositions, init=False, repr=False)
 
     @functools.cached_property
     def inner_boundaries(self) -> frozenset[int]:
@@ -95,7 +97,7 @@ class Span:
             kv_sources={block: of for block, of in self.kv_sources.items() if first <= block < last},
         )
 
-    @property
+    @functools.cached_property
     def ropes_vary(self) -> bool:
         """Whether rotary frequencies depend on the longest sequence in a batch, which some ways of scaling do."""
         rotary = getattr(self.bases[self.device], "rotary_emb", None)
@@ -103,13 +105,19 @@ class Span:
         every = kinds.values() if isinstance(kinds, dict) else (kinds,)
         return any("dynamic" in kind or kind == "longrope" for kind in every)
 
-    def prepare(self, hidden: torch.Tensor, positions: torch.Tensor) -> Prepared:
+    def prepare(self, hidden: torch.Tensor, positions: torch.Tensor, *, start: int | None = None) -> Prepared:
         """Position embeddings, once per batch and device. ``hidden`` ``[1, N, H]`` in the span's dtype and on the
-        blocks' device (only those are looked at), ``positions`` ``[1, N]`` int64 there too."""
-        base = self.bases.get(hidden.device, self.bases[self.device])
-        with torch.no_grad():
-            embeddings = self.family.position_embeddings(base, self.config, hidden, positions)
-        return Prepared(positions, embeddings)
+        blocks' device (only those are looked at), ``positions`` ``[1, N]`` int64 there too; ``start``, if the positions
+        are known to count on from it."""
+
+        def make(positions: torch.Tensor) -> Any:
+            base = self.bases.get(hidden.device, self.bases[self.device])
+            with torch.no_grad():
+                return self.family.position_embeddings(base, self.config, hidden, positions)
+
+        if start is None or self.ropes_vary:
+            return Prepared(positions, make(positions))
+        return Prepared(positions, self._kept.get(start, positions, make))
 
     def run(self, block: int, hidden: torch.Tensor, prepared: Prepared, batch: Any) -> torch.Tensor:
         """One block, by its index in the model. ``hidden`` ``[1, N, H]``, and so is the result. Differentiable with

@@ -82,8 +82,8 @@ class MessageStream:
             PeerLostError: the stream broke.
         """
         try:
-            marker = await self._reader.readexactly(1)
-            length = int.from_bytes(await self._reader.readexactly(_LENGTH_BYTES), "big")
+            head = await self._reader.readexactly(1 + _LENGTH_BYTES)
+            marker, length = head[:1], int.from_bytes(head[1:], "big")
             if length > (self._max_bytes if marker == _MESSAGE else _MAX_ERROR_BYTES):
                 raise BadRequestError(f"a message of {length} bytes is too large: the limit is {self._max_bytes}")
             data = await self._reader.readexactly(length)

@@ -54,6 +54,7 @@ def attention(
         keys.narrow(2, batch.run, tokens).copy_(key.transpose(0, 1))
         values.narrow(2, batch.run, tokens).copy_(value.transpose(0, 1))
     else:
+        assert batch.slots is not None
         keys.index_copy_(2, batch.slots, key.transpose(0, 1))
         values.index_copy_(2, batch.slots, value.transpose(0, 1))
     suits = batch.paged is not None and rule.plain and rule.slopes is None and attention_chunk is None

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 import torch
 
@@ -63,9 +63,9 @@ class ShortRows:
 class Batch:
     """Tokens of many rows, packed flat, whose keys and values go to ``cache``.
 
-    ``positions`` ``[1, N]`` int64 counts tokens within the row; ``slots`` ``[N]`` int64 says where each token's key and
-    value go, ``run`` is the first of them where they lie side by side. ``rows`` are the rows with new tokens and how
-    many, ``pieces`` how :func:`pack` was told to cut them. ``paged`` describes them for the cache's kernel, if it has
+    ``positions`` ``[1, N]`` int64 counts tokens within the row. ``slots`` ``[N]`` int64 says where each token's key and
+    value go; if they lie side by side it is None, and ``run`` the first. ``rows`` are the rows with new tokens and
+    how many, ``pieces`` how :func:`pack` was told to cut them. ``paged`` describes them for the kernel, if there is
     one. What is the same for all blocks is made once; ``masks`` holds the masks that the first block made.
     ``states`` are those of each row, in models that have any. ``shared_kv`` are keys and values of these tokens that
     blocks leave for later ones. ``adapters`` say which tokens go through which.
@@ -73,7 +73,7 @@ class Batch:
 
     cache: KVCache
     positions: torch.Tensor
-    slots: torch.Tensor
+    slots: torch.Tensor | None
     run: int | None
     rows: tuple[tuple[Sequence, int], ...]
     pieces: tuple[tuple[int, int], ...] | None = None
@@ -88,12 +88,17 @@ class Batch:
         ends = list(itertools.accumulate(new for _, new in self.rows))
         return mix(hidden, list(zip([0, *ends], ends, self.states, strict=False)), block, mixer)
 
-    @cached_property
+    @property
+    def start(self) -> int | None:
+        """The first position, if there is one row only: then the others follow from it."""
+        return self.rows[0][0].length if len(self.rows) == 1 else None
+
+    @functools.cached_property
     def segments(self) -> tuple[Segment, ...]:
         """The rows one by one. Made when a block asks, since the kernel needs none; valid until the rows grow."""
         return _segments(self.cache, self.rows, self.pieces, self.positions.device)
 
-    @cached_property
+    @functools.cached_property
     def short(self) -> ShortRows | None:
         """Stands for the first segments where those are short rows, and most blocks can use it instead."""
         return None if self.pieces is not None else _short_rows(self.segments, self.positions.device)
@@ -105,7 +110,7 @@ class Batch:
         return replace(
             self,
             positions=self.positions.to(device, non_blocking=True),
-            slots=self.slots.to(device, non_blocking=True),
+            slots=None if self.slots is None else self.slots.to(device, non_blocking=True),
             paged=None if self.paged is None else self.paged.to(device),
             masks={},
             shared_kv=_moved(self.shared_kv, device),
@@ -122,6 +127,7 @@ class DenseBatch:
     masks: Masks = field(default_factory=dict)
     shared_kv: SharedKV = field(default_factory=dict)
     adapters: tuple[AdapterTokens, ...] = ()
+    start: None = None  # of no use here, where there are many tokens
 
     def mix(self, block: int, hidden: torch.Tensor, mixer: Mixer) -> torch.Tensor:
         """As :meth:`Batch.mix`, and nothing is kept."""
@@ -145,6 +151,8 @@ def pack(
     device: torch.device,
     *,
     pieces: Listing[tuple[int, int]] | None = None,
+    states: tuple[RowStates, ...] = (),
+    adapters: tuple[AdapterTokens, ...] = (),
 ) -> Batch:
     """A batch of ``(row, new tokens)``; the rows must have pages for them. Rows without new tokens are left out.
 
@@ -154,25 +162,39 @@ def pack(
     if pieces is not None:
         pieces = tuple(piece for piece, (_, new) in zip(pieces, rows, strict=True) if new)
     rows = tuple((row, new) for row, new in rows if new)
-    positions: list[int] = []
-    slots: list[int] = []
-    for row, new in rows:
-        positions.extend(range(row.length, row.length + new))
-        slots.extend(row.slots(row.length, row.length + new, cache.page_size))
     paged = None
     if cache.kernel is not None and rows and pieces is None:
         lengths = [row.length + new for row, new in rows]
         paged = describe_rows([new for _, new in rows], lengths, [row.pages for row, _ in rows], device)
-    longs = to_device(torch.tensor([positions, slots]), device, torch.int64)
+    run = slots = None
+    if len(rows) == 1 and rows[0][0].contiguous:  # as in most steps of a single stream, for which every call counts
+        row, new = rows[0]
+        run = row.pages[0] * cache.page_size + row.length
+        positions = _counted(1 << max(12, (row.length + new - 1).bit_length()), device).narrow(1, row.length, new)
+    else:
+        cells = [(row, range(row.length, row.length + new)) for row, new in rows]
+        counts = [position for _, span in cells for position in span]
+        places = [slot for row, span in cells for slot in row.slots(span.start, span.stop, cache.page_size)]
+        longs = to_device(torch.tensor([counts, places]), device, torch.int64)
+        positions, slots = longs[:1], longs[1]
     return Batch(
         cache=cache,
-        positions=longs[:1],
-        slots=longs[1],
-        run=slots[0] if len(rows) == 1 and rows[0][0].contiguous else None,
+        positions=positions,
+        slots=slots,
+        run=run,
         rows=rows,
         pieces=pieces,
         paged=paged,
+        states=states,
+        adapters=adapters,
     )
+
+
+@functools.lru_cache(maxsize=8)
+def _counted(size: int, device: torch.device) -> torch.Tensor:
+    """The numbers up to ``size``, ``[1, size]`` int64, of which parts are positions."""
+    with torch.inference_mode(False):
+        return torch.arange(size, device=device)[None]
 
 
 def _segments(

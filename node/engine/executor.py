@@ -43,7 +43,7 @@ def run_blocks(
     """
     for device, begin, end in span.runs(first, last):
         hidden, batch = hidden.to(device, non_blocking=True), batch.to(device)
-        prepared = span.prepare(hidden, batch.positions)
+        prepared = span.prepare(hidden, batch.positions, start=batch.start)
         with using(batch.adapters):
             for block in range(begin, end):
                 if prompts is not None:

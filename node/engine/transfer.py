@@ -12,7 +12,8 @@ def staged(host: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def to_device(host: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """``host`` in ``dtype`` on ``device``."""
-    return staged(host.to(dtype), device).to(device, non_blocking=True)
+    host = host.to(dtype)
+    return host if device.type == "cpu" else staged(host, device).to(device, non_blocking=True)
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:

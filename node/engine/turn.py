@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Listing
-from dataclasses import replace
 
 import torch
 
@@ -48,7 +47,7 @@ class TurnRunner:
         """
         span = self._span
         rows: list[tuple[Sequence, int]] = []
-        inputs: list[torch.Tensor] = []
+        inputs: list[torch.Tensor] = []  # [1, tokens, H] each
         cuts: list[list[int]] = []  # tokens of each row of each work
         pieces: list[tuple[int, int]] = []
         prefill = decode = 0
@@ -63,39 +62,45 @@ class TurnRunner:
             cuts.append(new)
             total = sum(new)
             if total == columns * len(new):
-                inputs.append(part.reshape(total, span.hidden_size))
+                inputs.append(part if len(new) == 1 else part.reshape(1, total, span.hidden_size))
             else:
-                inputs.extend(part[row, columns - count :] for row, count in enumerate(new))
+                inputs.extend(part[row : row + 1, columns - count :] for row, count in enumerate(new))
             if work.columns <= DECODE_COLUMNS:
                 decode += total
             else:
                 prefill += total
         if not prefill + decode:
             return [self._empty(len(new), columns) for new, (_, _, columns) in zip(cuts, chosen, strict=True)], 0, 0
-        flat = inputs[0] if len(inputs) == 1 else torch.cat([part.to(span.dtype) for part in inputs])
+        flat = inputs[0] if len(inputs) == 1 else torch.cat([part.to(span.dtype) for part in inputs], 1)
         prompts = self._place(*chosen[0][1:], cuts[0])
         adapters = adapter_tokens((one[0].adapter, sum(new)) for one, new in zip(chosen, cuts, strict=True))
         output = None
         if self._decode is not None and prompts is None and not adapters:
-            output = self._decode.run(rows, flat, first, last)
+            decoded = self._decode.run(rows, flat[0], first, last)
+            output = None if decoded is None else decoded[None]
         if output is None:
-            batch = pack(self._cache, rows, span.device, pieces=pieces if self._deterministic else None)
-            batch = replace(batch, adapters=adapters)
-            if self._states is not None:
-                batch = replace(batch, states=tuple(self._states.of(row) for row, count in rows if count))
-            hidden = to_device(flat[None], span.device, span.dtype)
-            output = to_host(executor.run_blocks(span, hidden, batch, first=first, last=last, prompts=prompts)[0])
+            batch = pack(
+                self._cache,
+                rows,
+                span.device,
+                pieces=pieces if self._deterministic else None,
+                states=tuple(self._states.of(row) for row, count in rows if count) if self._states is not None else (),
+                adapters=adapters,
+            )
+            hidden = to_device(flat, span.device, span.dtype)
+            output = executor.run_blocks(span, hidden, batch, first=first, last=last, prompts=prompts)
+            output = output if output.is_cpu else to_host(output)
         outputs: list[torch.Tensor] = []
         offset = 0
         for (_, _, columns), new in zip(chosen, cuts, strict=True):
             total = sum(new)
-            mine = output.narrow(0, offset, total)
+            mine = output if total == output.shape[1] else output.narrow(1, offset, total)
             offset += total
             if total == columns * len(new):
-                outputs.append(mine.view(len(new), columns, -1))
+                outputs.append(mine if len(new) == 1 else mine.reshape(len(new), columns, -1))
                 continue
             padded = self._empty(len(new), columns)
-            for row, piece in enumerate(mine.split(new)):
+            for row, piece in enumerate(mine[0].split(new)):
                 padded[row, columns - len(piece) :] = piece
             outputs.append(padded)
         for sequence, count in rows:

@@ -16,7 +16,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from swarm import errors, rpc
-from swarm.codec import DTYPES, FLOAT16, decode, encode, join, split
+from swarm.codec import DTYPES, FLOAT16, all_finite, decode, encode, join, split
 from swarm.records import Offer, ServerInfo, ServerState, parse_span_uid, span_uid
 
 junk = st.recursive(
@@ -44,6 +44,19 @@ def test_bfloat16_is_two_bytes_an_element() -> None:
 def test_compressed_tensors() -> None:
     tensor = torch.linspace(-1, 1, 64).view(1, 2, 32)
     torch.testing.assert_close(decode(encode(tensor, FLOAT16), max_elements=64), tensor, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("elements", [1, 7, 40_000])  # many are looked at in another way than few
+def test_numbers_that_are_not_finite_are_found(dtype: torch.dtype, elements: int) -> None:
+    for value in (0.0, -1.5, 1e4, -6e4, 1e19):
+        tensor = torch.full((1, 1, elements), min(value, torch.finfo(dtype).max), dtype=dtype)
+        assert all_finite(tensor)
+        for bad in (float("inf"), float("-inf"), float("nan"), -float("nan")):
+            tensor[0, 0, elements // 2] = bad
+            assert not all_finite(tensor)
+            assert not all_finite(tensor.transpose(0, 2))
+    assert not all_finite(torch.full((1, 1, 4), 3e38, dtype=torch.bfloat16))  # the sum overflows
 
 
 @example(b"", [0, 65, 66372617, 2137900203], "float32", 0)  # of which torch can't make even an empty tensor
