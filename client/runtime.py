@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from collections.abc import Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -23,7 +24,11 @@ class Runtime:
 
     def __init__(self) -> None:
         self.loop = uvloop.new_event_loop()
-        threading.Thread(target=self._run, name="swarm-client", daemon=True).start()
+        thread = threading.Thread(target=self._run, name="swarm-client", daemon=True)
+        thread.start()
+        # At exit, behind the models' own, which were made later: what comes from the network when the interpreter is gone
+        # would end the process with a fault
+        weakref.finalize(self, _end, self.loop, thread)
         self._peers: dict[tuple[str, ...], tuple[Peer, int]] = {}
         self._peers_lock = asyncio.Lock()
 
@@ -75,3 +80,8 @@ class Runtime:
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
         self.loop.run_forever()
+
+
+def _end(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(1.0)
