@@ -24,11 +24,8 @@ class Runtime:
 
     def __init__(self) -> None:
         self.loop = uvloop.new_event_loop()
-        thread = threading.Thread(target=self._run, name="swarm-client", daemon=True)
-        thread.start()
-        # At exit, behind the models' own, which were made later: what comes from the network when the interpreter is gone
-        # would end the process with a fault
-        weakref.finalize(self, _end, self.loop, thread)
+        threading.Thread(target=self._run, name="swarm-client", daemon=True).start()
+        weakref.finalize(self, _park, self.loop)  # at exit, behind what models do then, which were made later
         self._peers: dict[tuple[str, ...], tuple[Peer, int]] = {}
         self._peers_lock = asyncio.Lock()
 
@@ -82,6 +79,14 @@ class Runtime:
         self.loop.run_forever()
 
 
-def _end(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(1.0)
+def _park(loop: asyncio.AbstractEventLoop) -> None:
+    """Has the loop's thread wait for ever: what came from the network when the interpreter is gone would be a
+    segmentation fault. A loop that is stopped would complain of tasks that are not done."""
+    parked = threading.Event()
+
+    def park() -> None:
+        parked.set()
+        threading.Event().wait()
+
+    loop.call_soon_threadsafe(park)
+    parked.wait(1.0)
