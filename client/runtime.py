@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from collections.abc import Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -24,6 +25,7 @@ class Runtime:
     def __init__(self) -> None:
         self.loop = uvloop.new_event_loop()
         threading.Thread(target=self._run, name="swarm-client", daemon=True).start()
+        weakref.finalize(self, _park, self.loop)  # at exit, behind what models do then, which were made later
         self._peers: dict[tuple[str, ...], tuple[Peer, int]] = {}
         self._peers_lock = asyncio.Lock()
 
@@ -75,3 +77,16 @@ class Runtime:
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
         self.loop.run_forever()
+
+
+def _park(loop: asyncio.AbstractEventLoop) -> None:
+    """Has the loop's thread wait for ever: what came from the network when the interpreter is gone would be a
+    segmentation fault. A loop that is stopped would complain of tasks that are not done."""
+    parked = threading.Event()
+
+    def park() -> None:
+        parked.set()
+        threading.Event().wait()
+
+    loop.call_soon_threadsafe(park)
+    parked.wait(1.0)
