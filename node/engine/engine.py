@@ -326,7 +326,9 @@ class Engine:
     def _together(self) -> int | None:
         """How many sessions are to decode at a time; None: any number."""
         decoding = {*self._away, *self._ready} if len(self._ready) > 1 or self._away else ()
-        return self._gatherer.size(session.away_s for session in decoding if session.away_s is not None)
+        return self._gatherer.size(
+            time.perf_counter(), (session.away_s for session in decoding if session.away_s is not None)
+        )
 
     def _accept(self, message: _Message) -> None:
         kind, content = message
@@ -418,7 +420,9 @@ class Engine:
         self._pacer.ran(prefill=prefill, decode=decode, seconds=seconds)
         self._waiting_since = time.perf_counter()  # who isn't done has had its turn, and can wait for decode again
         if decode:
-            self._gatherer.ran(self._waiting_since, self._waited_s + seconds, None if prefill else len(chosen))
+            self._gatherer.ran(
+                self._waiting_since, seconds, None if prefill else len(chosen), waited_s=self._waited_s
+            )
         for (session, work, columns), output in zip(chosen, outputs, strict=True):
             work.times.compute_s += seconds
             self._advance(session, work, columns, output)

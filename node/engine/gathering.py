@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 _KEPT_S = 20.0  # machines get busier and idler
 _MARGIN = 0.05
 _MOST_GROUPS = 8
+_SHARED_S = 30.0  # so long after it had to wait for others on its machine, a node counts as one of several
+_NO_WAIT_S = 0.001
 
 
 class BatchCosts:
@@ -64,6 +66,8 @@ class Gatherer:
     for many rows as for one, and sessions that were computed together are answered together and come back together. So
     to wait until some moment costs those that are here, or come until then, their wait, once; and it saves all of them
     a batch, now and in the rounds to come. It is done where it saves more than it costs, up to the size that is best.
+
+    Nodes that share a machine compute in turns: there a second group never finds a node idle, so one is best.
     """
 
     def __init__(self, *, worth: float = 0.5, reach: float = 1.75) -> None:
@@ -71,9 +75,13 @@ class Gatherer:
         self._reach = reach  # how far to look ahead and to wait at most, in batches
         self._costs = BatchCosts()
         self._batch_s = 0.0
+        self._shared_until = float("-inf")
 
-    def ran(self, now: float, seconds: float, sessions: int | None) -> None:
-        """A batch with decode in it took ``seconds``; of so many ``sessions``, if there was nothing else in it."""
+    def ran(self, now: float, seconds: float, sessions: int | None, *, waited_s: float = 0.0) -> None:
+        """A batch with decode in it took ``seconds``; of so many ``sessions``, if there was nothing else in it. Before,
+        it waited for other nodes of the machine."""
+        if waited_s > _NO_WAIT_S:
+            self._shared_until = now + _SHARED_S
         self._batch_s = seconds if not self._batch_s else 0.7 * self._batch_s + 0.3 * seconds
         if sessions is not None:
             self._costs.add(now, sessions, seconds)
@@ -82,9 +90,9 @@ class Gatherer:
         """How long a session is usually away, after it has been away for ``seconds``."""
         return seconds if before is None else 0.7 * before + 0.3 * seconds
 
-    def size(self, away_s: Iterable[float]) -> int | None:
+    def size(self, now: float, away_s: Iterable[float]) -> int | None:
         """How many sessions to decode together, of all that do; each is usually away for so long. None: any number."""
-        away = sorted(away_s)
+        away = sorted(away_s) if now > self._shared_until else []
         return group_size(len(away), away[len(away) // 2], self._costs.seconds) if away else None
 
     def patience_s(
@@ -96,11 +104,12 @@ class Gatherer:
         batch, limit = self._batch_s, self._reach * self._batch_s
         soon = now + batch / 4
         near = sorted(moment if moment > now else soon for moment in due if now - batch / 2 < moment < now + limit)
+        worth = self._worth if now > self._shared_until else 2 * self._worth
         best, until, total = 0.0, now, 0.0
         for count, moment in enumerate(near[: None if size is None else max(0, size - waiting)], start=1):
             total += moment
             costs = waiting * (moment - now) + count * moment - total
-            gain = self._worth * batch * (waiting + count) - costs
+            gain = worth * batch * (waiting + count) - costs
             if gain > best:
                 best, until = gain, moment
         if not best:
