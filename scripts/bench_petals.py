@@ -345,10 +345,10 @@ class Bench:
 
     def sessions(self) -> None:
         """Tokens a second of many texts together, each of a process of its own, until the last has finished."""
-        tokens = 16 if self.arguments.quick else 32
         for count in self.arguments.sessions:
+            tokens = 16 if self.arguments.quick else 64 if count <= 16 else 32
 
-            def rate(side: Side, count: int = count) -> Figure:
+            def rate(side: Side, count: int = count, tokens: int = tokens) -> Figure:
                 if (needed := count * CLIENT_BYTES[side.name]) > (free := _available_bytes()):
                     return None, f"not run: the clients need some {needed >> 30} GiB of memory, {free >> 30} are free"
                 answer = side.order("generate", count=count, prompt=16, tokens=tokens, timeout=self.arguments.timeout)
