@@ -420,9 +420,7 @@ class Engine:
         self._pacer.ran(prefill=prefill, decode=decode, seconds=seconds)
         self._waiting_since = time.perf_counter()  # who isn't done has had its turn, and can wait for decode again
         if decode:
-            self._gatherer.ran(
-                self._waiting_since, seconds, None if prefill else len(chosen), waited_s=self._waited_s
-            )
+            self._gatherer.ran(self._waiting_since, seconds, None if prefill else len(chosen), waited_s=self._waited_s)
         for (session, work, columns), output in zip(chosen, outputs, strict=True):
             work.times.compute_s += seconds
             self._advance(session, work, columns, output)
