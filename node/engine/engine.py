@@ -294,10 +294,18 @@ class Engine:
             self._turn()
             return
         asked = time.perf_counter()
-        with self._turnstile.turn():
+        self._turnstile.enter()
+        try:
             self._waited_s = time.perf_counter() - asked
             if self._receive(patient=False):  # more may have come meanwhile
                 self._turn()
+        finally:
+            self._turnstile.leave()
+
+    def _computed(self) -> None:
+        """Others on this machine may compute now: before they hear of the results, or they would stand in the queue."""
+        if self._turnstile is not None:
+            self._turnstile.leave()
 
     def _receive(self, *, patient: bool = True) -> bool:
         """Take in all messages, waiting for one if there is nothing to do. False: stop."""
@@ -413,6 +421,7 @@ class Engine:
                 self._undo(session, work)
                 self._end(session, work, error)
             return
+        self._computed()
         seconds = time.perf_counter() - began
         self._prefill_tokens += prefill
         self._decode_tokens += decode
@@ -512,6 +521,7 @@ class Engine:
             self._failures += 1
             work.future.set_exception(error)
             return
+        self._computed()
         self._count(time.perf_counter() - began)
         if work.done < work.hidden.shape[0]:
             self._dense.append(work)
