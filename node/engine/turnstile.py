@@ -18,6 +18,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 _LONGEST_WAIT_S = 1.0  # whoever has the turn may be stopped, or slower than this
+_WITHOUT_S = 10.0  # so long it is left alone then
 _POLL_S = 0.0001
 
 
@@ -35,14 +36,19 @@ class Turnstile:
             raise OSError("this system has no file locks of the kind that is needed")
         self._queue, self._turn = (_open(folder / f"swarm-{os.getuid()}-{name}.lock") for name in ("queue", "turn"))
         self._inside = False
+        self._without_until = 0.0
 
     def enter(self) -> None:
-        """Waits for a turn, but not for ever: then it is better to go in beside somebody."""
-        deadline = time.monotonic() + _LONGEST_WAIT_S
-        queued = _lock(self._queue, deadline)
-        self._inside = _lock(self._turn, deadline)
+        """Waits for a turn, but not for ever: then it is better to go in beside somebody, and for a while to."""
+        now = time.monotonic()
+        if now < self._without_until:
+            return
+        queued = _lock(self._queue, now + _LONGEST_WAIT_S)
+        self._inside = _lock(self._turn, now + _LONGEST_WAIT_S)
         if queued:
             fcntl.flock(self._queue, fcntl.LOCK_UN)
+        if not self._inside:
+            self._without_until = time.monotonic() + _WITHOUT_S
 
     def leave(self) -> None:
         """Lets the next one in. Twice is harmless."""

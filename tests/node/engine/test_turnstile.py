@@ -70,11 +70,16 @@ def test_who_stays_in_for_ever_or_dies_keeps_nobody_out(tmp_path: Path, monkeypa
     mine.enter()
     assert time.monotonic() - begin >= 0.2
     mine.leave()
+    monkeypatch.setattr(turnstile, "_LONGEST_WAIT_S", 60.0)
+    begin = time.monotonic()
+    mine.enter()
+    mine.leave()
+    assert time.monotonic() - begin < 30, "it doesn't wait again so soon"
+    monkeypatch.setattr(mine, "_without_until", 0.0)
     stuck.kill()
     stuck.communicate()
-    monkeypatch.setattr(turnstile, "_LONGEST_WAIT_S", 60.0)
     mine.enter()
-    assert time.monotonic() - begin < 30
+    assert mine._inside
     mine.leave()
     mine.leave()
 
