@@ -15,6 +15,7 @@ of their turns (``compute_s``) shows how much of ours is in the engines, and how
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import multiprocessing
 import os
 import statistics
@@ -34,6 +35,7 @@ from bench import make_model, run_nodes
 from hivemind.proto import runtime_pb2
 
 from swarm.codec import encode
+from swarm.errors import PeerLostError
 from swarm.node.engine import executor
 from swarm.node.engine.batch import pack
 from swarm.node.engine.kv_cache import KVCache, Sequence
@@ -101,8 +103,9 @@ def echo(ready: Any) -> None:
 
         async def answer(_: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             stream = MessageStream(reader, writer, max_bytes=LIMIT)
-            while (message := await stream.receive(runtime_pb2.ExpertRequest)) is not None:
-                await stream.send(message)
+            with contextlib.suppress(PeerLostError):  # that's how it ends
+                while (message := await stream.receive(runtime_pb2.ExpertRequest)) is not None:
+                    await stream.send(message)
 
         await peer.p2p.add_binary_stream_handler(PROTOCOL, answer)
         ready.send(list(peer.addresses))
