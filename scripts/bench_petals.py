@@ -36,7 +36,7 @@ from swarm.openmp import set_waiting
 ROOT = Path(__file__).parents[1]
 PREFIX = "bench-hf"
 CLIENT_BYTES = {"ours": 200 << 20, "petals": 320 << 20}
-"""What a client holds of its own, the daemon that connects it included."""
+"""What a client may hold of its own, with the daemon that connects it: Petals' as seen, ours a guess."""
 MODELS: dict[str, dict[str, Any]] = {
     "small": {"hidden": 512, "layers": 8, "heads": 8, "kv_heads": 4, "intermediate": 1408, "vocab": 8192},
     # few words: 64 Petals clients hold 64 copies of embeddings and head

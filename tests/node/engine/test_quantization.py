@@ -230,5 +230,5 @@ def test_the_peak_of_loading_is_one_block_above_what_is_loaded(tmp_path: Path) -
     for run, (quantized, block, peak) in zip(runs, json.loads(done.stdout), strict=True):
         assert quantized < 2.1 * block, run  # so that one block more would show
         # experts that are stacked while they are read: one projection of all of them more
-        slack = (32 if run[0] == mixtral else 24) << 20
-        assert peak <= quantized + block + slack, run
+        slack = (32 if run[0] == mixtral else 16) << 20
+        assert quantized <= peak <= quantized + block + slack, run
