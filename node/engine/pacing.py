@@ -36,7 +36,7 @@ class Pacer:
 
     def prefill_budget(self, *, prefilling: int = 1, decoding: int = 1) -> int:
         """How many tokens of prefill the next turn may have, if so many sessions wait for the one and the other."""
-        if self._clock() - self._last_decode > self._quiet_s or not self._token_s:
+        if not decoding or self._clock() - self._last_decode > self._quiet_s or not self._token_s:
             return self._max_tokens
         share = self._share * max(1.0, prefilling / max(1, decoding))
         target = min(self._target_s, share * self._decode_s) if self._decode_s else self._target_s

@@ -102,6 +102,7 @@ def test_prefill_is_cut_only_while_somebody_decodes() -> None:
     for _ in range(50):
         pacer.ran(prefill=0, decode=8, seconds=0.2)
     assert pacer.prefill_budget() == 20, "one decode step more for those who decode"
+    assert pacer.prefill_budget(decoding=0) == 512, "those who did are gone"
     assert pacer.prefill_budget(prefilling=1, decoding=8) == 20
     assert pacer.prefill_budget(prefilling=9, decoding=8) == 22, "more wait for prefill"
     assert pacer.prefill_budget(prefilling=80, decoding=8) == 25, "but never more than a quarter of a second"
