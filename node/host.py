@@ -240,7 +240,7 @@ class Host:
         )
 
     def _finish(self, block: nn.Module) -> None:
-        finish_block(block, self._means.scheme)
+        finish_block(block, self._means.scheme, deterministic=self._settings.deterministic)
 
     async def _fetch(self, sharing: Sharing) -> None:
         while True:

@@ -69,6 +69,9 @@ def attention(
     if attention_chunk is not None and (cut := in_chunks(segments, attention_chunk)) is not segments:
         segments, short = cut, None
     kv_heads, heads = key.shape[1], query.shape[1]
+    if tokens == 1:  # as in most steps of a single stream, for which every call counts
+        one = query.reshape(kv_heads, 1, heads // kv_heads, query.shape[3])
+        return _decode(one, keys, values, batch, segments[0], rule).reshape(1, 1, heads, values.shape[3]), None
     folded = query.transpose(1, 2).reshape(tokens, kv_heads, 1, heads // kv_heads, query.shape[3])
     parts: list[torch.Tensor] = []
     together = 0

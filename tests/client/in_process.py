@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from swarm.node.engine.engine import Engine
-from swarm.node.engine.packing import pack_block
+from swarm.node.engine.quantization import finish_block
 from swarm.node.engine.session import EngineSession
 from swarm.skeleton import load_span
 from swarm.source import resolve
@@ -78,7 +79,9 @@ class InProcessConnection:
         half = self.num_blocks // 2
         self.engines = [
             Engine(
-                load_span(source, first, last, dtype=torch.float32, device="cpu", finish=pack_block),
+                load_span(
+                    source, first, last, dtype=torch.float32, device="cpu", finish=partial(finish_block, scheme=None)
+                ),
                 cache_tokens=4096,
                 page_size=4,
                 max_batch_tokens=max_batch_tokens,

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from swarm.memory import trim
+from swarm.node.engine.joined_linear import join_linears
+from swarm.node.engine.lean_block import lighten_block
 from swarm.node.engine.packing import is_plain_linear, pack_block
 from swarm.node.engine.quantization.experts import QuantizedExperts, expert_weights
 from swarm.node.engine.quantization.matrix import QuantizedMatrix
@@ -50,9 +52,10 @@ class Place:
     shapes: Mapping[str, tuple[int, int, int]]
 
 
-def finish_block(block: nn.Module, scheme: Scheme | None) -> None:
+def finish_block(block: nn.Module, scheme: Scheme | None, *, deterministic: bool = False) -> None:
     """Makes a block that was just loaded ready to compute: quantizes it if there is a scheme, one layer after the
-    other, so that only one has its weights twice at a time; packs the linear layers that are left."""
+    other, so that only one has its weights twice at a time; packs the linear layers that are left; and, unless it is to
+    be made deterministic, has as few operations as can be."""
     if scheme is not None:
         with torch.no_grad():
             places = [place for place in find_places(block) if _fits(place, scheme)]
@@ -60,7 +63,11 @@ def finish_block(block: nn.Module, scheme: Scheme | None) -> None:
                 place = places.pop()
                 setattr(place.parent, place.name, _quantized(place.module, scheme))
         trim()
+    if not deterministic:
+        join_linears(block)
     pack_block(block)
+    if not deterministic:
+        lighten_block(block)
 
 
 def quantized_bytes(block: nn.Module, scheme: Scheme | None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from swarm.node.engine.engine import Engine
+from swarm.node.engine.quantization import finish_block
 from swarm.skeleton import load_span
 from swarm.source import resolve
 from swarm.span import Span
@@ -61,7 +63,9 @@ def reference() -> Callable[[str], Reference]:
             path = str(tiny_model(like, layers=4))
             model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
             model.requires_grad_(False)
-            _REFERENCES[like] = Reference(model, load_span(resolve(path), 0, 4, dtype=torch.float32, device="cpu"))
+            finish = partial(finish_block, scheme=None)  # as nodes do
+            span = load_span(resolve(path), 0, 4, dtype=torch.float32, device="cpu", finish=finish)
+            _REFERENCES[like] = Reference(model, span)
         return _REFERENCES[like]
 
     return get

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +67,11 @@ def open_adapters(path: Path, found: dict[str, Path]) -> list[AdapterCheckpoint]
     return [open_adapter(AdapterSpec(name, str(where)), skeleton) for name, where in found.items()]
 
 
-def make_span(path: Path, found: dict[str, Path], *, scheme: str | None = None) -> Span:
+def make_span(path: Path, found: dict[str, Path], *, scheme: str | None = None, deterministic: bool = False) -> Span:
     source = resolve(str(path))
     kind = None if scheme is None else find_scheme(scheme, CPU, source.dtype)
-    span = load_span(
-        source, 0, source.num_blocks, dtype=source.dtype, device="cpu", finish=lambda block: finish_block(block, kind)
-    )
+    finish = partial(finish_block, scheme=kind, deterministic=deterministic)
+    span = load_span(source, 0, source.num_blocks, dtype=source.dtype, device="cpu", finish=finish)
     put_adapters(span, open_adapters(path, found))
     return span
 
@@ -188,7 +188,7 @@ def test_beside_quantized_weights(scheme: str, start_engine: Start) -> None:
 
 @pytest.mark.parametrize(("like", "dtype"), [("llama-gqa", "float32"), ("mixtral", "bfloat16")])
 def test_the_same_bits_in_any_company(like: str, dtype: str, start_engine: Start) -> None:
-    span = make_span(*adapters_of(like, dtype))
+    span = make_span(*adapters_of(like, dtype), deterministic=True)
     for block in span.blocks:
         make_deterministic(block)
     check(span, WHICH[:2])
