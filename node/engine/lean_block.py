@@ -61,7 +61,7 @@ class LeanBlock:
         # not the block itself: what holds itself stays in memory until the garbage collector comes by
         self._block = weakref.ref(block)
         self._module, self._scaling, self._dim = heads, heads.scaling, heads.head_dim
-        self._heads, self._kv_heads = (each.out_features // self._dim for each in (heads.q_proj, heads.k_proj))
+        self._heads, self._kv_heads = heads.config.num_attention_heads, heads.config.num_key_value_heads
         self._window = getattr(heads, "sliding_window", None)
         if type(block).__name__ == "MistralDecoderLayer":
             self._window = getattr(heads.config, "sliding_window", None)
@@ -170,12 +170,12 @@ def _each(*layers: Any) -> Callable[[torch.Tensor], Any]:
 def _agree(block: Any, lean: LeanBlock, dtype: torch.dtype) -> bool:
     """Whether both compute the same of some tokens, and of one more."""
     heads, generator = block.self_attn, torch.Generator().manual_seed(0)
-    kv = KVGeometry(heads.k_proj.out_features // heads.head_dim, heads.head_dim, heads.head_dim)
+    kv = KVGeometry(heads.config.num_key_value_heads, heads.head_dim, heads.head_dim)
     cache = KVCache(start=heads.layer_idx, tokens=16, page_size=16, kv=[kv], dtype=dtype, device=torch.device("cpu"))
     blocks = range(heads.layer_idx, heads.layer_idx + 1)
     (row,) = cache.arrange([Sequence()], sources=None, keep=[0], grow=[4], blocks=blocks)
     for tokens in (3, 1):
-        hidden = torch.randn(1, tokens, heads.o_proj.out_features, generator=generator).to(dtype)
+        hidden = torch.randn(1, tokens, heads.config.hidden_size, generator=generator).to(dtype)
         cos, sin = torch.randn(2, 1, tokens, heads.head_dim, generator=generator).to(dtype)
         batch = pack(cache, [(row, tokens)], torch.device("cpu"))
         options = {"batch": batch, "position_embeddings": (cos, sin), "attention_mask": None}

@@ -18,7 +18,7 @@ from torch import Tensor
 from swarm.node.engine.engine import Engine
 from swarm.node.engine.joined_linear import JoinedLinear
 from swarm.node.engine.lean_block import LeanBlock
-from swarm.node.engine.quantization import finish_block
+from swarm.node.engine.quantization import find_scheme, finish_block
 from swarm.skeleton import load_span
 from swarm.source import resolve
 from swarm.span import Span
@@ -63,6 +63,18 @@ def test_blocks_like_llamas_are_lean_and_exact(like: str, dtype: torch.dtype, ro
     theirs, mine = outputs(plain, rows), outputs(lean, rows)
     off = (mine - theirs).abs().max() / theirs.abs().max()
     assert off < (1e-5 if dtype == torch.float32 else 0.03)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nf4", "int4"])
+def test_quantized_blocks_are_lean_too(scheme: str) -> None:
+    finish = partial(finish_block, scheme=find_scheme(scheme, torch.device("cpu"), torch.float32))
+    path = tiny_model("llama-gqa", layers=2, hidden=128, intermediate=256)
+    lean = load_span(resolve(str(path)), 0, 2, dtype=torch.float32, device="cpu", finish=finish)
+    assert all(isinstance(block.forward, LeanBlock) for block in lean.blocks)
+    mine = outputs(lean, 1)
+    for block in lean.blocks:
+        del block.forward
+    torch.testing.assert_close(mine, outputs(lean, 1), atol=1e-4, rtol=0)
 
 
 def test_what_only_looks_like_llama_keeps_its_own_code(tmp_path: Path) -> None:
