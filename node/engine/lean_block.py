@@ -1,8 +1,8 @@
 """Llama-like blocks in few operations, on a CPU: what transformers' modules compute, without the modules.
 
 Behind a product whose weights have pushed everything else out of the processor's caches, a small operation, and the
-Python around it, takes several times what it takes in a loop. In a decode step of a small block there are some seventy
-of them, and they take as long as its products; here there are twenty (docs/benchmarks.md).
+Python around it, takes several times what it takes in a loop: in a decode step of a small block, as long as its
+products. Here there are two thirds of the operations, and hardly any Python (docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -80,18 +80,19 @@ class LeanBlock:
         if batch.adapters or (torch.is_grad_enabled() and hidden.requires_grad):
             return self.usual(hidden, batch=batch, position_embeddings=position_embeddings, **options)
         tokens, turned = hidden.shape[1], self._heads + self._kv_heads
-        states = self._inputs(self._norm(hidden)).view(tokens, -1, self._dim)
-        query_key = states.narrow(1, 0, turned)
+        states = self._inputs(self._norm(hidden)).view(1, tokens, -1, self._dim)
+        query_key, value = states.split((turned, self._kv_heads), 2)
         if self._query_key_norm is not None:
             weight, eps = self._query_key_norm
             query_key = rms_norm(query_key, (self._dim,), None, eps) * weight
         cos, sin = _rotation(*position_embeddings)
         query_key = torch.addcmul(query_key * cos, query_key.roll(self._dim // 2, -1), sin)
+        query, key = query_key.split((self._heads, self._kv_heads), 2)
         mixed, _ = attention(
             self._module,
-            query_key.narrow(1, 0, self._heads).transpose(0, 1).unsqueeze(0),
-            query_key.narrow(1, self._heads, self._kv_heads).transpose(0, 1).unsqueeze(0),
-            states.narrow(1, turned, self._kv_heads).transpose(0, 1).unsqueeze(0),
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
             batch=batch,
             scaling=self._scaling,
             sliding_window=self._window,
@@ -132,11 +133,11 @@ class _Rotation:
         self._last: tuple[Any, Any, Any] = (None, None, None)
 
     def __call__(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """From ``[1, N, dim]`` to ``[N, 1, dim]``."""
+        """From ``[1, N, dim]`` to ``[1, N, 1, dim]``."""
         last = self._last
         if last[0] is not sin:
-            first, second = sin.transpose(0, 1).chunk(2, -1)
-            last = self._last = sin, cos.transpose(0, 1), torch.cat((-first, second), -1)
+            first, second = sin.unsqueeze(2).chunk(2, -1)
+            last = self._last = sin, cos.unsqueeze(2), torch.cat((-first, second), -1)
         return last[1], last[2]
 
 
