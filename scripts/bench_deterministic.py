@@ -23,7 +23,7 @@ from make_checkpoint import make_checkpoint, make_config
 
 from swarm.node.engine.deterministic import make_deterministic
 from swarm.node.engine.engine import Engine
-from swarm.node.engine.packing import pack_block
+from swarm.node.engine.quantization import finish_block
 from swarm.skeleton import load_span
 from swarm.source import resolve
 
@@ -35,7 +35,8 @@ SIZES = {
 
 def start(path: Path, blocks: int, *, deterministic: bool) -> Engine:
     source = resolve(str(path))
-    span = load_span(source, 0, blocks, dtype=source.dtype, device="cpu", finish=pack_block)
+    finish = partial(finish_block, scheme=None, deterministic=deterministic)  # as nodes do
+    span = load_span(source, 0, blocks, dtype=source.dtype, device="cpu", finish=finish)
     if deterministic:
         for block in span.blocks:
             make_deterministic(block)

@@ -21,6 +21,7 @@ import os
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,7 +40,7 @@ from swarm.errors import PeerLostError
 from swarm.node.engine import executor
 from swarm.node.engine.batch import pack
 from swarm.node.engine.kv_cache import KVCache, Sequence
-from swarm.node.engine.packing import pack_block
+from swarm.node.engine.quantization import finish_block
 from swarm.peer import Peer, PeerOptions
 from swarm.skeleton import load_span
 from swarm.source import resolve
@@ -70,7 +71,9 @@ def arithmetic_ms(path: Path, hidden: torch.Tensor, steps: int, pause: float) ->
     One runs after the other, and before each there are ``pause`` seconds, which don't count.
     """
     blocks = 2
-    span = load_span(resolve(str(path)), 0, blocks, dtype=hidden.dtype, device="cpu", finish=pack_block)
+    span = load_span(
+        resolve(str(path)), 0, blocks, dtype=hidden.dtype, device="cpu", finish=partial(finish_block, scheme=None)
+    )
     cache = KVCache(
         start=0,
         tokens=2 * steps + 64,
