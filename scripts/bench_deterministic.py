@@ -35,7 +35,7 @@ SIZES = {
 
 def start(path: Path, blocks: int, *, deterministic: bool) -> Engine:
     source = resolve(str(path))
-    finish = partial(finish_block, scheme=None, deterministic=deterministic)  # as nodes do
+    finish = partial(finish_block, deterministic=deterministic)  # as nodes do
     span = load_span(source, 0, blocks, dtype=source.dtype, device="cpu", finish=finish)
     if deterministic:
         for block in span.blocks:

@@ -21,7 +21,6 @@ import os
 import statistics
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,9 +70,7 @@ def arithmetic_ms(path: Path, hidden: torch.Tensor, steps: int, pause: float) ->
     One runs after the other, and before each there are ``pause`` seconds, which don't count.
     """
     blocks = 2
-    span = load_span(
-        resolve(str(path)), 0, blocks, dtype=hidden.dtype, device="cpu", finish=partial(finish_block, scheme=None)
-    )
+    span = load_span(resolve(str(path)), 0, blocks, dtype=hidden.dtype, device="cpu", finish=finish_block)
     cache = KVCache(
         start=0,
         tokens=2 * steps + 64,

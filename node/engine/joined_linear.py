@@ -1,7 +1,7 @@
 """Linear layers that read the same input, packed as one: fewer products, each of them wider.
 
-A decode step of small layers waits for the start of each product as long as for its weights (docs/benchmarks.md). The
-block's own code still calls one layer after the other, so the first one that is called computes for all.
+To start a small product takes a good part of its time (docs/benchmarks.md). The block's own code still calls one layer
+after the other, so the first one that is called computes for all.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -79,9 +78,7 @@ class InProcessConnection:
         half = self.num_blocks // 2
         self.engines = [
             Engine(
-                load_span(
-                    source, first, last, dtype=torch.float32, device="cpu", finish=partial(finish_block, scheme=None)
-                ),
+                load_span(source, first, last, dtype=torch.float32, device="cpu", finish=finish_block),
                 cache_tokens=4096,
                 page_size=4,
                 max_batch_tokens=max_batch_tokens,

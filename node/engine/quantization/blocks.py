@@ -52,7 +52,7 @@ class Place:
     shapes: Mapping[str, tuple[int, int, int]]
 
 
-def finish_block(block: nn.Module, scheme: Scheme | None, *, deterministic: bool = False) -> None:
+def finish_block(block: nn.Module, scheme: Scheme | None = None, *, deterministic: bool = False) -> None:
     """Makes a block that was just loaded ready to compute: quantizes it if there is a scheme, one layer after the
     other, so that only one has its weights twice at a time; packs the linear layers that are left; and, unless it is to
     be made deterministic, has as few operations as can be."""

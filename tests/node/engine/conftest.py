@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import pytest
@@ -63,8 +62,7 @@ def reference() -> Callable[[str], Reference]:
             path = str(tiny_model(like, layers=4))
             model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
             model.requires_grad_(False)
-            finish = partial(finish_block, scheme=None)  # as nodes do
-            span = load_span(resolve(path), 0, 4, dtype=torch.float32, device="cpu", finish=finish)
+            span = load_span(resolve(path), 0, 4, dtype=torch.float32, device="cpu", finish=finish_block)
             _REFERENCES[like] = Reference(model, span)
         return _REFERENCES[like]
 

@@ -34,8 +34,7 @@ def directory(like: str, where: Path) -> Path:
 
 
 def load(path: Path, dtype: torch.dtype, *, finished: bool) -> Span:
-    finish = partial(finish_block, scheme=None) if finished else None
-    return load_span(resolve(str(path)), 0, 2, dtype=dtype, device="cpu", finish=finish)
+    return load_span(resolve(str(path)), 0, 2, dtype=dtype, device="cpu", finish=finish_block if finished else None)
 
 
 def outputs(span: Span, rows: int) -> Tensor:
