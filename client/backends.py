@@ -96,8 +96,8 @@ class SwarmBackend:
             raise UsageError(f"the conversation is full ({self._max_length} tokens): /reset starts anew")
         if self._session is None:
             self._session = self._model.session(max_length=self._max_length)
-        with_cache = {"past_key_values": self._session.cache, **self._options}
-        reply, self._ids = self._generate(ids, show, stop, max_new_tokens=min(max_tokens, room), **with_cache)
+        options = {"max_new_tokens": min(max_tokens, room), "session": self._session, **self._options}
+        reply, self._ids = self._generate(ids, show, stop, **options)
         return reply
 
     def complete(self, prompt: str, *, max_tokens: int, show: Show) -> Reply:

@@ -1,6 +1,6 @@
 """The KV cache as transformers sees it. The keys and values are on the nodes; here is the session that leads to them.
 
-What the family's own code hands down to its layers as ``past_key_values`` is one of two things of ours: a
+What the family's own code hands down to its layers as a cache is one of two things of ours: a
 :class:`SwarmCache`, whose tokens continue those before, or a :class:`SinglePass`, which keeps nothing. Both have
 ``run(hidden)``, which is all that the one layer of a client's model calls.
 """
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+
+from swarm.compat.caches import HollowCache
 
 from .padding import left_padding_for_cache, shift_rows
 
@@ -22,11 +23,11 @@ if TYPE_CHECKING:
     from .session import Session
 
 
-class SinglePass(Cache):
+class SinglePass(HollowCache):
     """One pass through all blocks that leaves nothing behind: a plain ``model(input_ids)``."""
 
     def __init__(self, blocks: RemoteBlocks, left_padding: tuple[int, ...]) -> None:
-        super().__init__(layers=[])
+        super().__init__()
         self._blocks = blocks
         self._left_padding = left_padding
 
@@ -35,14 +36,8 @@ class SinglePass(Cache):
         ahead = shift_rows(hidden, self._left_padding)
         return shift_rows(self._blocks(ahead), tuple(-offset for offset in self._left_padding))
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return query_length, 0
-
-
-class SwarmCache(Cache):
+class SwarmCache(HollowCache):
     """A transformers cache whose content is on the nodes of a session. ``generate()`` makes and closes its own.
 
     The session is opened by the first step, so that an error before it leaves nothing behind on a node.
@@ -62,7 +57,7 @@ class SwarmCache(Cache):
     def __init__(
         self, open_session: Callable[[int], Session], max_length: int | None = None, *, remember: bool = False
     ) -> None:
-        super().__init__(layers=[])
+        super().__init__()
         self.max_length = max_length
         self.left_padding: tuple[int, ...] | None = None
         self.only_new_ids = False
@@ -136,10 +131,6 @@ class SwarmCache(Cache):
         """Columns done, padding included."""
         return 0 if self._session is None else self._session.position
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """As if nothing came before: masks and position biases are the nodes' work, so here they are kept small."""
-        return query_length, 0
-
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1 if self.max_length is None else self.max_length
 
@@ -180,9 +171,6 @@ class SwarmCache(Cache):
     def batch_select_indices(self, indices: Tensor) -> None:
         """As :meth:`batch_repeat_interleave`."""
         self._refuse_other_rows()
-
-    def __bool__(self) -> bool:
-        return True  # len() counts local layers, of which there are none
 
     # What the session's owner calls.
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from swarm.compat.late_imports import defer_imports, importing
 from swarm.errors import BadRequestError, SwarmError, UsageError
-from swarm.late_imports import defer_imports, importing
 from swarm.options import CONTEXT, NETWORK, WEIGHTS, CacheDir, DhtPrefix, InitialPeers, Manifest, split_list
 
 if TYPE_CHECKING:

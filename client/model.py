@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils import ModelOutput
 
+from swarm.compat.generation import ASSISTED
+from swarm.compat.keywords import GENERATE_KEYWORD, given_cache, take_cache, with_cache
 from swarm.errors import UsageError
 
 from .cache import SwarmCache
@@ -26,7 +27,7 @@ from .remote_blocks import RemoteBlocks
 from .streaming import stream_tokens
 
 if TYPE_CHECKING:
-    from transformers.generation.streamers import BaseStreamer
+    from swarm.compat.generation import BaseStreamer, GenerationMode
 
     from .hop import Hop
     from .swarm_connection import SwarmConnection
@@ -237,33 +238,34 @@ class SwarmModelForCausalLM(_Family):
             session: go on in this one. Default: the one whose ``with`` is open, or else one just for this call.
 
         Returns:
-            As there. ``past_key_values`` of a returned dict is None unless a session was given, since
-            the one for just this call is closed.
+            As there. The cache in a returned dict is None unless a session was given, since the one for just this
+            call is closed.
 
         Raises:
             ValueError: padding that isn't on the left, or more tokens than the session has room for.
             MissingBlocksError: nobody serves some of the model's blocks.
         """
-        given = kwargs.get("past_key_values")
+        given = given_cache(kwargs)
         if given is not None and not isinstance(given, SwarmCache):
-            raise ValueError(f"past_key_values has to be a session's cache (session.cache), not {type(given).__name__}")
+            raise ValueError(
+                f"the cache has to be a session's (session.cache), not {type(given).__name__}"
+            )
         chosen = session or (open_session_of(self) if given is None else None)
         cache = given if chosen is None else chosen.cache
         if cache is not None:
             self._resume(cache, inputs, kwargs)
-            kwargs["past_key_values"] = cache
             try:
-                return super().generate(inputs, *args, **kwargs)
+                return super().generate(inputs, *args, **with_cache(kwargs, cache, GENERATE_KEYWORD))
             finally:
                 self._last_route = cache.route
-        cache = kwargs["past_key_values"] = self._cache(None)
+        cache = self._cache(None)
         try:
-            result = super().generate(inputs, *args, **kwargs)
+            result = super().generate(inputs, *args, **with_cache(kwargs, cache, GENERATE_KEYWORD))
         finally:
             cache.close()
             self._last_route = cache.route
         if isinstance(result, ModelOutput):
-            result["past_key_values"] = None
+            take_cache(result)
         return result
 
     # Where transformers' generate() asks the model
@@ -272,26 +274,25 @@ class SwarmModelForCausalLM(_Family):
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
-        past_key_values: Any = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
+        cache = given_cache(kwargs)
         # Assisted generation feeds the whole prompt at first, whatever the cache holds already.
         if (
-            isinstance(past_key_values, SwarmCache)
+            isinstance(cache, SwarmCache)
             and next_sequence_length is None
             and is_first_iteration
             and inputs_embeds is None
-            and not past_key_values.only_new_ids
-            and 0 < past_key_values.get_seq_length() < input_ids.shape[1]
+            and not cache.only_new_ids
+            and 0 < cache.get_seq_length() < input_ids.shape[1]
         ):
-            next_sequence_length = input_ids.shape[1] - past_key_values.get_seq_length()
+            next_sequence_length = input_ids.shape[1] - cache.get_seq_length()
         prepared: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
@@ -309,13 +310,13 @@ class SwarmModelForCausalLM(_Family):
     ) -> None:
         if generation_config.is_assistant:
             raise ValueError("the assistant guesses tokens one by one, so it has to be a model on this machine")
-        cache: SwarmCache = model_kwargs["past_key_values"]
+        cache: SwarmCache = model_kwargs[GENERATE_KEYWORD]
         if generation_config.use_cache is False:
-            del model_kwargs["past_key_values"]
+            del model_kwargs[GENERATE_KEYWORD]
             return
         if generation_config.cache_implementation is not None:
             raise ValueError("cache_implementation can't be chosen: the cache is on the nodes of the swarm")
-        if generation_mode == GenerationMode.ASSISTED_GENERATION:
+        if generation_mode == ASSISTED:
             # A guess from the prompt may reach beyond the end before it is cut off; an assistant's stops there.
             max_cache_length += 1 + (generation_config.prompt_lookup_num_tokens or 0)
         if cache.max_length is None:

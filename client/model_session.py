@@ -35,7 +35,7 @@ class ModelSession:
             print(session.route)
 
     Attributes:
-        cache: pass it as ``past_key_values`` to ``model(…)`` or to ``generate`` in another thread.
+        cache: pass it as ``cache`` or ``past_key_values`` to ``model(…)`` or to ``generate`` in another thread.
         max_length: how many columns there is room for.
     """
 

@@ -9,7 +9,8 @@ import threading
 from collections.abc import AsyncIterator, Callable
 
 from torch import Tensor
-from transformers.generation.streamers import BaseStreamer
+
+from swarm.compat.generation import BaseStreamer
 
 
 class _Stopped(Exception):

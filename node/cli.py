@@ -13,8 +13,8 @@ from typing import Annotated
 
 import typer
 
+from swarm.compat.late_imports import defer_imports, importing
 from swarm.errors import SwarmError, UsageError
-from swarm.late_imports import defer_imports, importing
 from swarm.openmp import set_waiting
 from swarm.options import CONTEXT, NETWORK, WEIGHTS, CacheDir, DhtPrefix, InitialPeers, Manifest, Model, split_list
 

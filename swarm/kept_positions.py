@@ -19,16 +19,21 @@ _MOST = 8  # times so many positions are kept
 
 class KeptPositions:
     """Keeps what ``make`` makes of positions (``[1, N]`` int64 on a device). That may be tensors ``[1, N, …]``, tensors
-    ``[n]`` that don't depend on positions, and tuples and dicts of these; whatever else it is isn't kept."""
+    ``[n]`` that don't depend on positions, and tuples and dicts of these; whatever else it is isn't kept.
 
-    def __init__(self) -> None:
+    ``end``: the first position for which there is none to be made; None: there are always more.
+    """
+
+    def __init__(self, end: int | None = None) -> None:
+        self._end = end
         self._kept: dict[tuple[torch.device, int], Any] = {}
 
     def get(self, start: int, positions: torch.Tensor, make: Callable[[torch.Tensor], Any]) -> Any:
         """What ``make`` makes of ``positions``, which count on from ``start``."""
         number, at = divmod(start, TOGETHER)
         count = positions.shape[1]
-        if count > _FEW or at + count > TOGETHER:
+        beyond = self._end is not None and (number + 1) * TOGETHER > self._end
+        if count > _FEW or at + count > TOGETHER or beyond:
             return make(positions)
         key = positions.device, number
         if key not in self._kept:

@@ -11,21 +11,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from swarm.compat.attention import HARMLESS, UNDERSTOOD, register_attention
+from swarm.compat.caches import MixerStates
 from swarm.errors import ModelError
 from swarm.families import Family
-from swarm.families.mixers import Mixer, MixerStates
+from swarm.families.mixers import Mixer
 
 PROBE = "swarm_probe"
 
 SharedKV = dict[Any, tuple[torch.Tensor, torch.Tensor]]
 """Keys and values that some blocks leave for later ones, by the name that transformers' modules give them."""
-
-# What the attention function is promised to understand, and keywords that say nothing about the result here.
-_UNDERSTOOD = {"scaling", "alibi", "sliding_window", "softcap", "s_aux", "attention_chunk"}
-_HARMLESS = {"dropout", "position_ids", "use_cache", "output_attentions", "position_embeddings", "cache_position"}
-
 
 _STATES_ONLY = {"linear_attention", "mamba"}  # types of layers that have no attention
 
@@ -83,7 +79,7 @@ class _Observer:
         unknown = [
             name
             for name, given in options.items()
-            if given is not None and name not in _UNDERSTOOD and name not in _HARMLESS
+            if given is not None and name not in UNDERSTOOD and name not in HARMLESS
         ]
         if self.kv is not None:
             self.wrong = "attends more than once in each block"
@@ -135,7 +131,7 @@ def _look(
     return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
 
 
-ALL_ATTENTION_FUNCTIONS.register(PROBE, _look)
+register_attention(PROBE, _look)
 
 
 def unserved(model_type: str, why: str) -> ModelError:

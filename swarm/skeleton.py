@@ -8,14 +8,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from swarm.checkpoint import Checkpoint
+from swarm.compat.attention import choose_attention
+from swarm.compat.building import buffers_only, build_model, fill_buffers, tie, tied_names
 from swarm.errors import ModelError, UsageError
 from swarm.families import ATTENTION, REFUSED, Family, family_of
 from swarm.layout import carried_size, check_range, kv_sources
@@ -84,10 +85,8 @@ def build_skeleton(source: ModelSource, dtype: torch.dtype, *, attention: str | 
         ModelError: its config can't be built, or no list of decoder blocks is found in it.
     """
     config = copy.deepcopy(source.config)
-    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+        model = build_model(config, dtype, attention)
     except Exception as error:  # a class's own complaints about its config
         raise ModelError(f"can't build model {source.name!r} from its config: {error}") from error
     name = _layers_name(model, source.num_blocks)
@@ -261,10 +260,8 @@ def empty_span(
         if index not in wanted:
             skeleton.layers[index] = nn.Identity()
     kinds = _layer_kinds(source)[wanted.start : wanted.stop]
-    for module in skeleton.base.children():
-        # Rotary embeddings have buffers and no parameters; what else is outside the blocks is the client's.
-        if module is not skeleton.layers and not any(True for _ in module.parameters()):
-            _fill_buffers(model, module, devices[0], family)
+    for module in buffers_only(skeleton.base):  # what else is outside the blocks is the client's
+        _fill_buffers(model, module, devices[0], family)
     for index in wanted:
         family.adapt(skeleton.layers[index], config)
     caches = _probe(skeleton, family, wanted, kinds, dtype, devices[0])
@@ -274,8 +271,7 @@ def empty_span(
     for index, device in zip(wanted, devices, strict=True):
         _fill_buffers(model, skeleton.layers[index], device, family)
 
-    # Set by hand, not as an option of the build, which insists that the function be registered already.
-    config._attn_implementation = ATTENTION
+    choose_attention(config, ATTENTION)
     return Span(
         start=wanted.start,
         end=wanted.stop,
@@ -299,11 +295,8 @@ def _base_on(base: nn.Module, device: torch.device, first: torch.device) -> nn.M
     if device == first:
         return base
     twin = copy.copy(base)
-    twin._modules = {
-        name: copy.deepcopy(child).to(device)
-        for name, child in base.named_children()
-        if not any(True for _ in child.parameters()) and not isinstance(child, nn.ModuleList)
-    }
+    moved = buffers_only(base)
+    twin._modules = {name: copy.deepcopy(child).to(device) for name, child in base.named_children() if child in moved}
     return twin
 
 
@@ -380,7 +373,7 @@ def load_ends(source: ModelSource, *, dtype: torch.dtype | str = "checkpoint") -
     device = torch.device("cpu")
     _fill_buffers(model, model, device, family_of(source.model_type))
     missing = load_weights(model, plan, checkpoint, dtype=chosen, device=device, mapped=True)
-    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    tie(model, missing)
     _require_none(checkpoint, sorted(name for name, tensor in model.state_dict().items() if tensor.is_meta))
     checkpoint.close()
     if model.can_generate():
@@ -414,7 +407,7 @@ def _probe(
         raise unserved(config.model_type, why)
     if tied := _tied_blocks(skeleton):
         raise unserved(config.model_type, f"its blocks {tied[0]} and {tied[1]} share weights, but not a node")
-    config._attn_implementation = PROBE
+    choose_attention(config, PROBE)
     hidden = torch.zeros(1, 1, carried_size(config), dtype=dtype, device=device)
     positions = torch.zeros(1, 1, dtype=torch.int64, device=device)
     embeddings = family.position_embeddings(skeleton.base, config, hidden, positions)
@@ -440,7 +433,7 @@ def _probe(
 def _tied_blocks(skeleton: Skeleton) -> tuple[int, int] | None:
     """Two blocks with weights in common, which are loaded for each of them alone."""
     begin = skeleton.layers_name + "."
-    for pair in getattr(skeleton.model, "all_tied_weights_keys", {}).items():
+    for pair in tied_names(skeleton.model).items():
         blocks = sorted({int(name[len(begin) :].partition(".")[0]) for name in pair if name.startswith(begin)})
         if len(blocks) > 1:
             return blocks[0], blocks[1]
@@ -448,36 +441,10 @@ def _tied_blocks(skeleton: Skeleton) -> tuple[int, int] | None:
 
 
 def _fill_buffers(model: PreTrainedModel, root: nn.Module, device: torch.device, family: Family) -> None:
-    """Memory and values for buffers that no checkpoint holds, such as rotary frequencies.
-
-    transformers computes them when a module is initialized. Parameters are on the meta device still, so that
-    initializing them too costs nothing.
-    """
-    for module in root.modules():
-        names = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]
-        if not names:
-            continue
-        for name in names:
-            buffer = torch.empty_like(module._buffers[name], device=device)  # type: ignore[arg-type]
-            module._buffers[name] = buffer.fill_(_never(buffer.dtype))
-        # a model in a model has rules of its own, which look at itself
-        (module if isinstance(module, PreTrainedModel) else model)._init_weights(module)
-        for name in names:
-            filled = module._buffers[name]
-            assert filled is not None
-            if filled.dtype is torch.bool or not bool((filled == _never(filled.dtype)).any()):
-                continue
-            value = family.buffer(module, name, model.config)
-            if value is None:
-                raise ModelError(f"{type(module).__name__}.{name} can't be computed by this version of transformers")
-            filled.copy_(value)
-
-
-def _never(dtype: torch.dtype) -> float:
-    """A value that no buffer has."""
-    if dtype is torch.bool:
-        return 0
-    return torch.finfo(dtype).max if dtype.is_floating_point else torch.iinfo(dtype).min
+    try:
+        fill_buffers(model, root, device, lambda module, name: family.buffer(module, name, model.config))
+    except ValueError as error:
+        raise ModelError(str(error)) from error
 
 
 def _require_none(checkpoint: Checkpoint, missing: list[str]) -> None:
@@ -508,9 +475,8 @@ def _bytes(tensor: torch.Tensor) -> int:
 def block_caches(source: ModelSource, dtype: torch.dtype) -> list[BlockCache]:
     """What each block keeps."""
     skeleton, family, device = build_skeleton(source, dtype, attention="eager"), family_of(source.model_type), "cpu"
-    for module in skeleton.base.children():
-        if module is not skeleton.layers and not any(True for _ in module.parameters()):
-            _fill_buffers(skeleton.model, module, torch.device(device), family)
+    for module in buffers_only(skeleton.base):
+        _fill_buffers(skeleton.model, module, torch.device(device), family)
     for block in skeleton.layers:
         family.adapt(block, skeleton.config)
     every = range(source.num_blocks)

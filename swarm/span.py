@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from swarm.compat.rotary import positions_end, rotary_of, varies_with_length
 from swarm.families import Family
 from swarm.kept_positions import KeptPositions
 from swarm.layout import inner_boundaries
@@ -60,8 +61,6 @@ class Span:
     bases: Mapping[torch.device, nn.Module] = field(repr=False)
     family: Family = field(repr=False)
     kinds: tuple[str, ...] = field(repr=False)
-    _kept: KeptPositions = field(default_factory=KeptPositions, init=False, repr=False)
-
     @functools.cached_property
     def inner_boundaries(self) -> frozenset[int]:
         """Blocks of the model at which nothing may begin or end (:func:`swarm.layout.inner_boundaries`)."""
@@ -100,10 +99,11 @@ class Span:
     @functools.cached_property
     def ropes_vary(self) -> bool:
         """Whether rotary frequencies depend on the longest sequence in a batch, which some ways of scaling do."""
-        rotary = getattr(self.bases[self.device], "rotary_emb", None)
-        kinds = getattr(rotary, "rope_type", "default")
-        every = kinds.values() if isinstance(kinds, dict) else (kinds,)
-        return any("dynamic" in kind or kind == "longrope" for kind in every)
+        return varies_with_length(rotary_of(self.bases[self.device]))
+
+    @functools.cached_property
+    def _kept(self) -> KeptPositions:
+        return KeptPositions(positions_end(rotary_of(self.bases[self.device])))
 
     def prepare(self, hidden: torch.Tensor, positions: torch.Tensor, *, start: int | None = None) -> Prepared:
         """Position embeddings, once per batch and device. ``hidden`` ``[1, N, H]`` in the span's dtype and on the

@@ -11,21 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
 from swarm.checkpoint import Checkpoint
 from swarm.errors import ModelError
-
-
-def can_stack(rule: WeightConverter) -> bool:
-    """Whether the rule is: stack the parts of each kind, then put the kinds next to each other."""
-    operations = rule.operations
-    if len(rule.target_patterns) != 1 or not operations:
-        return False
-    stacks = type(operations[0]) is MergeModulelist and operations[0].dim == 0
-    if len(operations) == 1:
-        return stacks and len(rule.source_patterns) == 1
-    return stacks and len(operations) == 2 and type(operations[1]) is Concatenate and operations[1].dim == 1
 
 
 @dataclass(frozen=True)

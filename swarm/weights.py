@@ -9,27 +9,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    dot_natural_key,
-    rename_source_key,
-)
-from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import logging as transformers_logging
 
 from swarm.checkpoint import Checkpoint
+from swarm.compat.loading import Rules, convert_into, in_text_model, natural_key
 from swarm.errors import ModelError
 from swarm.memory import trim
-from swarm.stacking import LazyStack, can_stack
+from swarm.stacking import LazyStack
 
 
 @dataclass(frozen=True)
@@ -62,55 +52,34 @@ class WeightPlan:
 
 def plan_weights(model: PreTrainedModel, checkpoint: Checkpoint) -> WeightPlan:
     """The plan for a whole model. Tensors that the model has no use for (old rotary buffers) are left out."""
-    rules = get_model_conversion_mapping(model)
-    by_pattern = {
-        pattern: rule for rule in rules if isinstance(rule, WeightConverter) for pattern in rule.source_patterns
-    }
-    rename = _renamer(model)
+    rules = Rules(model)
     sources: defaultdict[str, list[str]] = defaultdict(list)
     columns: defaultdict[str, defaultdict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     converted: set[str] = set()
-    for key in sorted(checkpoint.files, key=dot_natural_key):
-        name, pattern = rename(key)
+    for key in sorted(checkpoint.files, key=natural_key):
+        name, pattern = rules.rename(key)
         if name is None:
             continue
         sources[name].append(key)
         if pattern is not None:
             converted.add(name)
-        if pattern is not None and can_stack(by_pattern[pattern]):
-            columns[name][pattern].append(key)
+            if rules.stacked_kinds(pattern) is not None:
+                columns[name][pattern].append(key)
     stacks = {}
     for name, found in columns.items():
-        kinds = by_pattern[next(iter(found))].source_patterns
+        kinds = rules.stacked_kinds(next(iter(found))) or ()
         stacks[name] = tuple(tuple(found[kind]) for kind in kinds)
     return WeightPlan({name: tuple(keys) for name, keys in sources.items()}, stacks, frozenset(converted))
-
-
-def _renamer(model: PreTrainedModel) -> Callable[[str], tuple[str | None, str | None]]:
-    """From a checkpoint's name to the model's, and the pattern of the conversion that makes the one of the other."""
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    own = model.state_dict()
-
-    def rename(key: str) -> tuple[str | None, str | None]:
-        given = _in_text_model(key, own)
-        name, pattern = rename_source_key(given, renamings, converters, model.base_model_prefix, own)
-        if name not in own and given in own:
-            name, pattern = given, None
-        return (name, pattern) if name in own else (None, None)
-
-    return rename
 
 
 def make_module_finder(model: PreTrainedModel) -> Callable[[str], tuple[str | None, bool]]:
     """From the name that a module with weights has in some version of transformers to its name in ``model``, and
     whether it is only a part of that there (an expert of those stacked in one tensor); None if there is none."""
-    rename, own = _renamer(model), model.state_dict()
+    rules, own = Rules(model), model.state_dict()
 
     def find(module: str) -> tuple[str | None, bool]:
         key = f"{module}.weight"
-        name, pattern = (key, None) if key in own else rename(key)
+        name, pattern = (key, None) if key in own else rules.rename(key)
         return None if name is None else name.removesuffix(".weight"), pattern is not None
 
     return find
@@ -141,36 +110,21 @@ def load_weights(
                 # Under the model's own name, where no conversion applies any more.
                 tensors[name] = LazyStack(checkpoint, name, own[name].shape, group.stacks[name], dtype)
             else:
-                tensors |= {_in_text_model(key, own): checkpoint.lazy(key, mapped=mapped) for key in keys}
-        with _quiet():
-            info, _ = convert_and_load_state_dict_in_model(
-                model,
-                tensors,
-                LoadStateDictConfig(
-                    dtype=dtype,
-                    dtype_plan=model._get_dtype_plan(dtype),
-                    device_map={"": device},
-                    weight_mapping=[] if group.stacks else get_model_conversion_mapping(model),  # type: ignore[arg-type]
-                ),
-            )
-        for name, found, expected in sorted(info.mismatched_keys):
+                tensors |= {in_text_model(key, own): checkpoint.lazy(key, mapped=mapped) for key in keys}
+        loaded = convert_into(model, tensors, dtype=dtype, device=device, convert=not group.stacks)
+        for name, found, expected in loaded.mismatched:
             raise ModelError(
                 f"tensor {name} has shape {list(found)} in {_file(checkpoint, group, name)}, but the model's config "
                 f"asks for {list(expected)}: config.json and weights don't belong together"
             )
-        for name in sorted(info.conversion_errors):
+        for name in loaded.failed:
             raise ModelError(
                 f"tensor {name} can't be made from what is in {_file(checkpoint, group, name)}: "
                 "parts of it are missing or have the wrong shape"
             )
-        missing &= info.missing_keys
+        missing &= loaded.missing
         trim()
     return missing
-
-
-def _in_text_model(key: str, own: Mapping[str, Any]) -> str:
-    """The name that a tensor of a model with images or sound has in its text part alone."""
-    return key if key in own else key.replace("language_model.", "", 1)
 
 
 def _groups(plan: WeightPlan) -> Iterator[WeightPlan]:
@@ -187,15 +141,3 @@ def _groups(plan: WeightPlan) -> Iterator[WeightPlan]:
 def _file(checkpoint: Checkpoint, plan: WeightPlan, name: str) -> str:
     keys = plan.sources.get(name) or plan.keys()
     return str(checkpoint.info(keys[0]).file)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' own progress bar, which would start anew for each block."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from swarm.client.ends import Echo
+from swarm.compat.keywords import cache_keyword, with_cache
 
 
 class _Blocks(Echo):
@@ -33,6 +34,7 @@ class ModelEnds:
     def __init__(self, model: Any) -> None:
         self._model, self._trunk = model, model.base_model
         self._device = model.get_input_embeddings().weight.device
+        self._keyword = cache_keyword(type(self._trunk))
         self._takes_positions = "position_ids" in inspect.signature(self._trunk.forward).parameters
 
     @torch.inference_mode()
@@ -40,16 +42,14 @@ class ModelEnds:
         """What the first block gets: ``ids`` and ``positions`` ``[rows, tokens]`` int64 to ``[rows, tokens, H]``."""
         blocks = _Blocks()
         options = {"position_ids": positions.to(self._device)} if self._takes_positions else {}
-        self._trunk(input_ids=ids.to(self._device), past_key_values=blocks, use_cache=False, **options)
+        self._trunk(input_ids=ids.to(self._device), **self._through(blocks), **options)
         assert blocks.input is not None
         return blocks.input.cpu()
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """``hidden`` ``[rows, H]``, the last block's output, to ``[rows, vocabulary]`` float32 on the CPU."""
-        output = self._model(
-            input_ids=self._nothing(len(hidden), 1), past_key_values=_Blocks(hidden[:, None]), use_cache=False
-        )
+        output = self._model(input_ids=self._nothing(len(hidden), 1), **self._through(_Blocks(hidden[:, None])))
         logits: Tensor = output.logits[:, -1].float().cpu()
         return logits
 
@@ -57,9 +57,12 @@ class ModelEnds:
     def norm(self, hidden: Tensor) -> Tensor:
         """``hidden`` ``[rows, tokens, H]`` after the final norm: transformers' ``last_hidden_state``, in float32."""
         rows, tokens, _ = hidden.shape
-        output = self._trunk(input_ids=self._nothing(rows, tokens), past_key_values=_Blocks(hidden), use_cache=False)
+        output = self._trunk(input_ids=self._nothing(rows, tokens), **self._through(_Blocks(hidden)))
         last: Tensor = output[0].float().cpu()
         return last
+
+    def _through(self, blocks: _Blocks) -> dict[str, Any]:
+        return with_cache({"use_cache": False}, blocks, self._keyword)
 
     def _nothing(self, rows: int, tokens: int) -> Tensor:
         return torch.zeros(rows, tokens, dtype=torch.int64, device=self._device)

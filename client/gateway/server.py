@@ -26,8 +26,8 @@ from swarm.client.gateway.admission import Admission
 from swarm.client.gateway.keys import KeyStore
 from swarm.client.gateway.metrics import Metrics
 from swarm.client.local_swarm import LocalNode, LocalSwarm
+from swarm.compat.late_imports import importing
 from swarm.errors import ConnectError, UsageError
-from swarm.late_imports import importing
 
 if TYPE_CHECKING:
     from swarm.client.gateway.served_model import ServedModel

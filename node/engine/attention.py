@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
 
+from swarm.compat.attention import register_attention
 from swarm.node.engine.batch import Batch, DenseBatch, Segment, ShortRows
 from swarm.node.engine.chunks import in_chunks
 from swarm.node.engine.masks import build_mask
@@ -270,4 +270,4 @@ def _mask(
     return made
 
 
-AttentionInterface.register(NAME, attention)
+register_attention(NAME, attention)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TypeGuard
 
 from torch import nn
-from transformers.models.falcon.modeling_falcon import FalconLinear
 
+from swarm.compat.modules import FalconLinear
 from swarm.packed_linear import PackedLinear, can_pack
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from swarm.families.mixers import BatchCache, adapt_mixers, has_mixers
+from swarm.compat.caches import PassingCache
+from swarm.compat.keywords import cache_keyword, with_cache
+from swarm.compat.rotary import embed_positions, rotary_of
+from swarm.families.mixers import adapt_mixers, has_mixers
 
 ATTENTION = "swarm_paged"
 """The name under which the engine registers its attention function with transformers' ``AttentionInterface``."""
@@ -52,20 +53,17 @@ class Family:
             hidden: ``[1, N, H]``, for its dtype and device.
             positions: ``[1, N]`` int64.
         """
-        rotary = getattr(base, "rotary_emb", None)
+        rotary = rotary_of(base)
         if rotary is None:
             return None
-        if _by_layer_type(type(rotary)):  # type: ignore[arg-type]
-            return {kind: rotary(hidden, positions, kind) for kind in sorted(set(config.layer_types))}
-        if getattr(rotary, "rope_type", None) in ("dynamic", "longrope"):
-            return _by_row(rotary, hidden, positions)
-        return rotary(hidden, positions)
+        return embed_positions(rotary, hidden, positions, set(getattr(config, "layer_types", None) or ()))
 
     def run(
         self, block: nn.Module, hidden: torch.Tensor, positions: torch.Tensor, embeddings: Any, batch: Any
     ) -> torch.Tensor:
         """One block. ``hidden`` ``[1, N, H]`` in and out; ``positions`` ``[1, N]``; ``embeddings`` for its kind."""
-        options = {"past_key_values": BatchCache(batch)} if has_mixers(block) else {}
+        cache = PassingCache(batch) if has_mixers(block) else None
+        options = with_cache({}, cache, cache_keyword(type(block)))
         output = block(
             hidden,
             position_embeddings=embeddings,
@@ -75,20 +73,3 @@ class Family:
             **options,
         )
         return output[0] if isinstance(output, tuple) else output
-
-
-@functools.cache
-def _by_layer_type(rotary: type[nn.Module]) -> bool:
-    return "layer_type" in inspect.signature(rotary.forward).parameters
-
-
-def _by_row(rotary: Any, hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Rotary embeddings whose frequencies hang on the length of the sequence, so far as its tokens are in the batch."""
-    starts = (positions[0].diff() != 1).nonzero().flatten() + 1
-    parts = []
-    for row in positions.tensor_split(starts.cpu(), dim=1):
-        # nothing of the sequence before
-        rotary.inv_freq.copy_(rotary.original_inv_freq)
-        rotary.max_seq_len_cached = rotary.original_max_seq_len
-        parts.append(rotary(hidden, row))
-    return tuple(torch.cat(several, dim=1) for several in zip(*parts, strict=True))

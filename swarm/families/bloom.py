@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.bloom.modeling_bloom import BloomAttention
 
+from swarm.compat.attention import attention_of
+from swarm.compat.modules import BloomAttention
 from swarm.families.alibi import alibi_slopes
 from swarm.families.base import Family
 
@@ -32,7 +32,7 @@ class SwarmBloomAttention(BloomAttention):
         engine's batch."""
         batch_size, length, _size = hidden_states.shape
         query, key, value = self._reshape(self.query_key_value(hidden_states))
-        attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        attention = attention_of(self.config)
         output, _weights = attention(
             self, query, key, value, attention_mask, scaling=self.inv_norm_factor, alibi=alibi, batch=layer_past
         )

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.falcon.modeling_falcon import FalconAttention, apply_rotary_pos_emb
 
+from swarm.compat.attention import attention_of
+from swarm.compat.modules import FalconAttention, apply_falcon_rotary
 from swarm.families.alibi import alibi_slopes
 from swarm.families.base import Family
 
@@ -33,8 +33,8 @@ class SwarmFalconAttention(FalconAttention):
         batch_size, length, _size = hidden_states.shape
         query, key, value = self._grouped(self.query_key_value(hidden_states))
         if position_embeddings is not None:
-            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+            query, key = apply_falcon_rotary(query, key, *position_embeddings)
+        attention = attention_of(self.config)
         output, _weights = attention(
             self, query, key, value, attention_mask, scaling=self.inv_norm_factor, alibi=alibi, batch=layer_past
         )

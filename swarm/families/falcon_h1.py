@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.models.falcon_h1.modeling_falcon_h1 import compute_mup_vector
 
+from swarm.compat.modules import compute_mup_vector
 from swarm.families.base import Family
 
 

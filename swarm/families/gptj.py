@@ -1,4 +1,4 @@
-"""GPT-J: its blocks compute attention themselves; here it is the interface's function."""
+"""GPT-J: before transformers 5.24 its blocks compute attention themselves; here it is the interface's function."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.gptj.modeling_gptj import GPTJAttention
 
+from swarm.compat.attention import attention_of
+from swarm.compat.modules import GPTJAttention
 from swarm.families.base import Family
 
 
@@ -20,7 +20,7 @@ class SwarmGPTJAttention(GPTJAttention):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any = None
     ) -> tuple[torch.Tensor, None]:
         """``[1, heads, N, head_dim]`` all and the result; ``attention_mask`` is the engine's batch."""
-        attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        attention = attention_of(self.config)
         output, _ = attention(self, query, key, value, None, scaling=self.head_dim**-0.5, batch=attention_mask)
         return output.transpose(1, 2), None
 
@@ -31,10 +31,13 @@ class GPTJFamily(Family):
     def adapt(self, block: nn.Module, config: PreTrainedConfig) -> None:
         attention = block.attn
         assert isinstance(attention, GPTJAttention)
-        attention.__class__ = SwarmGPTJAttention
+        if hasattr(attention, "_attn"):
+            attention.__class__ = SwarmGPTJAttention
 
     def run(
         self, block: nn.Module, hidden: torch.Tensor, positions: torch.Tensor, embeddings: Any, batch: Any
     ) -> torch.Tensor:
+        if not isinstance(block.attn, SwarmGPTJAttention):
+            return super().run(block, hidden, positions, embeddings, batch)
         # The module looks at its mask in nothing but the method that is replaced, so the batch travels in its place.
         return block(hidden, attention_mask=batch, position_ids=positions)[0]

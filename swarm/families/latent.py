@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from swarm.compat.attention import attention_of, choose_attention, register_attention
 from swarm.families.base import Family
 
 _LATENT = "swarm_latent"
@@ -45,13 +45,12 @@ def _attend(
     to_key, to_value = weight.unflatten(0, (query.shape[1], -1)).split([config.qk_nope_head_dim, config.v_head_dim], 1)
     plain, rotary = query.split([config.qk_nope_head_dim, config.qk_rope_head_dim], -1)
     query = torch.cat([plain @ to_key, rotary], dim=-1)
-    attention = ALL_ATTENTION_FUNCTIONS[module.model_config._attn_implementation]  # type: ignore[union-attr]
-    output, _ = attention(module, query, key, value, attention_mask, **options)
+    output, _ = attention_of(module.model_config)(module, query, key, value, attention_mask, **options)
     latents = output[..., : config.kv_lora_rank].transpose(1, 2)  # [1, heads, N, rank]
     return (latents @ to_value.transpose(1, 2)).transpose(1, 2), None
 
 
-ALL_ATTENTION_FUNCTIONS.register(_LATENT, _attend)
+register_attention(_LATENT, _attend)
 
 
 class LatentFamily(Family):
@@ -65,4 +64,4 @@ class LatentFamily(Family):
         attention.expand_kv = _keep_latents
         attention.model_config = config
         attention.config = copy.copy(config)
-        attention.config._attn_implementation = _LATENT
+        choose_attention(attention.config, _LATENT)

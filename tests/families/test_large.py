@@ -28,5 +28,7 @@ def test_a_block(like: str) -> None:
     parameters, kv_bytes = LARGE[like]
     source = ModelSource(like, Path(), large_config(like, num_hidden_layers=1), like, torch.bfloat16)
     block = build_skeleton(source, torch.bfloat16, attention="eager").layers[0]
-    assert round(quantized_bytes(block, None) / 2e6) == parameters
+    elements = sum(parameter.numel() for parameter in block.parameters())
+    assert round(elements / 1e6) == parameters
+    assert 2 * elements <= quantized_bytes(block, None) <= 2.001 * elements  # some versions have routers in float32
     assert [cache.bytes(tokens=1, rows=0, itemsize=2) for cache in block_caches(source, torch.bfloat16)] == [kv_bytes]

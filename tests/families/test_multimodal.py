@@ -49,4 +49,6 @@ def test_text_part(model_type: str, tmp_path: Path) -> None:
     connection: Any = InProcessConnection(tmp_path, case.spans)
     ids = torch.randint(10, 250, (2, 20), generator=torch.Generator().manual_seed(0))
     with SwarmModelForCausalLM.from_ends(load_ends(resolve(str(tmp_path))), connection) as mine, torch.no_grad():
-        torch.testing.assert_close(mine(ids).logits, whole(ids).logits, atol=5e-5, rtol=1e-4)
+        # Its text model, as transformers 5.24.0 can't run the whole of Llama 4 without an image
+        theirs = whole.language_model if model_type == "llama4" else whole
+        torch.testing.assert_close(mine(ids).logits, theirs(ids).logits, atol=5e-5, rtol=1e-4)

@@ -31,7 +31,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
                 "tie_word_embeddings": True},
                "blocks 1 and 3 share weights"),
     "jamba": ({"num_experts": 4, "mamba_dt_rank": 4}, "forgets its recurrent state"),
-    "mamba": ({}, "wants to be called in another way"),
+    "mamba": ({}, "forgets its recurrent state"),
 }  # fmt: skip
 
 

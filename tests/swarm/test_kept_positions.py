@@ -27,6 +27,13 @@ def test_rotary_embeddings_are_the_same(dtype: torch.dtype) -> None:
                 assert torch.equal(one, other)
 
 
+def test_nothing_is_made_beyond_the_end_of_a_table() -> None:
+    table = torch.arange(TOGETHER + 5)
+    kept = KeptPositions(end=len(table))
+    for start in (0, 7, TOGETHER, TOGETHER + 4):
+        assert kept.get(start, positions(start), lambda where: (table[where],))[0].tolist() == [[start]]
+
+
 def test_each_stretch_is_made_once_and_few_are_kept() -> None:
     made: list[int] = []
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 HEAVY = ["torch._dynamo.eval_frame", "torch.distributed.tensor", "scipy.special", "sympy"]
-BEGIN = "from swarm.late_imports import defer_imports, importing; defer_imports()\n"
+BEGIN = "from swarm.compat.late_imports import defer_imports, importing; defer_imports()\n"
 
 
 def run(code: str) -> str:

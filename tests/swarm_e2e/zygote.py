@@ -13,7 +13,7 @@ import sys
 
 
 def main() -> None:
-    from swarm.late_imports import defer_imports
+    from swarm.compat.late_imports import defer_imports
 
     defer_imports()  # as the commands do
     import swarm.client.cli
