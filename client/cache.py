@@ -148,7 +148,7 @@ class SwarmCache(HollowCache):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget columns at the end: ``-n`` the last ``n``, 0 none. A positive number, with which older versions of
         transformers call this, is the position from which on to forget."""
-        position = self.get_seq_length()
+        tokens_to_remove, position = int(tokens_to_remove), self.get_seq_length()  # some versions give a tensor
         self.crop_to(position + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, position))
 
     def reset(self) -> None:

@@ -9,10 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
 
 from swarm.compat.caches import HollowCache
-from swarm.compat.keywords import cache_keyword, cache_of, given_cache, take_cache, with_cache
+from swarm.compat.keywords import ModelOutput, cache_keyword, cache_of, given_cache, take_cache, with_cache
 from swarm.compat.trunk import INNER_OUTPUTS, OneLayer, find_trunk, strip_trunk, takes_tuple
 from swarm.errors import ModelError
 from swarm.families import family_of
@@ -57,9 +56,7 @@ def put_blocks_in(model: PreTrainedModel, blocks: RemoteBlocks) -> None:
     """
     found = find_trunk(model)
     if found is None:
-        raise ModelError(
-            f"{type(model).__name__} has no list of layers to put the swarm in: it isn't supported"
-        )
+        raise ModelError(f"{type(model).__name__} has no list of layers to put the swarm in: it isn't supported")
     trunk, name = found
     family_of(model.config.model_type).adapt_trunk(trunk)
     stack = StackOfBlocks(model.config)

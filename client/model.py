@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.utils import ModelOutput
 
 from swarm.compat.generation import ASSISTED
-from swarm.compat.keywords import GENERATE_KEYWORD, given_cache, take_cache, with_cache
+from swarm.compat.keywords import GENERATE_KEYWORD, ModelOutput, given_cache, take_cache, with_cache
 from swarm.errors import UsageError
 
 from .cache import SwarmCache
@@ -247,9 +246,7 @@ class SwarmModelForCausalLM(_Family):
         """
         given = given_cache(kwargs)
         if given is not None and not isinstance(given, SwarmCache):
-            raise ValueError(
-                f"the cache has to be a session's (session.cache), not {type(given).__name__}"
-            )
+            raise ValueError(f"the cache has to be a session's (session.cache), not {type(given).__name__}")
         chosen = session or (open_session_of(self) if given is None else None)
         cache = given if chosen is None else chosen.cache
         if cache is not None:

@@ -13,7 +13,9 @@ from urllib.parse import urlsplit
 
 from huggingface_hub import constants, get_session
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import hf_raise_for_status, httpx
+from huggingface_hub.utils import hf_raise_for_status
+
+from swarm.compat.hub import transport_error
 
 T = TypeVar("T")
 
@@ -85,7 +87,7 @@ def download_range(
                             return
                     if at < stop:
                         reason = "the answer is shorter than it says"
-        except httpx.TransportError as error:
+        except transport_error() as error:
             reason = f"{type(error).__name__}: {error}".rstrip(": ")
         tries = 1 if at > before else tries + 1
         if tries >= TRIES:
@@ -103,7 +105,7 @@ def patiently(work: Callable[[], T]) -> T:
             if error.response.status_code not in _BUSY:
                 raise
             wait = _asked_to_wait(error.response.headers)
-        except httpx.TransportError:
+        except transport_error():
             pass
         _sleep(_waiting(wait, tries), lambda: False)
     return work()

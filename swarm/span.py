@@ -61,6 +61,7 @@ class Span:
     bases: Mapping[torch.device, nn.Module] = field(repr=False)
     family: Family = field(repr=False)
     kinds: tuple[str, ...] = field(repr=False)
+
     @functools.cached_property
     def inner_boundaries(self) -> frozenset[int]:
         """Blocks of the model at which nothing may begin or end (:func:`swarm.layout.inner_boundaries`)."""

@@ -14,6 +14,17 @@ from torch import nn
 from transformers import GenerationMixin
 from transformers.utils import ModelOutput
 
+__all__ = [
+    "CACHE_NAMES",
+    "GENERATE_KEYWORD",
+    "ModelOutput",
+    "cache_keyword",
+    "cache_of",
+    "given_cache",
+    "take_cache",
+    "with_cache",
+]
+
 CACHE_NAMES = ("cache", "past_key_values", "layer_past", "cache_params")
 """All that is known, the newest first."""
 

@@ -53,7 +53,9 @@ class HubServer:
 
     def __enter__(self) -> HubServer:
         self._servers = [self._start("hub"), self._start("cdn")]
-        self.url, self.cdn_url = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
+        hub, cdn = (server.server_port for server in self._servers)
+        # Of another name, as some versions of the Hub's library follow redirects to the same name
+        self.url, self.cdn_url = f"http://127.0.0.1:{hub}", f"http://localhost:{cdn}"
         return self
 
     def stand_in(self, monkeypatch: pytest.MonkeyPatch) -> HubServer:
