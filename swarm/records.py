@@ -112,7 +112,7 @@ class ServerInfo:
     def cache_tokens_for(self, blocks: int) -> int | None:
         """Tokens for which a session through ``blocks`` (1 or more) of the server's blocks finds room.
 
-        A page of our nodes covers all of their blocks; what a Petals server gives a session depends on how many it uses.
+        A page of our nodes covers all of their blocks; a session takes less of a Petals server the fewer it uses.
         """
         if self.cache_tokens_left is None or self.offer is not None:
             return self.cache_tokens_left
