@@ -15,7 +15,7 @@ def test_the_daemon_alone_is_in_a_session_of_its_own() -> None:
     async def session_of_another() -> int:
         other = await asyncio.subprocess.create_subprocess_exec("cat", stdin=subprocess.PIPE)
         session = os.getsid(other.pid)
-        await other.communicate()
+        await other.communicate(b"")
         return session
 
     async def run() -> None:
