@@ -111,7 +111,7 @@ class Node:
         """kill -9."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
-        self.wait_gone(10)
+        self.wait_gone(60)
 
     def terminate(self) -> None:
         """SIGTERM, as a supervisor sends it."""
@@ -189,7 +189,7 @@ class Swarm:
             node.terminate()
         for node in self.nodes:
             try:
-                node.wait_gone(15)
+                node.wait_gone(60)
             except AssertionError:
                 node.kill()
                 raise

@@ -225,5 +225,5 @@ def test_a_node_that_is_told_to_stop_leaves_in_order(swarm: Swarm, path: Path, w
         result = generate(model, IDS, stopping_criteria=[at_token(8, stop)])
         assert torch.equal(result, expected)
         assert leaving[0].peer_id not in peers_of(session)
-        leaving[0].wait_gone(10)
+        leaving[0].wait_gone(60)
         assert leaving[0].events()[-1]["event"] == "stopped"
