@@ -89,9 +89,9 @@ def find_route(
                     continue
                 reach = min(span.end, last)
                 entry = arrival.cost + _network(arrival.leg, span, rtts) + HOP_SECONDS
-                entry += _cache_penalty(span, cache_tokens)
                 for end in (*(start for start in starts if block < start < reach), reach):
                     cost = entry + (end - block) * _block_seconds(span)
+                    cost += _cache_penalty(span, end - block, cache_tokens)
                     if end == last:
                         cost += rtts.get(span.peer_id, DEFAULT_RTT) / 2
                     arrivals[end].append(_Arrival(cost, Leg(span, block, end), arrival))
@@ -138,6 +138,6 @@ def _block_seconds(span: RemoteSpan) -> float:
     return seconds * (1.0 + SESSION_LOAD * sessions)
 
 
-def _cache_penalty(span: RemoteSpan, cache_tokens: int) -> float:
-    left = span.info.cache_tokens_left
+def _cache_penalty(span: RemoteSpan, blocks: int, cache_tokens: int) -> float:
+    left = span.info.cache_tokens_for(blocks)
     return NO_CACHE_SECONDS if left is not None and left < cache_tokens else 0.0

@@ -406,7 +406,7 @@ class Handler:
         info: dict[str, Any] = {
             "version": f"swarm {__version__}",
             "dht_client_mode": False,
-            "cache_tokens_available": stats.cache_tokens_free,
+            "cache_tokens_available": stats.cache_block_tokens_free,
             "meter": {name: getattr(stats, name) for name in METER},
         }
         if request.uid:

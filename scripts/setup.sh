@@ -22,6 +22,6 @@ if ! "$python" -m venv .venv; then
 fi
 # torch first and by its exact version, so that nothing else decides which build comes
 .venv/bin/pip install --quiet --disable-pip-version-check "$(grep '^torch==' constraints.txt)" "$(grep '^numpy==.*>=' constraints.txt)" \
-  "$(grep '^numpy==.*<' constraints.txt)" setuptools wheel
+  "$(grep '^numpy==.*<' constraints.txt)" 'setuptools>=77' wheel
 .venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 echo "$stamp" > .venv/.installed

@@ -51,7 +51,10 @@ class Rates:
 
 @dataclass(frozen=True)
 class NodeView:
-    """One node. ``None`` where it doesn't say; ``meter`` and ``rates`` only if it was asked itself, once and twice."""
+    """One node. ``None`` where it doesn't say; ``meter`` and ``rates`` only if it was asked itself, once and twice.
+
+    ``cache_tokens_left`` is for sessions through all of its blocks.
+    """
 
     peer_id: str
     name: str | None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import socket
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from swarm.errors import ConnectError, UsageError
 logging.getLogger("hivemind").setLevel(logging.CRITICAL)  # its warnings repeat, with traces, what we raise ourselves
 
 _STOP_SECONDS = 2.0
+_LEAVE_SESSION = "import os, sys; os.setsid(); os.execv(sys.argv[1], sys.argv[1:])"
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ async def _start_daemon(options: PeerOptions) -> P2P:
         kind = "ip6" if ":" in options.public_ip else "ip4"
         announce.append(f"/{kind}/{options.public_ip}/tcp/{options.port}")
     try:
-        return await _create_p2p(
+        return await _DetachedP2P.create(
             initial_peers=list(options.initial_peers),
             host_maddrs=None if options.client else [f"/{family}/{options.host}/tcp/{options.port}"],
             announce_maddrs=announce or None,
@@ -146,15 +147,14 @@ async def _start_daemon(options: PeerOptions) -> P2P:
         ) from error
 
 
-async def _create_p2p(**options: Any) -> P2P:
-    """``P2P.create``, with the daemon in a session of its own: a Ctrl-C in the terminal is for this process alone,
-    which needs the daemon to say goodbye. The daemon still ends with this process, whichever way that ends."""
-    create = asyncio.subprocess.create_subprocess_exec
-    asyncio.subprocess.create_subprocess_exec = functools.partial(create, start_new_session=True)  # type: ignore[assignment]
-    try:
-        return await P2P.create(**options)
-    finally:
-        asyncio.subprocess.create_subprocess_exec = create
+class _DetachedP2P(P2P):
+    """``P2P`` with the daemon in a session of its own: a Ctrl-C in the terminal is for this process alone, which needs
+    the daemon to say goodbye. The daemon still ends with this process, whichever way that ends."""
+
+    @staticmethod
+    def _make_process_args(*args: Any, **kwargs: Any) -> list[str]:
+        # the command leaves the session, and then becomes the daemon; hivemind lets nobody ask for start_new_session
+        return [sys.executable, "-I", "-S", "-c", _LEAVE_SESSION, *P2P._make_process_args(*args, **kwargs)]
 
 
 def _check_address(address: str, *, needs_peer: bool) -> None:

@@ -2,6 +2,9 @@
 
 Key ``{prefix}.{block}``, subkey the PeerID in base58, value ``(state, throughput, extra)``. Everything read here comes
 from strangers, so :meth:`ServerInfo.from_tuple` checks each field and refuses the record rather than guess.
+
+Petals counts free KV cache by single keys and values in single blocks: a token takes two of them in each block. Nobody
+but :meth:`ServerInfo.from_tuple` and :meth:`ServerInfo.to_tuple` sees that unit.
 """
 
 from __future__ import annotations
@@ -9,11 +12,12 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 UID_DELIMITER = "."
 CHAIN_DELIMITER = " "
+_KEY_AND_VALUE = 2
 
 
 class ServerState(enum.IntEnum):
@@ -78,7 +82,8 @@ class ServerInfo:
     Attributes:
         throughput: requests per second, the smaller of network and compute.
         inference_rps: decode rows per second through one block.
-        cache_tokens_left: tokens that still fit into the KV cache.
+        cache_tokens_left: tokens that still fit into the KV cache, with their keys and values in all of the blocks
+            ``start_block:end_block``; ``None`` without these.
         next_pings: round-trip seconds to peers that serve the following blocks.
         offer: ``None`` for a Petals server.
     """
@@ -104,9 +109,24 @@ class ServerInfo:
         """Whether a record found at ``block`` still holds: right after a node has moved there are some that don't."""
         return self.start_block is None or self.end_block is None or self.start_block <= block < self.end_block
 
+    def cache_tokens_for(self, blocks: int) -> int | None:
+        """Tokens for which a session through ``blocks`` (1 or more) of the server's blocks finds room.
+
+        A page of our nodes covers all of their blocks; a session takes less of a Petals server the fewer it uses.
+        """
+        if self.cache_tokens_left is None or self.offer is not None:
+            return self.cache_tokens_left
+        return self.cache_tokens_left * self._num_blocks() // blocks
+
+    def _num_blocks(self) -> int:
+        """How many blocks the record is about; 0 if it doesn't say."""
+        return 0 if self.start_block is None or self.end_block is None else max(0, self.end_block - self.start_block)
+
     def to_tuple(self) -> tuple[int, float, dict[str, Any]]:
         """The value as it stands in the DHT."""
         extra: dict[str, Any] = {name: getattr(self, name) for name in _EXTRA_FIELDS}
+        if self.cache_tokens_left is not None:
+            extra["cache_tokens_left"] = self.cache_tokens_left * _KEY_AND_VALUE * self._num_blocks()
         extra["adapters"] = list(self.adapters)
         if self.next_pings is not None:
             extra["next_pings"] = dict(self.next_pings)
@@ -138,7 +158,12 @@ class ServerInfo:
         fields["next_pings"] = _optional(extra, "next_pings", _pings)
         fields["offer"] = _optional(extra, "swarm", lambda value, name: Offer.from_dict(_typed(value, dict, name)))
         state = ServerState(_natural(source[0], "state"))
-        return cls(state=state, throughput=_number(source[1], "throughput"), **fields)
+        info = cls(state=state, throughput=_number(source[1], "throughput"), **fields)
+        if info.cache_tokens_left is None:
+            return info
+        blocks = info._num_blocks()
+        left = info.cache_tokens_left // (_KEY_AND_VALUE * blocks) if blocks else None
+        return replace(info, cache_tokens_left=left)
 
 
 _EXTRA_FIELDS = (

@@ -14,7 +14,7 @@ from swarm.node.engine.session import Admission, EngineSession, Prefix, StepWork
 class Admissions:
     """Promises the pages of ``cache`` to ``sessions``, those that are open, and keeps the queue of who waits for some.
 
-    All of it runs in the engine's thread, but for :attr:`free_tokens` and the length.
+    All of it runs in the engine's thread, but for :attr:`free_tokens`, :meth:`free_block_tokens` and the length.
     """
 
     def __init__(self, cache: KVCache, sessions: AbstractSet[EngineSession]) -> None:
@@ -32,6 +32,15 @@ class Admissions:
     def free_tokens(self) -> int:
         """Tokens of the cache that are neither taken nor promised."""
         return max(0, self._cache.free_tokens - self._promised_pages() * self._cache.page_size)
+
+    def free_block_tokens(self, blocks: int) -> int:
+        """Tokens times blocks, of all ``blocks``, that were promised to nobody: what Petals' servers tell.
+
+        Exact to the token and the block, where pages are rounded up and cover the blocks that a session leaves out. So
+        there may be less room than that for the next session. What sessions share counts once.
+        """
+        promised = sum(one.tokens * (one.last - one.first) for one in list(self._sessions))
+        return max(self.free_tokens * blocks, self._cache.tokens * blocks - promised)
 
     def _promised_pages(self) -> int:
         """What sessions may still take of the pages that are free now."""
@@ -80,6 +89,7 @@ class Admissions:
             return
         session, size = admission.session, self._cache.page_size
         session.pages = admission.pages
+        session.tokens = sum(session.row_length(row, admission.columns) for row in range(len(session.rows)))
         session.context = None if admission.prefix is None else admission.prefix.context
         ends = (pad + len(pages) * size for pad, pages in zip(session.padding, found, strict=True))
         columns = min(admission.columns, *ends)

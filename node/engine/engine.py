@@ -261,6 +261,7 @@ class Engine:
             sessions=len(sessions),
             cache_tokens=self._cache.tokens,
             cache_tokens_free=self._admissions.free_tokens,
+            cache_block_tokens_free=self._admissions.free_block_tokens(self.span.end - self.span.start),
             cache_bytes=self._cache.nbytes,
             waiting=sum(len(session.waiting) for session in sessions) + len(self._dense) + self._inbox.qsize(),
             queued=len(self._admissions),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -100,8 +100,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Memory of all pools."""
-        pools = [*self.keys.values(), *(() if self.values is self.keys else self.values.values())]
-        return sum(pool.nbytes for pool in pools)
+        return sum(pool.nbytes for pool in self._pools(self.keys))
 
     @property
     def free_tokens(self) -> int:
@@ -223,10 +222,13 @@ class KVCache:
                 return False
         return True
 
+    def _pools(self, blocks: Iterable[int]) -> Iterable[torch.Tensor]:
+        """The pools of ``blocks``, each once: blocks may share them, and keys may be values too."""
+        return {id(pool): pool for block in blocks for pool in (self.keys[block], self.values[block])}.values()
+
     def _copy_page(self, source: int, target: int, blocks: range) -> None:
         size = self.page_size
-        pools = {id(pool): pool for block in blocks for pool in (self.keys[block], self.values[block])}
-        for pool in pools.values():
+        for pool in self._pools(blocks):
             pool.narrow(2, target * size, size).copy_(pool.narrow(2, source * size, size))
 
 

@@ -70,8 +70,8 @@ class Admission:
 @dataclass(eq=False)
 class EngineSession:
     """Handle of one session; only the engine changes it. ``position`` counts the columns done. ``pages`` is what it was
-    promised, ``context`` that of its :class:`Prefix`, and ``reused`` what it found in the cache, until its first step.
-    All of it goes through one ``adapter``, or none.
+    promised, for ``tokens`` in all of its rows, ``context`` that of its :class:`Prefix`, and ``reused`` what it found
+    in the cache, until its first step. All of it goes through one ``adapter``, or none.
     """
 
     first: int
@@ -81,6 +81,7 @@ class EngineSession:
     adapter: str = ""
     position: int = 0
     pages: int = 0
+    tokens: int = 0
     context: bytes | None = None
     reused: int = 0
     closed: bool = False

@@ -70,6 +70,16 @@ def test_full_and_busy_nodes_are_avoided_but_used_if_there_is_no_other() -> None
     assert legs([span("busy", 0, 8, sessions=50), span("idle", 0, 8)]) == [(peer("idle"), 0, 8)]
 
 
+def test_a_petals_server_has_more_room_for_fewer_of_its_blocks() -> None:
+    def petals(left: int) -> RemoteSpan:
+        info = ServerInfo(ServerState.ONLINE, 1.0, 0, 8, inference_rps=1000.0, cache_tokens_left=left)
+        return RemoteSpan(peer("petals"), 0, 8, info)
+
+    slow = span("slow", 4, 8, left=1000, rps=1)
+    assert legs([petals(100), slow], cache_tokens=100) == [(peer("petals"), 0, 8)]
+    assert legs([petals(50), slow], cache_tokens=100) == [(peer("petals"), 0, 4), (peer("slow"), 4, 8)]
+
+
 def test_near_peers_are_preferred() -> None:
     near, far = span("near", 0, 8), span("far", 0, 8)
     route = find_route([far, near], 0, 8, rtts={peer("near"): 0.001, peer("far"): 0.3})

@@ -24,6 +24,7 @@ def test_what_is_kept(model_type: str, tmp_path: Path) -> None:
     assert span.kv == (KVGeometry(1, size, size, shared=True),) * 2
     cache = Engine(span, cache_tokens=64)._cache
     assert all(cache.values[block] is cache.keys[block] for block in (1, 2))
+    assert cache.nbytes == 2 * 64 * size * 4
     caches = block_caches(source, torch.float32)
     assert [each.bytes(tokens=10, rows=7, itemsize=4) for each in caches] == [10 * size * 4] * 5
 

@@ -11,7 +11,6 @@ import httpx
 import openai
 import pytest
 import torch
-from langchain_openai import ChatOpenAI
 
 from tests.gateway.conftest import Api, Whole
 from tests.swarm_e2e.nodes import Swarm, run_command
@@ -406,16 +405,6 @@ def test_unknown_fields_are_ignored(api: Api) -> None:
 
 
 # other programs
-
-
-def test_langchain(api: Api, whole: Whole) -> None:
-    options: Any = {"model": "demo", "base_url": api.url, "api_key": "unused", "temperature": 0}
-    chat = ChatOpenAI(max_tokens=12, **options)
-    right = whole.greedy(whole.chat_prompt("What is a list?"), 12)
-    assert chat.invoke("What is a list?").content == right
-    assert "".join(str(chunk.content) for chunk in chat.stream("What is a list?")) == right
-    structured = ChatOpenAI(**options).with_structured_output({**COLOURS, "title": "colours"}, method="json_schema")
-    check_colours(json.dumps(structured.invoke("A colour and a count, please.")))
 
 
 def test_curl(api: Api, whole: Whole) -> None:

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -24,16 +23,10 @@ import pytest
 from swarm.client.gateway.keys import KeyStore
 from swarm.client.gateway.server import GatewaySettings, running
 from tests.gateway.conftest import Api, Whole
-from tests.swarm_e2e.nodes import Swarm, run_swarm
+from tests.swarm_e2e.nodes import Swarm, figures, free_port, run_swarm
 
 COMMAND = (sys.executable, "-c", "from swarm.client.cli import main; main()", "gateway")
 ENDLESS: Any = {"model": "demo", "prompt": "This returns", "max_tokens": 1500, "ignore_eos": True, "temperature": 0}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def until(condition: Callable[[], bool], seconds: float = 20) -> bool:
@@ -44,12 +37,6 @@ def until(condition: Callable[[], bool], seconds: float = 20) -> bool:
             return False
         time.sleep(0.02)
     return True
-
-
-def figures(address: str) -> dict[str, float]:
-    text = urllib.request.urlopen(address).read().decode()
-    pairs = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
-    return {name: float(value) for name, _, value in pairs}
 
 
 @pytest.fixture(scope="module")

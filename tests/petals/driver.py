@@ -6,6 +6,7 @@ waits for a line.
 """
 
 import asyncio
+import contextlib
 import gc
 import json
 import os
@@ -73,6 +74,32 @@ class Driver:
         output = self.model.transformer.h[first:last](inputs)
         output.backward(torch.tensor(grad))
         return {"output": output.tolist(), "grad": inputs.grad.tolist()}
+
+    def room(self, tokens):
+        """Which of these lengths each server has room for, as the client thinks that it needs it."""
+        manager = self.model.transformer.h.sequence_manager
+        manager.make_sequence(mode="min_latency")  # it looks at the swarm when it first needs to
+        spans = manager.state.sequence_info.spans_by_priority
+        return [[length for length in tokens if manager._has_cache_for(span, length)] for span in spans]
+
+    def cache_available(self, sessions):
+        """What the first server tells before any of ``sessions``, and in each, opened one within the other.
+
+        A session is given by its blocks' ``first`` and ``last``, and its ``max_length``.
+        """
+        layers = self.model.transformer.h
+        told = [self._ask_for_cache()]
+        with contextlib.ExitStack() as opened, torch.inference_mode():
+            for first, last, max_length in sessions:
+                session = opened.enter_context(layers[first:last].inference_session(max_length=max_length))
+                session.step(torch.zeros(1, 1, self.model.config.hidden_size))
+                told.append(self._ask_for_cache())
+        return told
+
+    def _ask_for_cache(self):
+        manager = self.model.transformer.h.sequence_manager
+        manager.state.rpc_info = None  # it remembers the last answer
+        return manager.rpc_info["cache_tokens_available"]
 
     def tune(self, ids, labels, prompts, deep=None):
         """Loss and the gradients of trainable prompts, set to these values before."""

@@ -147,6 +147,9 @@ def test_a_server_that_is_full_is_known_as_such(petals: Petals, whole: PreTraine
     path = shared_model("llama-gqa")
     server = petals.server(path, prefix_of(path), "0:6", (), "--attn_cache_tokens", "64")
     with SwarmModelForCausalLM.from_pretrained(str(path), initial_peers=[server.address], wait_timeout=1.0) as model:
+        connection = model._connection
+        (seen,) = connection._runtime.run(connection.overview("", None)).nodes
+        assert seen.cache_tokens_left == 64
         session = model.session(max_length=48)  # not entered: what follows is to open one of its own
         model.generate(prompts(1, 4), session=session, max_new_tokens=2, **QUIET)
         with pytest.raises(OutOfCacheError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -207,6 +208,21 @@ def test_generating_with_deep_prompts(llama: Case) -> None:
             logits = llama.whole.lm_head(llama.whole.model.norm(hidden[:, -1]))
             expected = torch.cat([expected, logits.argmax(-1, keepdim=True)], dim=1)
     assert torch.equal(result, expected)
+
+
+def test_it_understands_how_much_cache_is_free(petals: Petals) -> None:
+    """As in its own test_server_info; and it takes no node for full that isn't, nor the other way round."""
+    with (
+        run_swarm(shared_model("llama-gqa"), ("0:6",), "--cache-tokens", "1024") as swarm,
+        connect(petals, swarm, "llama-gqa") as client,
+    ):
+        assert client.ask("room", tokens=[1, 1024, 1025]) == [[1, 1024]]
+        before, one, both = client.ask("cache_available", sessions=[[2, 5, 100], [4, 5, 50]])
+        assert before - one == 100 * 3
+        assert one - both == 50 * 1
+        deadline = time.monotonic() + 60
+        while client.ask("cache_available", sessions=[]) != [before]:
+            assert time.monotonic() < deadline, "the sessions are over, and their cache isn't free again"
 
 
 def test_the_client_survives_nodes_that_are_killed(llama: Case) -> None:

@@ -107,6 +107,19 @@ def test_records_go_round_and_petals_records_are_read() -> None:
     assert (read.offer, read.start_block, read.torch_dtype) == (None, 0, "float32")
 
 
+def test_free_cache_is_announced_in_petals_unit() -> None:
+    """Keys and values are counted one by one, in each block."""
+    ours = ServerInfo(ServerState.ONLINE, 1.0, start_block=2, end_block=5, cache_tokens_left=100, offer=Offer())
+    state, throughput, extra = ours.to_tuple()
+    assert extra["cache_tokens_left"] == 100 * 2 * 3
+    assert [ours.cache_tokens_for(blocks) for blocks in (1, 2, 3)] == [100] * 3
+    del extra["swarm"]
+    theirs = ServerInfo.from_tuple((state, throughput, extra))
+    assert [theirs.cache_tokens_for(blocks) for blocks in (1, 2, 3)] == [300, 150, 100]
+    for end in (None, 2, 1):  # of how many blocks is not known
+        assert ServerInfo.from_tuple((state, throughput, {**extra, "end_block": end})).cache_tokens_for(1) is None
+
+
 @given(
     junk
     | st.tuples(junk, junk, junk)
@@ -115,7 +128,10 @@ def test_records_go_round_and_petals_records_are_read() -> None:
         st.just(1.0),
         st.dictionaries(
             st.sampled_from(
-                ["start_block", "next_pings", "adapters", "swarm", "version", "inference_rps", "using_relay"]
+                [
+                    *("start_block", "end_block", "next_pings", "adapters", "swarm", "version", "inference_rps"),
+                    *("using_relay", "cache_tokens_left"),
+                ]
             ),
             junk,
         ),

@@ -6,10 +6,12 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,7 +111,7 @@ class Node:
         """kill -9."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
-        self.wait_gone(10)
+        self.wait_gone(60)
 
     def terminate(self) -> None:
         """SIGTERM, as a supervisor sends it."""
@@ -123,6 +125,21 @@ class Node:
             if time.monotonic() > deadline:
                 raise AssertionError(f"node {self.pid} did not end\n{self.stderr.read_text()[-3000:]}")
             time.sleep(0.02)
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def figures(address: str) -> dict[str, float]:
+    """The metrics at this URL, by their names with labels."""
+    with urllib.request.urlopen(address) as reply:
+        text = reply.read().decode()
+    pairs = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
+    return {name: float(value) for name, _, value in pairs}
 
 
 def run_to_end(argv: Sequence[str], workdir: Path) -> tuple[int, list[dict[str, Any]], str]:
@@ -172,7 +189,7 @@ class Swarm:
             node.terminate()
         for node in self.nodes:
             try:
-                node.wait_gone(15)
+                node.wait_gone(60)
             except AssertionError:
                 node.kill()
                 raise

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from swarm.client import SwarmModelForCausalLM
 from tests.models import tiny_model
-from tests.swarm_e2e.nodes import Node, Swarm, run_command, run_swarm, run_to_end
+from tests.swarm_e2e.nodes import Node, Swarm, free_port, run_command, run_swarm, run_to_end
 
 BIN = Path(sys.executable).parent
 HERE = ("--host", "127.0.0.1", "--log-format", "json")
@@ -29,12 +28,6 @@ HERE = ("--host", "127.0.0.1", "--log-format", "json")
 @pytest.fixture(scope="module")
 def path() -> Path:
     return tiny_model("llama-gqa")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def copy(path: Path, to: Path) -> Path:

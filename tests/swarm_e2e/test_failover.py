@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 from swarm.client import SwarmModelForCausalLM
 from swarm.errors import MissingBlocksError
 from tests.models import tiny_model
-from tests.swarm_e2e.nodes import Swarm, run_swarm
+from tests.swarm_e2e.nodes import Swarm, figures, free_port, run_swarm
 
 NEW_TOKENS = 24
 IDS = torch.randint(10, 250, (1, 9), generator=torch.Generator().manual_seed(3))
@@ -43,6 +45,17 @@ def swarm(path: Path) -> Iterator[Swarm]:
         yield swarm
 
 
+@pytest.fixture
+def watched(path: Path) -> Iterator[tuple[Swarm, dict[str, str]]]:
+    """The like, and the addresses of the nodes' metrics by their PeerIDs."""
+    ports = [free_port() for _ in range(3)]
+    with run_swarm(path, ()) as swarm:
+        for blocks, port in zip(("0:3", "3:6", "3:6"), ports, strict=True):
+            swarm.add(blocks, "--metrics-port", str(port), wait=False)
+        peers = [node.peer_id for node in swarm.nodes]
+        yield swarm, {peer: f"http://127.0.0.1:{port}/metrics" for peer, port in zip(peers, ports, strict=True)}
+
+
 def generate(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
     set_seed(11)
     return model.generate(ids, **{**QUIET, **options})
@@ -62,13 +75,8 @@ def at_token(number: int, action: Callable[[], None]) -> Callable[..., torch.Ten
     return criterion
 
 
-def kill_hop(swarm: Swarm, session: Any, *indices: int) -> Callable[[], None]:
-    def kill() -> None:
-        victims = [swarm.node_of(session.route[index].peer_id) for index in indices]
-        for victim in victims:
-            victim.kill()
-
-    return kill
+def peers_of(session: Any) -> list[str]:
+    return [str(hop.peer_id) for hop in session.route]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -78,17 +86,16 @@ def test_a_node_dies(swarm: Swarm, path: Path, whole: PreTrainedModel, way: str)
         SwarmModelForCausalLM.from_pretrained(str(path), initial_peers=swarm.initial_peers) as model,
         model.session(max_length=64) as session,
     ):
-        before: list[object] = []
+        before: list[str] = []
 
         def die() -> None:
-            before.extend(hop.peer_id for hop in session.route)
-            kill_hop(swarm, session, 1)()
+            before.extend(peers_of(session))
+            swarm.node_of(before[1]).kill()
 
         result = generate(model, IDS, stopping_criteria=[at_token(8, die)], **WAYS[way])
-        after = [hop.peer_id for hop in session.route]
         assert torch.equal(result, expected)
-        assert before[0] == after[0], "the hop that lives is kept"
-        assert before[1] not in after
+        assert before[0] == peers_of(session)[0], "the hop that lives is kept"
+        assert before[1] not in peers_of(session)
 
 
 def test_both_hops_die_at_once_and_one_of_them_is_the_first(swarm: Swarm, path: Path, whole: PreTrainedModel) -> None:
@@ -98,51 +105,74 @@ def test_both_hops_die_at_once_and_one_of_them_is_the_first(swarm: Swarm, path: 
         SwarmModelForCausalLM.from_pretrained(str(path), initial_peers=peers) as model,
         model.session(max_length=64) as session,
     ):
-        result = generate(model, IDS, stopping_criteria=[at_token(8, kill_hop(swarm, session, 0, 1))])
+        before: list[str] = []
+
+        def die() -> None:
+            before.extend(peers_of(session))
+            for victim in [swarm.node_of(peer) for peer in before]:
+                victim.kill()
+
+        result = generate(model, IDS, stopping_criteria=[at_token(8, die)])
         assert torch.equal(result, expected)
+        assert len(before) == 2
+        assert set(before).isdisjoint(peers_of(session))
 
 
-def test_a_node_dies_during_prefill(swarm: Swarm, path: Path, whole: PreTrainedModel) -> None:
+def test_a_node_dies_during_prefill(watched: tuple[Swarm, dict[str, str]], path: Path, whole: PreTrainedModel) -> None:
+    """It has the first half of the text in its cache. It is stopped while the second half comes, and then killed."""
+    swarm, metrics = watched
     ids = torch.randint(10, 250, (1, 1800), generator=torch.Generator().manual_seed(4))
     expected = generate(whole, ids, max_new_tokens=4)
     with (
         SwarmModelForCausalLM.from_pretrained(str(path), initial_peers=swarm.initial_peers, prefill_tokens=64) as model,
         model.session(max_length=2048) as session,
     ):
+        generate(model, ids[:, :900], session=session, max_new_tokens=1)
+        first, second = peers_of(session)
+        victim = swarm.node_of(second)
+
+        def done() -> float:
+            return figures(metrics[first])['swarm_tokens_total{phase="prefill"}']
 
         def kill_when_it_runs() -> None:
-            while len(session.route) < 2:
-                time.sleep(0.001)
-            time.sleep(0.05)
-            kill_hop(swarm, session, 1)()
+            deadline = time.monotonic() + 60
+            while done() < before + 2 * 64 and time.monotonic() < deadline:
+                time.sleep(0.005)
+            under_way.append(done() - before)
+            victim.kill()
 
+        before, under_way = done(), []
+        os.kill(victim.pid, signal.SIGSTOP)
         killer = threading.Thread(target=kill_when_it_runs)
         killer.start()
-        result = generate(model, ids, max_new_tokens=4)
+        result = generate(model, ids, session=session, max_new_tokens=4)
         killer.join()
         assert torch.equal(result, expected)
+        assert under_way[0] >= 2 * 64
+        assert session.position >= 1800
+        assert peers_of(session)[0] == first, "the hop that lives is kept"
+        assert second not in peers_of(session)
 
 
 def test_a_node_stalls(swarm: Swarm, path: Path, whole: PreTrainedModel) -> None:
-    import os
-    import signal
-
     expected = generate(whole, IDS)
     with (
         SwarmModelForCausalLM.from_pretrained(str(path), initial_peers=swarm.initial_peers, silence=0.5) as model,
         model.session(max_length=64) as session,
     ):
-        stopped = []
+        stopped: list[str] = []
 
         def stall() -> None:
-            stopped.append(swarm.node_of(session.route[1].peer_id))
-            os.kill(stopped[0].pid, signal.SIGSTOP)
+            stopped.append(peers_of(session)[1])
+            os.kill(swarm.node_of(stopped[0]).pid, signal.SIGSTOP)
 
         try:
             result = generate(model, IDS, stopping_criteria=[at_token(8, stall)])
         finally:
-            os.kill(stopped[0].pid, signal.SIGCONT)
+            for peer in stopped:
+                os.kill(swarm.node_of(peer).pid, signal.SIGCONT)
         assert torch.equal(result, expected)
+        assert stopped[0] not in peers_of(session)
 
 
 def test_no_cover_is_waited_for_then_named_and_a_node_that_comes_back_is_used(
@@ -177,7 +207,7 @@ def test_no_cover_is_waited_for_then_named_and_a_node_that_comes_back_is_used(
 
             result = generate(model, IDS, stopping_criteria=[at_token(8, kill_and_restart)])
             assert torch.equal(result, expected)
-            assert [str(hop.peer_id) for hop in session.route][1] == peer_id, "the identity survives, and is used again"
+            assert peers_of(session)[1] == peer_id, "the identity survives, and is used again"
 
 
 def test_a_node_that_is_told_to_stop_leaves_in_order(swarm: Swarm, path: Path, whole: PreTrainedModel) -> None:
@@ -189,10 +219,11 @@ def test_a_node_that_is_told_to_stop_leaves_in_order(swarm: Swarm, path: Path, w
         leaving = []
 
         def stop() -> None:
-            leaving.append(swarm.node_of(session.route[1].peer_id))
+            leaving.append(swarm.node_of(peers_of(session)[1]))
             leaving[0].terminate()
 
         result = generate(model, IDS, stopping_criteria=[at_token(8, stop)])
         assert torch.equal(result, expected)
-        leaving[0].wait_gone(10)
+        assert leaving[0].peer_id not in peers_of(session)
+        leaving[0].wait_gone(60)
         assert leaving[0].events()[-1]["event"] == "stopped"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
 from swarm.client import SwarmModelForCausalLM
 from tests.models import tiny_model
-from tests.swarm_e2e.nodes import Swarm, run_swarm
+from tests.swarm_e2e.nodes import Swarm, figures, free_port, run_swarm
 
 QUIET: dict[str, Any] = {"eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 8}
 WAYS: dict[str, dict[str, Any]] = {
@@ -34,24 +32,12 @@ class Served:
 
     def reused(self) -> list[int]:
         """How many tokens each node has taken from other sessions' caches so far."""
-        counts = []
-        for port in self.ports:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as reply:
-                lines = reply.read().decode().splitlines()
-            counts += [
-                int(float(line.split()[1])) for line in lines if line.startswith('swarm_tokens_total{phase="reu')
-            ]
-        return counts
+        told = [figures(f"http://127.0.0.1:{port}/metrics") for port in self.ports]
+        return [int(each['swarm_tokens_total{phase="reused"}']) for each in told]
 
     def client(self, **settings: Any) -> Any:
         path = self.swarm.model
         return SwarmModelForCausalLM.from_pretrained(path, initial_peers=self.swarm.initial_peers, **settings)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def random_ids(rows: int, columns: int, seed: int) -> torch.Tensor:

@@ -294,6 +294,21 @@ def test_sessions_are_let_in_as_far_as_all_of_them_fit_and_in_their_order(
     assert engine.stats().cache_tokens_free == 40
 
 
+def test_free_cache_by_the_token_and_the_block(span: FragileSpan, start_engine: Start) -> None:
+    engine = start_engine(span, cache_tokens=40, page_size=4)
+    part = engine.open(rows=2, first=1, last=3, left_padding=[0, 1])
+    result(engine.admit(part, 5))
+    assert engine.stats().cache_block_tokens_free == 4 * 40 - 2 * (5 + 4)
+    assert engine.stats().cache_tokens_free == 40 - 8 - 4
+    engine.close(part)
+    huge = engine.open(rows=3, first=0, last=4)
+    result(engine.admit(huge, 40))  # more than there is, as its rows may share pages
+    assert engine.stats().cache_block_tokens_free == 0
+    engine.close(huge)
+    result(engine.forward(hidden(1, 1), first=0, last=4))
+    assert engine.stats().cache_block_tokens_free == 4 * 40
+
+
 def test_a_session_begins_with_what_another_one_has_computed(span: FragileSpan, start_engine: Start) -> None:
     engine = start_engine(span, page_size=4)
     inputs = hidden(1, 30)

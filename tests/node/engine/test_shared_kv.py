@@ -47,6 +47,7 @@ def test_what_a_span_keeps(span: Span) -> None:
     assert cache.keys[3] is cache.keys[1] is not cache.keys[2] is cache.keys[4]
     assert cache.values[3] is cache.values[1]
     assert cache.keys[4].shape == (2, 1, 64, 24)
+    assert cache.nbytes == 4 * 64 * 2 * (2 * 16 + 2 * 24), "what two blocks share is there once"
 
 
 def test_on_another_device_the_cache_is_kept_once_more() -> None:
