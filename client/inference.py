@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from hivemind.p2p import PeerID
 from hivemind.proto import runtime_pb2
 
 from swarm import rpc
+from swarm.chance import CHANCE
 from swarm.client.history import History
 from swarm.client.hop import Hop
 from swarm.client.prefix import Digests, PageNames, describe_context
@@ -458,7 +458,7 @@ class Inference:
             if full is not None:
                 if asyncio.get_running_loop().time() > deadline:
                     raise full
-                await asyncio.sleep(_FULL_RETRY_SECONDS * random.random())
+                await asyncio.sleep(_FULL_RETRY_SECONDS * CHANCE.random())
 
     async def _open_together(self, ways: Sequence[Callable[..., Awaitable[Hop]]]) -> list[Any]:
         """Opens all hops at once: for each the hop, or the error."""

@@ -12,13 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hivemind.dht import DHTNode
+from hivemind.dht import DHTNode, node, routing
 from hivemind.p2p import P2P, PeerID
 from hivemind.utils.multiaddr import Multiaddr
 
+from swarm.chance import CHANCE
 from swarm.errors import ConnectError, UsageError
+from swarm.forks import belongs_to_process
 
 logging.getLogger("hivemind").setLevel(logging.CRITICAL)  # its warnings repeat, with traces, what we raise ourselves
+for _module in (node, routing):
+    vars(_module)["random"] = CHANCE  # its names for itself and its turns don't come out of a program's own numbers
 
 _STOP_SECONDS = 2.0
 
@@ -152,7 +156,9 @@ async def _create_p2p(**options: Any) -> P2P:
     create = asyncio.subprocess.create_subprocess_exec
     asyncio.subprocess.create_subprocess_exec = functools.partial(create, start_new_session=True)  # type: ignore[assignment]
     try:
-        return await P2P.create(**options)
+        p2p = await P2P.create(**options)
+        belongs_to_process(p2p)
+        return p2p
     finally:
         asyncio.subprocess.create_subprocess_exec = create
 
