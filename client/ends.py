@@ -15,8 +15,10 @@ from transformers.utils import ModelOutput
 
 from swarm.errors import ModelError
 from swarm.families import family_of
+from swarm.forks import refuse_fork
 
 from .cache import SinglePass, SwarmCache
+from .generation import current_generation
 from .padding import left_padding_for_pass
 from .remote_blocks import RemoteBlocks
 
@@ -110,6 +112,7 @@ class _Entry:
     def __call__(
         self, trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        refuse_fork()  # before embeddings: torch's threads don't survive a fork either
         for flag in ("output_hidden_states", "output_attentions", "output_router_logits"):
             if kwargs.get(flag):
                 raise ValueError(
@@ -126,6 +129,10 @@ class _Entry:
         past = kwargs.get("past_key_values")
         if isinstance(past, Echo):
             return args, kwargs
+        generation = current_generation()
+        if past is None and kwargs.get("use_cache") and generation is not None and generation.cache.needed:
+            past = generation.open_beside(self._blocks, columns)
+            kwargs = {**kwargs, "past_key_values": past}
         if isinstance(past, SwarmCache):
             past.begin(rows, columns, mask, ids if embeds is None else None)
             padding = past.left_padding or ()
