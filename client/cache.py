@@ -70,9 +70,9 @@ class SwarmCache(Cache):
         self._session: Session | None = None
         self._last_route: list[Hop] = []
         self._closed = False
-        self.generating = False  # a generate() is at work in it
+        self.generating = False  # a generate() is at work in it,
+        self.needed = 0  # and so many columns there will be in the end, at most
         self._fixed = max_length is not None
-        self.needed = 0  # columns in all that this takes
         self._prepared = 0
         self._hypo_ids: Tensor | None = None
         self._wanted: int | None = None
@@ -176,6 +176,15 @@ class SwarmCache(Cache):
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1 if self.max_length is None else self.max_length
+
+    @property
+    def max_cache_len(self) -> int:
+        """For PEFT, which asks before it makes keys and values of its own.
+
+        Raises:
+            AttributeError: always, so that ``hasattr`` says no.
+        """
+        raise AttributeError("keys and values can't be put into a session, as prefix tuning does: tune a prompt")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """From the next step on row ``i`` continues what was row ``beam_idx[i]``. ``beam_idx``: ``[rows]``."""

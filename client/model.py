@@ -262,9 +262,8 @@ class SwarmModelForCausalLM(_Family):
         if cache is None:
             cache = open_cache(self._connection, None)
         elif not handed_on:
-            resume(
-                cache, inputs, (args[0] if args else kwargs.get("generation_config")) or self.generation_config, kwargs
-            )
+            config = args[0] if args else kwargs.get("generation_config")
+            resume(cache, inputs, config or self.generation_config, kwargs)
         kwargs["past_key_values"] = cache
         try:
             with Generation(cache):

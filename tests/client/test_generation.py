@@ -224,6 +224,15 @@ def test_columns_that_peft_puts_in_count(model: Any, whole: Any, connection: InP
     assert got[0] == got[1]
 
 
+def test_keys_and_values_of_ones_own_are_refused(model: Any) -> None:
+    from peft import PrefixTuningConfig, TaskType, get_peft_model
+
+    tuned: Any = get_peft_model(model, PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4))
+    with pytest.raises(AttributeError, match="prefix tuning"):
+        tuned.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), **QUIET)
+    assert model.generate(IDS, **QUIET).shape == (2, 13)
+
+
 # Others' random numbers
 
 
