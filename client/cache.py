@@ -65,10 +65,35 @@ class SwarmCache(HollowCache):
         self._session: Session | None = None
         self._last_route: list[Hop] = []
         self._closed = False
+        self.generating = False  # a generate() is at work in it,
+        self.needed = 0  # and so many columns there will be in the end, at most
+        self._fixed = max_length is not None
+        self._prepared = 0
         self._hypo_ids: Tensor | None = None
         self._wanted: int | None = None
         self._known: list[Tensor] | None = [] if remember else None
         self._coming: Tensor | None = None
+
+    # What generate() tells, before the passes of which it knows.
+
+    def need(self, columns: int) -> None:
+        """There will be ``columns`` in all, at most.
+
+        Raises:
+            ValueError: the session has less room.
+        """
+        if not self._fixed:
+            self.max_length = columns
+        elif self.max_length is not None and columns > self.max_length:
+            raise ValueError(
+                f"this may need {columns} positions, and the session has room for {self.max_length}: "
+                "generate fewer tokens, or open the session with a greater max_length"
+            )
+        self.needed = columns
+
+    def prepare(self, columns: int) -> None:
+        """The next pass is of ``columns``, and what is beyond that was put in on the way to the model, as by PEFT."""
+        self._prepared = columns
 
     # What the model calls, in this order, for every pass.
 
@@ -89,7 +114,9 @@ class SwarmCache(HollowCache):
         """
         if self._closed:
             raise ValueError("this session is closed: open another with model.session(max_length=…)")
-        position = self.get_seq_length()
+        position, prepared, self._prepared = self.get_seq_length(), self._prepared, 0
+        if self.generating and 0 < prepared < columns:
+            self.need(self.needed + columns - prepared)
         if self.max_length is not None and position + columns > self.max_length:
             raise ValueError(
                 f"no room for {columns} more positions: {position} of {self.max_length} are taken. "
@@ -118,9 +145,16 @@ class SwarmCache(HollowCache):
                 self._end_session()
                 raise ValueError("this session was closed")
             padding = self.left_padding if self.left_padding and any(self.left_padding) else None
-        hypo_ids, self._hypo_ids = self._hypo_ids, None
         wanted, self._wanted = self._wanted, None
-        result = session.step(hidden.detach().cpu(), hypo_ids=hypo_ids, left_padding=padding, wanted=wanted)
+        hypo_ids, self._hypo_ids = self._hypo_ids, None
+        try:
+            result = session.step(hidden.detach().cpu(), hypo_ids=hypo_ids, left_padding=padding, wanted=wanted)
+        except BaseException:  # the session is as before the step, and the caller may go on
+            if session.position:
+                self._hypo_ids = hypo_ids
+            else:
+                self.reset()
+            raise
         if self._known is not None and self._coming is not None:
             self._known.append(self._coming)
         return result.to(device=hidden.device, dtype=hidden.dtype)
@@ -133,6 +167,15 @@ class SwarmCache(HollowCache):
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1 if self.max_length is None else self.max_length
+
+    @property
+    def max_cache_len(self) -> int:
+        """For PEFT, which asks before it makes keys and values of its own.
+
+        Raises:
+            AttributeError: always, so that ``hasattr`` says no.
+        """
+        raise AttributeError("keys and values can't be put into a session, as prefix tuning does: tune a prompt")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """From the next step on row ``i`` continues what was row ``beam_idx[i]``. ``beam_idx``: ``[rows]``."""
@@ -155,8 +198,7 @@ class SwarmCache(HollowCache):
         """Forget everything; the next pass opens another session and may have other rows."""
         self._end_session()
         self.left_padding = None
-        self._hypo_ids = None
-        self._coming = None
+        self._hypo_ids = self._wanted = self._coming = None
         if self._known is not None:
             self._known = []
 
@@ -212,7 +254,9 @@ class SwarmCache(HollowCache):
             so results never depend on what the session did before.
         """
         if self._session is None:
+            self.reset()
             return 0
+        self._wanted = None
         known = torch.cat(self._known, dim=1) if self._known else torch.empty(0, 0, dtype=torch.int64)
         rows, columns = known.shape
         if columns != self.get_seq_length() or rows == 0 or rows % len(ids):

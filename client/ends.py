@@ -15,8 +15,10 @@ from swarm.compat.keywords import ModelOutput, cache_keyword, cache_of, given_ca
 from swarm.compat.trunk import INNER_OUTPUTS, OneLayer, find_trunk, strip_trunk, takes_tuple
 from swarm.errors import ModelError
 from swarm.families import family_of
+from swarm.forks import refuse_fork
 
 from .cache import SinglePass, SwarmCache
+from .generation import current_generation
 from .padding import left_padding_for_pass
 from .remote_blocks import RemoteBlocks
 
@@ -85,6 +87,7 @@ class _Entry:
     def __call__(
         self, trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        refuse_fork()  # before embeddings: torch's threads don't survive a fork either
         for flag in INNER_OUTPUTS:
             if kwargs.get(flag):
                 raise ValueError(
@@ -101,6 +104,9 @@ class _Entry:
         past, name = given_cache(kwargs), cache_keyword(type(trunk))
         if isinstance(past, Echo):
             return args, with_cache(kwargs, past, name)
+        generation = current_generation()
+        if past is None and kwargs.get("use_cache") and generation is not None and generation.cache.needed:
+            past = generation.open_beside(self._blocks, columns)
         if isinstance(past, SwarmCache):
             past.begin(rows, columns, mask, ids if embeds is None else None)
             kwargs = with_cache(kwargs, past, name)

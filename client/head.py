@@ -39,7 +39,7 @@ class CombinedForward:
         self._forward = forward
         self._lock = threading.Lock()
         self._waiting: list[_Ticket] = []
-        self._busy = False
+        self._turn: _Ticket | None = None  # whose thread computes, or is about to
         self._together = False  # whether the last computation was for several
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -48,20 +48,25 @@ class CombinedForward:
         if not 0 < rows <= MAX_ROWS or (torch.is_grad_enabled() and x.requires_grad) or x.device.type != "cpu":
             return self._forward(x)
         ticket = _Ticket(x.reshape(rows, x.shape[-1]))
-        with self._lock:
-            self._waiting.append(ticket)
-            first, self._busy = not self._busy, True
-        if not first:
-            ticket.called.wait()
-        if ticket.output is None and ticket.error is None:
-            self._compute()
+        try:  # whatever a thread is interrupted in, as by Ctrl-C: the others don't wait for it
+            with self._lock:
+                self._waiting.append(ticket)
+                first = self._turn is None
+                if first:
+                    self._turn = ticket
+            if not first:
+                ticket.called.wait()
+            if ticket.output is None and ticket.error is None:
+                self._compute(ticket)
+        finally:
+            self._leave(ticket)
         if ticket.error is not None:
             raise ticket.error
         assert ticket.output is not None
         return ticket.output.view(*x.shape[:-1], -1)
 
-    def _compute(self) -> None:
-        """Computes for all that wait, the caller among them; then calls one of those that came meanwhile."""
+    def _compute(self, mine: _Ticket) -> None:
+        """Computes for all that wait, the caller among them."""
         if self._together:
             time.sleep(_GATHER_SECONDS)  # sessions that were computed together come back together, one after the other
         with self._lock:
@@ -72,14 +77,24 @@ class CombinedForward:
             outputs = self._forward(together).split([len(ticket.rows) for ticket in batch])
             for ticket, output in zip(batch, outputs, strict=True):
                 ticket.output = output
-        except BaseException as error:
+        except Exception as error:
             for ticket in batch:
                 ticket.error = error
-        with self._lock:
-            successor = self._waiting[0] if self._waiting else None
-            self._busy = successor is not None
+        except BaseException:  # meant for this thread alone
+            with self._lock:
+                self._waiting = [ticket for ticket in batch if ticket is not mine] + self._waiting
+            raise
         for ticket in batch:
             ticket.called.set()
+
+    def _leave(self, ticket: _Ticket) -> None:
+        """Gives the turn to compute, if it is this ticket's, to one of those that came meanwhile."""
+        with self._lock:
+            if ticket in self._waiting:
+                self._waiting.remove(ticket)
+            if self._turn is not ticket:
+                return
+            self._turn = successor = self._waiting[0] if self._waiting else None
         if successor is not None:
             successor.called.set()
 

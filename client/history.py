@@ -33,6 +33,10 @@ class History:
         self._entries.append(_Entry(start, hidden, hypo_ids))
         self._position = start + hidden.shape[1]
 
+    def take_back(self) -> None:
+        """Forgets the step that was added last, which replaced no columns."""
+        self._position = self._entries.pop().start
+
     def crop(self, position: int) -> None:
         """Forgets the columns from ``position`` on. Reorderings stay: they moved the columns before, too."""
         if position >= self._position:

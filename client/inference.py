@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +15,10 @@ from hivemind.p2p import PeerID
 from hivemind.proto import runtime_pb2
 
 from swarm import rpc
+from swarm.chance import CHANCE
 from swarm.client.history import History
 from swarm.client.hop import Hop
+from swarm.client.opening import open_in_order, open_together
 from swarm.client.prefix import Digests, PageNames, describe_context
 from swarm.client.routing import Leg
 from swarm.client.settings import ClientSettings
@@ -88,9 +89,9 @@ class Inference:
         self._left_padding: tuple[int, ...] = ()
         self._in_flight: dict[str, _Chunk] = {}
         self._resending: set[asyncio.Task[None]] = set()
-        self._broken = False
         self._inputs = History()
         self._names: PageNames | None = None
+        self._before: tuple[int, PageNames | None] | None = None  # the position and the names as the last step began
         self._sharing = False  # whether the names say truly what the hops hold
         self.hops: list[Hop] = []
         self.position = 0
@@ -106,26 +107,25 @@ class Inference:
         wanted: int | None = None,
         digests: Digests | None = None,
     ) -> torch.Tensor:
-        """Runs ``hidden`` ``[rows, T, H]`` through all hops. An error ends the session.
+        """Runs ``hidden`` ``[rows, T, H]`` through all hops. If it fails or is cancelled, all is as before.
 
         Args:
             wanted: how many columns at the end the caller will look at; others may be zero. Default: all.
             digests: of the columns of ``hidden``, if the session has a salt.
         """
-        if self._broken:
-            raise RemoteError("the session has ended with an error: open a new one")
         rows, columns, _ = hidden.shape
         if not self._rows:
             self._rows, self._left_padding = rows, tuple(left_padding or ())
             if self._salt is not None and digests is not None:
                 self._names = PageNames(self._left_padding or (0,) * rows)
+        self._before = self.position, self._names and self._names.copy()
+        if self._names is not None and digests is not None:
+            self._names.extend(self.position, digests, hypo_ids)
+        self._inputs.append(self.position, hidden, hypo_ids)
         try:
-            if self._names is not None and digests is not None:
-                self._names.extend(self.position, digests, hypo_ids)
-            self._inputs.append(self.position, hidden, hypo_ids)
             output = await self._through(hidden, hypo_ids, columns if wanted is None else wanted)
         except BaseException:
-            self._broken = True  # some hops may have reordered their rows already
+            self.take_back()
             raise
         self.position += columns
         skipped = columns - output.shape[1]
@@ -142,9 +142,7 @@ class Inference:
             try:
                 return await self._run(start, hidden, hypo_ids)
             except _InputsMissing:
-                for hop in self.hops:
-                    hop.abandon()
-                self.hops = []
+                self._abandon_hops()
 
     async def _begin(self, wanted: int) -> tuple[int, torch.Tensor]:
         """Opens all hops, with what is in their caches already: the column where to go on, and the inputs from there.
@@ -212,6 +210,22 @@ class Inference:
             hop.history.crop(position)
             hop.cropped |= position < self.position and (hop.is_petals or not self._croppable)
         self.position = position
+
+    def take_back(self) -> None:
+        """Forgets the last step, with its reordering, as if there had been none. Nobody knows what the hops have of it,
+        so they are left; the next step opens others, or the same again, and plays all that was before into them."""
+        if self._before is None:
+            return
+        (self.position, self._names), self._before = self._before, None
+        self._inputs.take_back()
+        self._abandon_hops()
+        if not self.position:
+            self._rows, self._names = 0, None
+
+    def _abandon_hops(self) -> None:
+        for hop in self.hops:
+            hop.abandon()
+        self.hops = []
 
     async def close(self) -> None:
         """Ends the session at all hops."""
@@ -431,10 +445,10 @@ class Inference:
             ways = [partial(self._open, leg, left_padding, prefix) for leg, prefix in zip(legs, prefixes, strict=True)]
             opened: list[Any]
             if crowded.isdisjoint(leg.peer_id for leg in legs):
-                opened = await self._open_together(ways)
+                opened = await open_together(ways)
             else:
                 wait = max(1.0, deadline - asyncio.get_running_loop().time())
-                opened = await self._open_in_order(legs, ways, wait)
+                opened = await open_in_order(legs, ways, wait)
             errors = [
                 (leg, result) for leg, result in zip(legs, opened, strict=True) if isinstance(result, BaseException)
             ]
@@ -458,35 +472,7 @@ class Inference:
             if full is not None:
                 if asyncio.get_running_loop().time() > deadline:
                     raise full
-                await asyncio.sleep(_FULL_RETRY_SECONDS * random.random())
-
-    async def _open_together(self, ways: Sequence[Callable[..., Awaitable[Hop]]]) -> list[Any]:
-        """Opens all hops at once: for each the hop, or the error."""
-        opening = [asyncio.ensure_future(way()) for way in ways]
-        try:
-            return await asyncio.gather(*opening, return_exceptions=True)
-        except asyncio.CancelledError:
-            for task in opening:  # nobody else knows those that are open by now
-                task.add_done_callback(_abandon)
-            raise
-
-    async def _open_in_order(
-        self, legs: Sequence[Leg], ways: Sequence[Callable[..., Awaitable[Hop]]], wait: float
-    ) -> list[Any]:
-        """Opens hops one by one, queueing where that is needed; up to the first that fails, with the error for it."""
-        results: list[Hop | BaseException | None] = [None] * len(legs)
-        for index in sorted(range(len(legs)), key=lambda index: legs[index].peer_id.to_bytes()):
-            try:
-                results[index] = await ways[index](wait=wait)
-            except BaseException as error:
-                results[index] = error
-                if isinstance(error, SwarmError):
-                    break
-                for hop in results:
-                    if isinstance(hop, Hop):
-                        hop.abandon()
-                raise
-        return results
+                await asyncio.sleep(_FULL_RETRY_SECONDS * CHANCE.random())
 
     def _prefixes(
         self, legs: Sequence[Leg], dtype: torch.dtype, spare: int
@@ -532,8 +518,3 @@ class Inference:
 
 def _name(hop: Hop) -> HopName:
     return HopName(hop.peer_id.to_base58(), hop.name, hop.start, hop.end)
-
-
-def _abandon(opening: asyncio.Future[Hop]) -> None:
-    if not opening.cancelled() and opening.exception() is None:
-        opening.result().abandon()

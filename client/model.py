@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 import weakref
 from collections.abc import AsyncIterator, Sequence
@@ -14,19 +15,21 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from swarm.compat.generation import ASSISTED
+from swarm.compat.generation import GenerateHooks
 from swarm.compat.keywords import GENERATE_KEYWORD, ModelOutput, given_cache, take_cache, with_cache
-from swarm.errors import UsageError
+from swarm.forks import refuse_fork
 
+from .arguments import device_of, dtype_of, peers_of, settings_of
 from .cache import SwarmCache
 from .ends import put_blocks_in
+from .generation import Generation, choose_cache, limit_candidates, open_cache, refuse_unserved, resume
 from .head import combine_head
 from .model_session import ModelSession, open_session_of
 from .remote_blocks import RemoteBlocks
 from .streaming import stream_tokens
 
 if TYPE_CHECKING:
-    from swarm.compat.generation import BaseStreamer, GenerationMode
+    from swarm.compat.generation import BaseStreamer, GenerateRequest
 
     from .hop import Hop
     from .swarm_connection import SwarmConnection
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
 _Family: Any = object
 
 
-class SwarmModelForCausalLM(_Family):
+class SwarmModelForCausalLM(GenerateHooks, _Family):
     """A causal language model whose blocks are on the nodes of a swarm, and whose two ends are here.
 
     ``from_pretrained`` gives an instance of the family's own transformers class (``LlamaForCausalLM``, …), so
@@ -70,10 +73,12 @@ class SwarmModelForCausalLM(_Family):
     @classmethod
     def from_pretrained(
         cls,
-        model: str,
+        model: str | os.PathLike[str],
         *,
-        initial_peers: Sequence[str],
-        dtype: str | torch.dtype = "auto",
+        initial_peers: str | Sequence[str],
+        dtype: str | torch.dtype | None = None,
+        torch_dtype: str | torch.dtype | None = None,
+        device_map: Any = None,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
@@ -87,8 +92,10 @@ class SwarmModelForCausalLM(_Family):
         Args:
             model: a local directory, a Hub id, or ``"demo"``. With ``weights="peers"`` its name in the swarm, or its
                 manifest's root: the tokenizer is then in :attr:`files`.
-            initial_peers: multiaddresses of nodes that are in the swarm.
-            dtype: of the ends: ``"auto"`` for the checkpoint's own, else a torch dtype or its name.
+            initial_peers: multiaddresses of nodes that are in the swarm, or one.
+            dtype: of the ends: ``"auto"``, the default, for the checkpoint's own, else a torch dtype or its name.
+            torch_dtype: its old name.
+            device_map: where the ends go: a device, ``{"": device}``, or ``"auto"``. Default: the CPU.
             revision, token, cache_dir: as in transformers.
             dht_prefix: the model's name in the swarm, if it isn't the usual one.
             weights: where the ends come from: ``"hub"`` (a directory, or else the Hub), ``"peers"`` (nodes that hand
@@ -99,18 +106,20 @@ class SwarmModelForCausalLM(_Family):
         Raises:
             ModelError: the model can't be found or used.
             ConnectError: none of ``initial_peers`` answers.
+            UsageError: an argument can't be, or the process was forked from one that is in a swarm.
+            TypeError: an argument isn't known.
         """
         from swarm.skeleton import load_ends
 
         from .find_model import find_model
-        from .settings import ClientSettings
         from .swarm_connection import SwarmConnection
 
-        chosen = ClientSettings(**settings)
-        ends_dtype = _dtype_named(dtype)
+        refuse_fork()
+        chosen, peers = settings_of(settings), peers_of(initial_peers)
+        ends_dtype, device = dtype_of(dtype, torch_dtype), device_of(device_map)
         source = find_model(
-            model,
-            initial_peers,
+            os.fspath(model),
+            peers,
             weights=weights,
             manifest=manifest,
             revision=revision,
@@ -120,9 +129,10 @@ class SwarmModelForCausalLM(_Family):
             startup_timeout=chosen.startup_timeout,
         )
         # Before the weights: whether the swarm answers is known in a moment, a download can take minutes.
-        connection = SwarmConnection.open(source, initial_peers, chosen)
+        connection = SwarmConnection.open(source, peers, chosen)
         try:
-            return cls.from_ends(load_ends(source, dtype=ends_dtype), connection, deterministic=chosen.deterministic)
+            ends = load_ends(source, dtype=ends_dtype).to(device)  # type: ignore[arg-type]
+            return cls.from_ends(ends, connection, deterministic=chosen.deterministic)
         except BaseException:
             connection.close()
             raise
@@ -201,7 +211,7 @@ class SwarmModelForCausalLM(_Family):
         """
         if max_length < 1:
             raise ValueError(f"max_length has to be positive, not {max_length}")
-        return ModelSession(self, self._cache(max_length, remember=True), max_length)
+        return ModelSession(self, open_cache(self._connection, max_length, remember=True), max_length)
 
     def stream(
         self, inputs: Tensor | None = None, *, session: ModelSession | None = None, **kwargs: Any
@@ -244,26 +254,36 @@ class SwarmModelForCausalLM(_Family):
             ValueError: padding that isn't on the left, or more tokens than the session has room for.
             MissingBlocksError: nobody serves some of the model's blocks.
         """
-        given = given_cache(kwargs)
-        if given is not None and not isinstance(given, SwarmCache):
-            raise ValueError(f"the cache has to be a session's (session.cache), not {type(given).__name__}")
-        chosen = session or (open_session_of(self) if given is None else None)
-        cache = given if chosen is None else chosen.cache
-        if cache is not None:
-            self._resume(cache, inputs, kwargs)
-            try:
-                return super().generate(inputs, *args, **with_cache(kwargs, cache, GENERATE_KEYWORD))
-            finally:
-                self._last_route = cache.route
-        cache = self._cache(None)
+        refuse_fork()
+        self._refuse_call(kwargs)
+        cache, handed_on = choose_cache(session, open_session_of(self), given_cache(kwargs))
+        owned = cache is None
+        if cache is None:
+            cache = open_cache(self._connection, None)
+        elif not handed_on:
+            config = args[0] if args else kwargs.get("generation_config")
+            resume(cache, inputs, config or self.generation_config, kwargs)
         try:
-            result = super().generate(inputs, *args, **with_cache(kwargs, cache, GENERATE_KEYWORD))
+            with Generation(cache):
+                result = super().generate(inputs, *args, **with_cache(kwargs, cache, GENERATE_KEYWORD))
         finally:
-            cache.close()
+            if owned:
+                cache.close()
             self._last_route = cache.route
-        if isinstance(result, ModelOutput):
+        if owned and isinstance(result, ModelOutput):
             take_cache(result)
         return result
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "continuous batching is the nodes' work: call generate() from several threads, and they batch what comes"
+        )
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
 
     # Where transformers' generate() asks the model
 
@@ -295,63 +315,40 @@ class SwarmModelForCausalLM(_Family):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+        if isinstance(cache, SwarmCache):
+            given = prepared.get("inputs_embeds")
+            cache.prepare((prepared["input_ids"] if given is None else given).shape[1])
         return prepared
 
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        generation_mode: GenerationMode,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        if generation_config.is_assistant:
-            raise ValueError("the assistant guesses tokens one by one, so it has to be a model on this machine")
-        cache: SwarmCache = model_kwargs[GENERATE_KEYWORD]
-        if generation_config.use_cache is False:
-            del model_kwargs[GENERATE_KEYWORD]
-            return
-        if generation_config.cache_implementation is not None:
-            raise ValueError("cache_implementation can't be chosen: the cache is on the nodes of the swarm")
-        if generation_mode == ASSISTED:
-            # A guess from the prompt may reach beyond the end before it is cut off; an assistant's stops there.
-            max_cache_length += 1 + (generation_config.prompt_lookup_num_tokens or 0)
-        if cache.max_length is None:
-            cache.max_length = max_cache_length
-        elif max_cache_length > cache.max_length:
-            raise ValueError(
-                f"this may need {max_cache_length} positions, and the session has room for {cache.max_length}: "
-                "generate fewer tokens, or open the session with a greater max_length"
-            )
-        rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-        if cache.left_padding is not None and len(cache.left_padding) != rows:
+    def begin_generation(self, request: GenerateRequest) -> bool:
+        """See :class:`GenerateHooks`."""
+        refuse_unserved(request.config, request.mode, self.generation_config)
+        if request.config.use_cache is False:
+            return False
+        cache: SwarmCache = request.cache
+        cache.need(request.columns)
+        if cache.left_padding is not None and len(cache.left_padding) != request.rows:
             cache.reset()
+        return True
+
+    def adapt_candidates(self, generator: Any, config: GenerationConfig) -> None:
+        """See :class:`GenerateHooks`."""
+        limit_candidates(generator, config.max_length - 1)  # the model adds one
 
     # Our own
 
-    def _cache(self, max_length: int | None, *, remember: bool = False) -> SwarmCache:
-        connection, adapter = self._connection, self.active_adapter
-        return SwarmCache(
-            lambda length: connection.session(max_length=length, adapter=adapter), max_length, remember=remember
-        )
-
-    @staticmethod
-    def _resume(cache: SwarmCache, inputs: Tensor | None, kwargs: dict[str, Any]) -> None:
-        """Make the cache hold nothing but a beginning of what is about to be passed."""
-        ids = kwargs.get("inputs", kwargs.get("input_ids")) if inputs is None else inputs
-        mask = kwargs.get("attention_mask")
-        cache.only_new_ids = False
-        if kwargs.get("inputs_embeds") is not None or ids is None:
-            cache.reset()  # embeddings can't be compared with what was seen
-        elif mask is not None and mask.shape[-1] > ids.shape[-1]:
-            if mask.shape[-1] != cache.get_seq_length() + ids.shape[-1]:
-                raise ValueError(
-                    f"attention_mask has {mask.shape[-1]} columns, but {cache.get_seq_length()} are done and "
-                    f"{ids.shape[-1]} are new. Simplest is to pass all ids so far, and a mask of the same shape"
-                )
-            cache.only_new_ids = True
-        else:
-            cache.resume(ids, mask)
+    def _refuse_call(self, kwargs: dict[str, Any]) -> None:
+        """
+        Raises:
+            ValueError: an argument of ``generate()`` can't be had, and would lead elsewhere than to the checks there.
+        """
+        given = given_cache(kwargs)
+        if given is not None and not isinstance(given, SwarmCache):
+            raise ValueError(f"the cache has to be a session's (session.cache), not {type(given).__name__}")
+        if kwargs.get("cache_implementation") == "paged":
+            self.generate_batch()
+        if kwargs.get("synced_gpus"):
+            raise ValueError("synced_gpus is for a model that torch.distributed has cut up, which the two ends are not")
 
 
 def _close_collected(connection: SwarmConnection) -> None:
@@ -361,18 +358,6 @@ def _close_collected(connection: SwarmConnection) -> None:
         connection.close()
     else:
         threading.Thread(target=connection.close, name="swarm-close", daemon=True).start()
-
-
-def _dtype_named(dtype: str | torch.dtype) -> str | torch.dtype:
-    """``"bfloat16"`` as torch's; ``"auto"`` as what ``load_ends`` calls it."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype == "auto":
-        return "checkpoint"
-    found = getattr(torch, dtype.removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise UsageError(f"dtype is 'auto', 'float32', 'bfloat16' or 'float16', not {dtype!r}")
-    return found
 
 
 @functools.cache

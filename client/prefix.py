@@ -57,6 +57,13 @@ class PageNames:
         self._digests: Digests = [[] for _ in left_padding]
         self._names: Digests = [[] for _ in left_padding]
 
+    def copy(self) -> PageNames:
+        """As they are now, to go on with if what these are extended by next turns out not to have happened."""
+        copied = PageNames(self._padding)
+        # not their contents: reordering makes other lists, and what is only added is replaced by what is added next
+        copied._digests, copied._names = self._digests, self._names
+        return copied
+
     def extend(self, start: int, digests: Digests, hypo_ids: torch.Tensor | None) -> None:
         """Columns from ``start`` on. Those that were there are replaced, after row ``i`` became row ``hypo_ids[i]``."""
         order = range(len(self._padding)) if hypo_ids is None else hypo_ids.tolist()

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import uvloop
 
+from swarm.forks import belongs_to_process, is_forked, refuse_fork
 from swarm.peer import Peer, PeerOptions
 
 T = TypeVar("T")
@@ -26,12 +27,18 @@ class Runtime:
         self.loop = uvloop.new_event_loop()
         threading.Thread(target=self._run, name="swarm-client", daemon=True).start()
         weakref.finalize(self, _park, self.loop)  # at exit, behind what models do then, which were made later
+        belongs_to_process(self)
         self._peers: dict[tuple[str, ...], tuple[Peer, int]] = {}
         self._peers_lock = asyncio.Lock()
 
     @classmethod
     def get(cls) -> Runtime:
-        """The runtime of this process."""
+        """The runtime of this process.
+
+        Raises:
+            UsageError: the process was forked from one that has a runtime.
+        """
+        refuse_fork()
         with cls._lock:
             if cls._instance is None:
                 cls._instance = cls()
@@ -47,7 +54,14 @@ class Runtime:
             raise
 
     def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Runs ``work`` in the loop without waiting."""
+        """Runs ``work`` in the loop without waiting.
+
+        Raises:
+            UsageError: this is a fork of the process that the loop runs in.
+        """
+        if is_forked():
+            work.close()
+        refuse_fork()
         return asyncio.run_coroutine_threadsafe(work, self.loop)
 
     async def join(self, initial_peers: tuple[str, ...], *, startup_timeout: float) -> Peer:
@@ -82,6 +96,8 @@ class Runtime:
 def _park(loop: asyncio.AbstractEventLoop) -> None:
     """Has the loop's thread wait for ever: what came from the network when the interpreter is gone would be a
     segmentation fault. A loop that is stopped would complain of tasks that are not done."""
+    if is_forked():
+        return
     parked = threading.Event()
 
     def park() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -10,6 +12,7 @@ from swarm.client.hop import Hop
 from swarm.client.inference import Inference
 from swarm.client.prefix import column_digests
 from swarm.client.runtime import Runtime
+from swarm.forks import is_forked
 
 
 class Session:
@@ -23,6 +26,7 @@ class Session:
         self._runtime, self._inference = runtime, inference
         self.max_length = max_length
         self._shares = shares
+        self._turn = asyncio.Lock()  # a step that was interrupted here is cancelled there, which takes it a moment
         self._closed = False
 
     @property
@@ -59,6 +63,8 @@ class Session:
             MissingBlocksError: blocks were missing for longer than the client waits.
             OutOfCacheError: no node has room.
             ValueError: longer than ``max_length``.
+
+        After any of them, and after an interrupt (Ctrl-C), the session is as if the step had not been asked for.
         """
         if self._closed:
             raise ValueError("the session is closed")
@@ -70,7 +76,12 @@ class Session:
         cpu = hidden.detach().cpu() if hidden.requires_grad or not hidden.is_cpu else hidden
         reorder = None if hypo_ids is None else hypo_ids.detach().cpu()
         digests = column_digests(cpu) if self._shares else None  # here, and not in the loop that all sessions share
-        output = self._runtime.run(self._inference.step(cpu, reorder, left_padding, wanted=wanted, digests=digests))
+        start = self.position
+        try:
+            output = self._runtime.run(self._step(cpu, reorder, left_padding, wanted=wanted, digests=digests))
+        except BaseException:
+            self._runtime.run(self._take_back(start))
+            raise
         if output.dtype == hidden.dtype and hidden.is_cpu:
             return output
         return output.to(device=hidden.device, dtype=hidden.dtype)
@@ -81,13 +92,23 @@ class Session:
             raise ValueError(f"can't crop to {position}: the session has {self.position} columns")
 
         async def crop() -> None:
-            self._inference.crop(position)
+            async with self._turn:
+                self._inference.crop(position)
 
         self._runtime.run(crop())
 
+    async def _step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        async with self._turn:
+            return await self._inference.step(*args, **kwargs)
+
+    async def _take_back(self, start: int) -> None:
+        async with self._turn:
+            if self.position > start:  # it was done before it heard that nobody waits
+                self._inference.take_back()
+
     def close(self) -> None:
         """Ends the session and frees its KV cache at every hop. May be called twice."""
-        if not self._closed:
+        if not self._closed and not is_forked():
             self._closed = True
             self._runtime.run(self._inference.close())
 
@@ -98,5 +119,5 @@ class Session:
         self.close()
 
     def __del__(self) -> None:
-        if not getattr(self, "_closed", True):
+        if not getattr(self, "_closed", True) and not is_forked():
             self._runtime.start(self._inference.close())

@@ -14,6 +14,7 @@ from swarm.client.settings import ClientSettings
 from swarm.client.swarm_view import SwarmView
 from swarm.errors import UsageError
 from swarm.fingerprint import fingerprint
+from swarm.forks import is_forked
 from swarm.overview import Overview, look, measure
 from swarm.source import ModelSource
 
@@ -148,8 +149,8 @@ class SwarmConnection:
         return self._runtime.run(work).to(device=hidden.device, dtype=hidden.dtype)
 
     def close(self) -> None:
-        """Leaves the swarm. May be called twice."""
-        if self._closed:
+        """Leaves the swarm. May be called twice, and in a forked process, where it does nothing."""
+        if self._closed or is_forked():
             return
         self._closed = True
 

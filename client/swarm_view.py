@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import time
 from collections.abc import Iterable
 
 from hivemind.p2p import PeerID
 
 from swarm import dht
+from swarm.chance import CHANCE
 from swarm.client.bans import Bans
 from swarm.client.routing import Leg, describe_blocks, find_route
 from swarm.client.settings import ClientSettings
@@ -175,7 +175,7 @@ class SwarmView:
             and (not adapter or adapter in span.info.adapters)
             and not self._bans.banned(span.peer_id, started=span.info.offer.started if span.info.offer else 0.0)
         ]
-        random.shuffle(usable)  # equals share the load
+        CHANCE.shuffle(usable)  # equals share the load
         roomy = [span for span in usable if self._full.get(span.peer_id, 0.0) <= now]
         for candidates in (roomy, usable):
             try:
@@ -200,7 +200,7 @@ class SwarmView:
 
     def _ping_new(self, spans: Iterable[RemoteSpan]) -> None:
         unknown = [span.peer_id for span in spans if span.peer_id not in self._rtts]
-        for peer_id in random.sample(unknown, min(_MAX_PINGED, len(unknown))):
+        for peer_id in CHANCE.sample(unknown, min(_MAX_PINGED, len(unknown))):
             task = asyncio.create_task(self._ping(peer_id))
             self._pinging.add(task)
             task.add_done_callback(self._pinging.discard)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-import random
 
 from swarm import dht
+from swarm.chance import CHANCE
 from swarm.node.engine.engine import Engine
 from swarm.peer import Peer, ping
 from swarm.records import ServerInfo, ServerState
@@ -89,7 +89,7 @@ class Announcer:
         blocks = await dht.fetch(self._peer.dht, self._prefix, self._num_blocks)
         following = blocks[self._ready[0] + 1 : self._ready[1] + 1]
         peers = {peer_id for servers in following for peer_id in servers if peer_id != self._peer.peer_id}
-        chosen = random.sample(sorted(peers), min(_MAX_PINGED, len(peers)))
+        chosen = CHANCE.sample(sorted(peers), min(_MAX_PINGED, len(peers)))
         times = await asyncio.gather(*(ping(self._peer, peer_id, 3.0) for peer_id in chosen))
         return {
             peer_id.to_base58(): seconds for peer_id, seconds in zip(chosen, times, strict=True) if seconds is not None

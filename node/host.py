@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import gc
 import logging
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from swarm import dht
+from swarm.chance import CHANCE
 from swarm.errors import ModelError
 from swarm.memory import trim
 from swarm.node.announcer import Announcer
@@ -164,7 +164,7 @@ class Host:
         weights are here, so that it is soon up again."""
         period = self._settings.balance_period
         while True:
-            await asyncio.sleep(period * random.uniform(0.5, 1.5))  # nodes that look at the same time move together
+            await asyncio.sleep(period * CHANCE.uniform(0.5, 1.5))  # nodes that look at the same time move together
             try:
                 start, covered = await self._look()
                 if start is None:

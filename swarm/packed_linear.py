@@ -109,7 +109,9 @@ def _works(dtype: torch.dtype) -> bool:
     if dtype not in (torch.float32, torch.bfloat16):
         return False
     try:
-        probe = nn.Linear(64, 48, bias=True, dtype=dtype).requires_grad_(False)
+        probe = nn.Linear(64, 48, bias=True, device="meta", dtype=dtype).to_empty(device="cpu").requires_grad_(False)
+        for parameter in probe.parameters():
+            parameter.copy_(torch.linspace(-0.1, 0.1, parameter.numel()).view_as(parameter))
         x = torch.linspace(-1, 1, 2 * 64).view(2, 64).to(dtype)
         packed = PackedLinear(probe)
         return torch.allclose(packed(x), probe(x), atol=1e-2) and torch.equal(packed.weight, probe.weight)

@@ -12,13 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hivemind.dht import DHTNode
+from hivemind.dht import DHTNode, node, routing
 from hivemind.p2p import P2P, PeerID
 from hivemind.utils.multiaddr import Multiaddr
 
+from swarm.chance import CHANCE
 from swarm.errors import ConnectError, UsageError
+from swarm.forks import belongs_to_process
 
 logging.getLogger("hivemind").setLevel(logging.CRITICAL)  # its warnings repeat, with traces, what we raise ourselves
+for _module in (node, routing):
+    vars(_module)["random"] = CHANCE  # its names for itself and its turns don't come out of a program's own numbers
 
 _STOP_SECONDS = 2.0
 _LEAVE_SESSION = "import os, sys; os.setsid(); os.execv(sys.argv[1], sys.argv[1:])"
@@ -116,7 +120,7 @@ async def _start_daemon(options: PeerOptions) -> P2P:
         kind = "ip6" if ":" in options.public_ip else "ip4"
         announce.append(f"/{kind}/{options.public_ip}/tcp/{options.port}")
     try:
-        return await _DetachedP2P.create(
+        p2p = await _DetachedP2P.create(
             initial_peers=list(options.initial_peers),
             host_maddrs=None if options.client else [f"/{family}/{options.host}/tcp/{options.port}"],
             announce_maddrs=announce or None,
@@ -134,6 +138,8 @@ async def _start_daemon(options: PeerOptions) -> P2P:
             trusted_relays=list(options.initial_peers) if options.relay else None,
             startup_timeout=options.startup_timeout,
         )
+        belongs_to_process(p2p)
+        return p2p
     except Exception as error:
         text = str(error)
         if "already taken" in text:

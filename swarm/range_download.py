@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import email.utils
-import random
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from huggingface_hub import constants, get_session
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import hf_raise_for_status
 
+from swarm.chance import CHANCE
 from swarm.compat.hub import transport_error
 
 T = TypeVar("T")
@@ -113,7 +113,7 @@ def patiently(work: Callable[[], T]) -> T:
 
 def _waiting(asked: float, tries: int) -> float:
     """Seconds, at least what the server has asked for."""
-    return min(max(asked, FIRST_WAIT * 2 ** (tries - 1) * random.uniform(0.75, 1.25)), LONGEST_WAIT)
+    return min(max(asked, FIRST_WAIT * 2 ** (tries - 1) * CHANCE.uniform(0.75, 1.25)), LONGEST_WAIT)
 
 
 def _objection(response: Any, remote: RemoteFile, start: int, stop: int) -> str:

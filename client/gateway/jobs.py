@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 
+from swarm.chance import CHANCE
 from swarm.client.gateway.errors import invalid
 from swarm.client.gateway.generation import Grammar, Job
 from swarm.client.gateway.schemas import Sampling
@@ -36,7 +36,7 @@ def make_jobs(
     if any(token >= model.vocabulary for token in request.logit_bias or ()):
         raise invalid(f"token ids of this model are below {model.vocabulary}", "logit_bias")
     params = request.params(model.defaults)
-    seed = random.getrandbits(62) if request.seed is None else request.seed
+    seed = CHANCE.getrandbits(62) if request.seed is None else request.seed
     jobs: list[Job] = []
     for prompt in prompts:
         room = model.room(prompt, max_tokens, param)

@@ -165,7 +165,7 @@ def _watch(span: Span, others: tuple[int, ...], adapter: str) -> list[torch.Tens
     outputs: list[torch.Tensor] = []
     done = 0
     for step in (lengths, *[[1] * len(lengths)] * 3):
-        inputs = [torch.randn(count, span.hidden_size).to(mine) for count in step]
+        inputs = [torch.randn(count, span.hidden_size, generator=generator).to(mine) for count in step]
         inputs[watched] = mine[done : done + step[watched]]
         done += step[watched]
         batch = pack(cache, list(zip(rows, step, strict=True)), span.device, pieces=[(0, PIECE_TOKENS)] * len(rows))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ import numpy as np
 from hivemind.p2p import PeerID
 from numpy.typing import NDArray
 
+from swarm.chance import CHANCE
 from swarm.errors import BadRequestError, ModelError
 from swarm.peer import Peer
 from swarm.rpc import Response
@@ -125,7 +125,7 @@ class Download:
             except Exception as error:
                 logger.warning("could not look for weights, will try again: %s", error)
                 holders = {}
-            for peer_id, holder in random.sample(list(holders.items()), len(holders)):
+            for peer_id, holder in CHANCE.sample(list(holders.items()), len(holders)):
                 known = peer_id in self._links or peer_id in self._refused
                 if holder.root == self._store.manifest.root and not known and len(self._links) < MAX_LINKS:
                     self._links[peer_id] = asyncio.create_task(self._link(peer_id))

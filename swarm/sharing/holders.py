@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from hivemind.p2p import P2P, PeerID
 from hivemind.utils.timed_storage import get_dht_time
 
 from swarm import dht
+from swarm.chance import CHANCE
 from swarm.errors import ModelError, SwarmError, UsageError
 from swarm.manifest import Manifest
 from swarm.peer import Peer
@@ -167,7 +167,7 @@ async def fetch_manifest(peer: Peer, root: str, holders: Sequence[PeerID]) -> Ma
     Raises:
         ModelError: nobody sends it.
     """
-    for peer_id in random.sample(holders, len(holders)):
+    for peer_id in CHANCE.sample(holders, len(holders)):
         try:
             data = await _ask_manifest(peer.p2p, peer_id, root)
             return await asyncio.to_thread(join_manifest, data, root)

@@ -35,13 +35,13 @@ def next_depth(depth: int, waited: float) -> int:
     return min(max(depth + change, FEWEST_ASKED), MOST_ASKED)
 
 
-def rarest(candidates: Bits, copies: NDArray[np.int64], random: np.random.Generator) -> int | None:
+def rarest(candidates: Bits, copies: NDArray[np.int64], generator: np.random.Generator) -> int | None:
     """One of the candidates that have the fewest copies, at random: peers that start together take different ones."""
     (found,) = np.nonzero(candidates)
     if not len(found):
         return None
     counts = copies[found]
-    return int(random.choice(found[counts == counts.min()]))
+    return int(generator.choice(found[counts == counts.min()]))
 
 
 class Picker(Generic[Peer]):

@@ -47,6 +47,32 @@ def test_an_error_reaches_those_whose_rows_it_is_and_no_more() -> None:
     assert torch.equal(combined(torch.ones(1, 4)), torch.ones(1, 4))
 
 
+def test_an_interrupt_is_for_the_thread_that_it_came_to() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if not begun.is_set():
+            begun.set()
+            go_on.wait()
+        elif bool((x == 0).any()):
+            raise KeyboardInterrupt
+        return x + 1
+
+    combined = CombinedForward(forward)
+    with ThreadPoolExecutor(5) as pool:
+        first = pool.submit(combined, torch.full((1, 4), 9.0))
+        begun.wait()
+        interrupted = pool.submit(combined, torch.zeros(1, 4))  # the next in turn, who computes for all that wait
+        time.sleep(0.05)
+        others = [pool.submit(combined, torch.full((1, 4), float(number))) for number in (1, 2, 3)]
+        time.sleep(0.05)
+        go_on.set()
+        with pytest.raises(KeyboardInterrupt):
+            interrupted.result()
+        assert [int(each.result()[0, 0]) for each in (first, *others)] == [10, 2, 3, 4]
+    assert int(combined(torch.ones(1, 4))[0, 0]) == 2
+
+
 def test_gradients_and_long_inputs_go_straight_through() -> None:
     combined = CombinedForward(lambda x: 2 * x)
     x = torch.ones(1, 4, requires_grad=True)

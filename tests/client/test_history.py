@@ -17,21 +17,25 @@ ROWS = 3
             st.integers(1, 3),
             st.none() | st.lists(st.integers(0, ROWS - 1), min_size=ROWS, max_size=ROWS),
             st.none() | st.integers(0, 12),
+            st.booleans(),
         ),
         max_size=8,
     )
 )
 def test_replay_is_what_a_cache_that_is_really_reordered_holds(
-    steps: list[tuple[int, list[int] | None, int | None]],
+    steps: list[tuple[int, list[int] | None, int | None, bool]],
 ) -> None:
     history, held, origin = History(), torch.empty(ROWS, 0, 1), torch.arange(ROWS)
-    for number, (columns, order, crop_to) in enumerate(steps):
+    for number, (columns, order, crop_to, fails) in enumerate(steps):
         if crop_to is not None and crop_to <= held.shape[1]:
             history.crop(crop_to)
             held = held[:, :crop_to]
         hypo_ids = None if order is None else torch.tensor(order)
         hidden = torch.full((ROWS, columns, 1), float(number)) + torch.arange(ROWS)[:, None, None] / 10
         history.append(held.shape[1], hidden, hypo_ids)
+        if fails:
+            history.take_back()
+            continue
         if hypo_ids is not None:
             held, origin = held[hypo_ids], origin[hypo_ids]
         held = torch.cat([held, hidden], dim=1)

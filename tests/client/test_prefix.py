@@ -31,20 +31,25 @@ def names_of(hidden: torch.Tensor, padding: tuple[int, ...]) -> list[bytes] | No
             st.integers(1, 40),
             st.none() | st.lists(st.integers(0, ROWS - 1), min_size=ROWS, max_size=ROWS),
             st.none() | st.integers(0, 100),
+            st.booleans(),
         ),
         min_size=1,
         max_size=6,
     )
 )
-def test_names_are_those_of_what_the_rows_hold_now(steps: list[tuple[int, list[int] | None, int | None]]) -> None:
+def test_names_are_those_of_what_the_rows_hold_now(steps: list[tuple[int, list[int] | None, int | None, bool]]) -> None:
     names, held, padding = PageNames(PADDING), torch.empty(ROWS, 0, 2), torch.tensor(PADDING)
-    for number, (columns, order, crop_to) in enumerate(steps):
+    for number, (columns, order, crop_to, fails) in enumerate(steps):
         if crop_to is not None and crop_to <= held.shape[1]:
             held = held[:, :crop_to]
         start = held.shape[1]
         hypo_ids = None if order is None else torch.tensor(order)
         hidden = torch.full((ROWS, columns, 2), float(number)) + torch.randn(ROWS, columns, 2)
+        before = names.copy()
         names.extend(start, column_digests(hidden), hypo_ids)
+        if fails:
+            names = before
+            continue
         if hypo_ids is not None:
             held, padding = held[hypo_ids], padding[hypo_ids]
         held = torch.cat([held, hidden], dim=1)

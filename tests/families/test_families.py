@@ -5,11 +5,13 @@ In one process: real engines with uneven spans, and the client's facade over the
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -69,8 +71,12 @@ def _one_thread() -> Iterator[None]:
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     case: Case = request.param
     path: Path = make_checkpoint(tmp_path_factory.mktemp("family"), case.config(), seed=case.seed)
+    before = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
     connection: Any = InProcessConnection(path, case.spans, max_batch_tokens=7)
     with SwarmModelForCausalLM.from_ends(load_ends(resolve(str(path))), connection) as mine:
+        mine(torch.ones(1, 1, dtype=torch.int64))
+        assert torch.equal(torch.get_rng_state(), before[0]), "what a program draws afterwards is another than before"
+        assert (random.getstate(), str(np.random.get_state())) == before[1:]
         # transformers before 5.21 leaves the caps of Gemma 2 out of all but its plainest attention
         options = {"attn_implementation": "eager"} if getattr(case.config(), "attn_logit_softcapping", None) else {}
         whole = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options).eval()
