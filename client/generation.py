@@ -108,6 +108,8 @@ def resume(
         cache.reset()  # embeddings can't be compared with what was seen
     elif kwargs.get("token_healing", getattr(config, "token_healing", None)):
         cache.reset()  # nor are these the ids that will come
+    elif kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None)):
+        cache.reset()  # some versions of transformers count the pieces of a prompt from its first token
     elif mask is not None and mask.shape[-1] > ids.shape[-1]:
         if mask.shape[-1] != cache.get_seq_length() + ids.shape[-1]:
             raise ValueError(

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from swarm.compat.generation import GenerateHooks
-from swarm.compat.keywords import GENERATE_KEYWORD, ModelOutput, given_cache, take_cache, with_cache
+from swarm.compat.keywords import GENERATE_KEYWORD, OLDEST_KEYWORD, ModelOutput, given_cache, take_cache, with_cache
 from swarm.forks import refuse_fork
 
 from .arguments import device_of, dtype_of, peers_of, settings_of
@@ -318,6 +318,8 @@ class SwarmModelForCausalLM(GenerateHooks, _Family):
         if isinstance(cache, SwarmCache):
             given = prepared.get("inputs_embeds")
             cache.prepare((prepared["input_ids"] if given is None else given).shape[1])
+            # Under the name that PEFT looks for, whatever transformers calls it; our model takes any.
+            prepared = with_cache(prepared, cache, OLDEST_KEYWORD)
         return prepared
 
     def begin_generation(self, request: GenerateRequest) -> bool:

@@ -30,6 +30,11 @@ class HollowCache(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return query_length, 0
 
+    @property
+    def is_linear(self) -> list[bool]:
+        """Asked of all layers; of none, the answer would be that they all keep states instead of columns."""
+        return [False]
+
     def __bool__(self) -> bool:
         return True  # len() counts layers, of which there are none
 

@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 __all__ = [
     "CACHE_NAMES",
     "GENERATE_KEYWORD",
+    "OLDEST_KEYWORD",
     "ModelOutput",
     "cache_keyword",
     "cache_of",
@@ -25,7 +26,8 @@ __all__ = [
     "with_cache",
 ]
 
-CACHE_NAMES = ("cache", "past_key_values", "layer_past", "cache_params")
+OLDEST_KEYWORD = "past_key_values"
+CACHE_NAMES = ("cache", OLDEST_KEYWORD, "layer_past", "cache_params")
 """All that is known, the newest first."""
 
 

@@ -29,6 +29,8 @@ from transformers import (
     WatermarkingConfig,
 )
 
+from swarm.compat.keywords import given_cache
+
 EXACT = ""
 
 
@@ -94,7 +96,7 @@ def _own_loop(model: Any, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tenso
     kwargs.pop("stopping_criteria")
     config = kwargs.pop("generation_config")
     while input_ids.shape[1] < config.max_length:
-        done = kwargs["past_key_values"].get_seq_length()
+        done = given_cache(kwargs).get_seq_length()
         inputs = model.prepare_inputs_for_generation(
             input_ids, next_sequence_length=input_ids.shape[1] - done, is_first_iteration=not done, **kwargs
         )

@@ -66,6 +66,7 @@ def test_outputs_carry_their_cache_under_a_name_that_is_known() -> None:
 def test_a_cache_may_have_no_layers() -> None:
     hollow = caches.HollowCache()
     assert not hollow.is_compileable  # or generate() would build masks for it
+    assert not all(hollow.is_linear)  # or generate() would not leave out the columns that it holds
     assert hollow.get_seq_length() == 0
     assert hollow.get_mask_sizes(3, 0) == (3, 0)
 
