@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -25,9 +24,10 @@ from swarm.client.gateway.api_embeddings import embed
 from swarm.client.gateway.api_responses import respond
 from swarm.client.gateway.api_swarm import ROUTES as SWARM_ROUTES
 from swarm.client.gateway.call import Call
-from swarm.client.gateway.errors import ApiError, as_api_error, invalid
+from swarm.client.gateway.errors import ApiError, as_api_error
 from swarm.client.gateway.guard import Guard
 from swarm.client.gateway.metrics import Metrics
+from swarm.client.gateway.parse import parse
 from swarm.client.gateway.rate_limits import RateLimits
 from swarm.client.gateway.reply import Answer, Reply
 from swarm.client.gateway.schemas import ChatRequest, CompletionRequest, EmbeddingRequest, ResponsesRequest
@@ -158,7 +158,7 @@ def _endpoint(path: str, schema: type[R], handler: Handler[R], prompt_field: str
         key = request.state.key
         call = Call(path, None if key is None else key.name)
         try:
-            body = _checked(schema, await _read(request))
+            body = parse(schema, await _read(request))
             call.prompt = getattr(body, prompt_field)
             model = gateway.model(body.model)  # type: ignore[attr-defined]
             call.model = model.id
@@ -178,18 +178,6 @@ async def _read(request: Request) -> bytes:
             raise ApiError(413, f"the request is larger than {_MAX_BODY_BYTES >> 20} MiB")
         parts.append(part)
     return b"".join(parts)
-
-
-def _checked(schema: type[R], body: bytes) -> R:
-    try:
-        return schema.model_validate(json.loads(body))
-    except ValidationError as error:
-        first = error.errors()[0]
-        param = ".".join(str(part) for part in first["loc"])
-        name = str(first["loc"][0]) if first["loc"] else None
-        raise invalid(f"{param}: {first['msg']}" if param else "the body has to be a JSON object", name) from error
-    except (ValueError, RecursionError) as error:
-        raise invalid(f"the body is not JSON: {error}") from error
 
 
 async def _health(request: Request) -> Response:
