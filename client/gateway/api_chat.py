@@ -142,7 +142,7 @@ def _logprobs(model: ServedModel, request: ChatRequest, tokens: Sequence[TokenTe
     if not request.logprobs:
         return None
 
-    def entry(token: int, value: float) -> dict[str, Any]:
+    def entry(token: int, value: float | None) -> dict[str, Any]:
         raw = model.token_bytes(token)
         return {"token": model.token_text(token), "logprob": value, "bytes": list(raw)}
 

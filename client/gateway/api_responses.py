@@ -27,7 +27,7 @@ async def respond(model: ServedModel, request: ResponsesRequest, call: Call) -> 
     if request.tools:
         raise invalid("tools are only supported by /v1/chat/completions", "tools")
     wanted = (request.text or {}).get("format")
-    if wanted is not None and not (isinstance(wanted, dict) and wanted.get("type") == "text"):
+    if wanted is not None and not (isinstance(wanted, dict) and wanted.get("type", "text") == "text"):
         raise invalid("structured output is only supported by /v1/chat/completions", "text.format")
     prompt = model.known(await model.in_thread(partial(render, model.tokenizer, _messages(request), ())), "input")
     call.prompt_tokens = len(prompt)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +27,7 @@ from swarm.client.gateway.call import Call
 from swarm.client.gateway.errors import ApiError, as_api_error
 from swarm.client.gateway.guard import Guard
 from swarm.client.gateway.metrics import Metrics
+from swarm.client.gateway.openapi import describe_api
 from swarm.client.gateway.parse import parse
 from swarm.client.gateway.rate_limits import RateLimits
 from swarm.client.gateway.reply import Answer, Reply
@@ -39,6 +40,13 @@ PAGES = Path(__file__).with_name("pages")
 _MAX_BODY_BYTES = 16 * 2**20
 R = TypeVar("R", bound=BaseModel)
 Handler = Callable[[ServedModel, R, Call], Awaitable[Answer]]
+_ENDPOINTS: dict[str, tuple[type[Any], Handler[Any], str]] = {
+    "/v1/chat/completions": (ChatRequest, chat, "messages"),
+    "/v1/completions": (CompletionRequest, complete, "prompt"),
+    "/v1/embeddings": (EmbeddingRequest, embed, "input"),
+    "/v1/responses": (ResponsesRequest, respond, "input"),
+}
+"""By path: the request, who answers it, and its field that is logged as the prompt."""
 
 
 class Gateway:
@@ -62,7 +70,6 @@ class Gateway:
         self.models, self.watch, self.metrics, self.access = models, watch, metrics, access
         self.limits = RateLimits()
         self._log, self._log_prompts = log, log_prompts
-        self._counting: set[asyncio.Future[None]] = set()
 
     def model(self, name: str) -> ServedModel:
         """The model of this name, or one with the LoRA adapter of this name.
@@ -94,11 +101,7 @@ class Gateway:
         keys = self.access.keys
         if call.key is not None and keys is not None:
             self.limits.used(call.key, call.prompt_tokens + call.completion_tokens)
-            counting = asyncio.ensure_future(
-                asyncio.to_thread(keys.count, call.key, call.prompt_tokens, call.completion_tokens)
-            )
-            self._counting.add(counting)
-            counting.add_done_callback(self._counting.discard)
+            keys.count(call.key, call.prompt_tokens, call.completion_tokens)
         fields: dict[str, Any] = {
             "event": "request",
             "time": round(time.time(), 3),
@@ -120,17 +123,19 @@ class Gateway:
 
 def make_app(gateway: Gateway, pages: Path = PAGES) -> Starlette:
     """The ASGI application. Whatever has no other path is looked for in ``pages``."""
-    routes = [
+    answered = [
         Route("/healthz", _health),
         Route("/metrics", _metrics),
         Route("/v1/models", _models),
         Route("/v1/models/{name:path}", _model),
-        _endpoint("/v1/chat/completions", ChatRequest, chat, "messages"),
-        _endpoint("/v1/completions", CompletionRequest, complete, "prompt"),
-        _endpoint("/v1/embeddings", EmbeddingRequest, embed, "input"),
-        _endpoint("/v1/responses", ResponsesRequest, respond, "input"),
-        Route("/v1/{rest:path}", _nothing, methods=["GET", "POST", "PUT", "PATCH", "DELETE"]),
         *SWARM_ROUTES,
+        *(_endpoint(path, *endpoint) for path, endpoint in _ENDPOINTS.items()),
+    ]
+    described = JSONResponse(describe_api(answered, {path: schema for path, (schema, _, _) in _ENDPOINTS.items()}))
+    routes = [
+        *answered,
+        Route("/openapi.json", described),
+        Route("/v1/{rest:path}", _nothing, methods=["GET", "POST", "PUT", "PATCH", "DELETE"]),
         Route("/api/{rest:path}", _nothing),
         Mount("/", Pages(directory=pages, html=True)),
     ]
@@ -153,6 +158,7 @@ def make_app(gateway: Gateway, pages: Path = PAGES) -> Starlette:
 
 
 def _endpoint(path: str, schema: type[R], handler: Handler[R], prompt_field: str) -> Route:
+    @wraps(handler, assigned=("__doc__",))
     async def answer(request: Request) -> Reply:
         gateway: Gateway = request.app.state.gateway
         key = request.state.key
@@ -181,19 +187,23 @@ async def _read(request: Request) -> bytes:
 
 
 async def _health(request: Request) -> Response:
+    """Whether the gateway runs, and for which models."""
     return JSONResponse({"status": "ok", "models": list(request.app.state.gateway.models)})
 
 
 async def _metrics(request: Request) -> Response:
+    """Figures for Prometheus."""
     return Response(request.app.state.gateway.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
 async def _models(request: Request) -> Response:
+    """The models, LoRA adapters among them."""
     models = request.app.state.gateway.served().values()
     return JSONResponse({"object": "list", "data": [model.describe() for model in models]})
 
 
 async def _model(request: Request) -> Response:
+    """One of the models."""
     return JSONResponse(request.app.state.gateway.model(request.path_params["name"]).describe())
 
 
@@ -208,6 +218,8 @@ async def _api_error(request: Request, error: Exception) -> Response:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path}: {error.detail}"
+    message = (
+        f"{request.method} {request.scope['path']}: {error.detail}"  # its URL has the Host header, which may be odd
+    )
     code = {404: "unknown_url", 405: "method_not_supported"}.get(error.status_code)
     return JSONResponse(ApiError(error.status_code, message, code=code).body, error.status_code, headers=error.headers)

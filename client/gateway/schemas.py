@@ -120,7 +120,9 @@ class Tool(_Request):
     function: Function
 
 
-class _Named(_Request):
+class FunctionName(_Request):
+    """Which function."""
+
     name: str
 
 
@@ -128,7 +130,7 @@ class NamedTool(_Request):
     """A tool that has to be called."""
 
     type: Literal["function"]
-    function: _Named
+    function: FunctionName
 
 
 class JsonSchema(_Request):

@@ -109,10 +109,8 @@ class ServedModel:
             ApiError: it doesn't.
         """
         if (most := max(tokens)) >= self.vocabulary:
-            raise invalid(
-                f"token ids of this model are below {self.vocabulary}: {most} ({self.token_text(most)!r}) is none",
-                param,
-            )
+            text = f" ({self.token_text(most)!r})" if most < len(self.tokenizer) else ""
+            raise invalid(f"token ids of this model are below {self.vocabulary}: {most}{text} is none", param)
         return tokens
 
     def room(self, prompt: tuple[int, ...], max_tokens: int | None, param: str) -> int:

@@ -23,6 +23,7 @@ import uvicorn
 
 from swarm.client.gateway.access import LOOPBACK, Access
 from swarm.client.gateway.admission import Admission
+from swarm.client.gateway.key_desk import KeyDesk
 from swarm.client.gateway.keys import KeyStore
 from swarm.client.gateway.metrics import Metrics
 from swarm.client.local_swarm import LocalNode, LocalSwarm
@@ -74,7 +75,7 @@ def access_for(settings: GatewaySettings) -> Access:
             f"{settings.host} can be reached from other machines, and there are no API keys: make one with "
             "swarm gateway keys add NAME, or let everybody in with --no-auth"
         )
-    return Access(keys, None, settings.cors_origins)
+    return Access(KeyDesk(keys), None, settings.cors_origins)
 
 
 def run(settings: GatewaySettings) -> None:
@@ -143,7 +144,7 @@ def running(settings: GatewaySettings, log: Callable[[dict[str, Any]], None] | N
                 timeout_graceful_shutdown=_STOP_SECONDS,
             )
         )
-        serving = Runtime.get().start(_serve(server, listening, models.values(), watch))
+        serving = Runtime.get().start(_serve(server, listening, models.values(), watch, access.keys))
         address, port = listening.getsockname()[:2]
         host = f"[{address}]" if ":" in address else address
         try:
@@ -224,7 +225,11 @@ def _load(
 
 
 async def _serve(
-    server: uvicorn.Server, listening: socket.socket, models: Iterable[ServedModel], watch: SwarmWatch
+    server: uvicorn.Server,
+    listening: socket.socket,
+    models: Iterable[ServedModel],
+    watch: SwarmWatch,
+    keys: KeyDesk | None,
 ) -> None:
     watch.start()
     for model in models:
@@ -233,6 +238,8 @@ async def _serve(
         await server.serve(sockets=[listening])
     finally:
         await asyncio.gather(*(model.engine.stop() for model in models))
+        if keys is not None:
+            await keys.close()
 
 
 def print_event(fields: dict[str, Any]) -> None:
