@@ -111,7 +111,7 @@ class _Unread(io.FileIO):
 def _unread(stream: TextIO) -> TextIO:
     stream.flush()
     raw = io.BufferedWriter(_Unread(stream.fileno(), "w", closefd=False))
-    return io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=stream.line_buffering)
+    return io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=bool(stream.line_buffering))
 
 
 def _complete_streams() -> None:

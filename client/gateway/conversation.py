@@ -36,7 +36,7 @@ def write_out(conversation: Sequence[Turn]) -> list[Turn]:
 
     Turns of one role that follow one another by this become one, since many templates want the roles to alternate.
     """
-    names: dict[Any, str] = {}
+    names: dict[str, Any] = {}
     turns: list[Turn] = []
     joins = False  # whether the turn before was made here
     for turn in conversation:
@@ -47,7 +47,7 @@ def write_out(conversation: Sequence[Turn]) -> list[Turn]:
             turn = {"role": "user", "content": f"Result of {name}: {turn['content']}"}
         elif made:
             assert isinstance(calls, list)
-            names |= {str(call.get("id")): _function(call).get("name") for call in calls if isinstance(call, dict)}
+            names.update((str(call.get("id")), _function(call).get("name")) for call in calls if isinstance(call, dict))
             turn = {"role": turn["role"], "content": "\n".join([*filter(None, [turn["content"]]), *map(_text, calls)])}
         if turns and (made or joins) and turns[-1]["role"] == turn["role"]:
             turns[-1] = {**turns[-1], "content": f"{turns[-1]['content']}\n{turn['content']}"}
