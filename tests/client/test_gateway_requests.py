@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from swarm.client.gateway.admission import Admission
 from swarm.client.gateway.chat import plan_tools
 from swarm.client.gateway.errors import ApiError
+from swarm.client.gateway.event_log import EventLog
 from swarm.client.gateway.parse import parse
 from swarm.client.gateway.sampling import SamplingParams
 from swarm.client.gateway.schemas import ChatRequest, CompletionRequest, EmbeddingRequest, ResponsesRequest, Tool
@@ -86,3 +88,15 @@ def test_a_tool_without_parameters_is_called_without_arguments() -> None:
 def test_a_temperature_that_float32_cannot_divide_by_is_0() -> None:
     made = parse(CompletionRequest, b'{"model": "demo", "prompt": "a", "temperature": 1e-30}')
     assert made.params(SamplingParams()).temperature == 0
+
+
+def test_a_log_that_nobody_reads_holds_up_nobody() -> None:
+    reading, writing = os.pipe()
+    log = EventLog(writing)
+    log({"event": "ready", "text": "é"})
+    assert os.read(reading, 99) == '{"event": "ready", "text": "é"}\n'.encode()
+    for _ in range(20_000):  # more than the pipe and the queue have room for
+        log({"event": "request", "text": "x" * 50})
+    os.close(reading)
+    log.close()
+    os.close(writing)
