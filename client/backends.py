@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import httpx
 
+from swarm.client.http import make_client
 from swarm.errors import ConnectError, RemoteError, UsageError
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Backend(Protocol):
         """The assistant's next message.
 
         Raises:
-            UsageError: the conversation has no room for an answer.
+            UsageError: the conversation has no room for an answer, or tokens that the model doesn't know.
         """
 
     def complete(self, prompt: str, *, max_tokens: int, show: Show) -> Reply:
@@ -91,6 +92,7 @@ class SwarmBackend:
     def chat(self, messages: Sequence[Message], *, max_tokens: int, show: Show, stop: threading.Event) -> Reply:
         """See :class:`Backend`."""
         ids = self._conversation(messages)
+        self._check(ids)
         room = self._max_length - ids.shape[1] - 1
         if room < 1:
             raise UsageError(f"the conversation is full ({self._max_length} tokens): /reset starts anew")
@@ -105,6 +107,7 @@ class SwarmBackend:
         ids = self._tokenizer(prompt, return_tensors="pt")["input_ids"]
         if ids.shape[1] == 0:
             raise UsageError("the prompt is empty")
+        self._check(ids)
         return self._generate(ids, show, None, max_new_tokens=max_tokens, **self._options)[0]
 
     def forget(self) -> None:
@@ -126,6 +129,13 @@ class SwarmBackend:
         speed = made.tokens_per_second
         return Reply(made.text, made.new_tokens, speed, made.first_seconds, made.seconds, route), made.ids
 
+    def _check(self, ids: Any) -> None:
+        """Some tokenizers know special tokens that were added after the model was trained."""
+        known, most = self._model.get_input_embeddings().weight.shape[0], int(ids.max())
+        if most >= known:
+            text = self._tokenizer.decode([most])
+            raise UsageError(f"token ids of this model are below {known}: {most} ({text!r}) is none")
+
     def _conversation(self, messages: Sequence[Message]) -> Any:
         """Token ids ``[1, tokens]`` by the model's chat template; without one, the text just goes on."""
         import torch
@@ -145,9 +155,7 @@ class ApiBackend:
     """Asks a gateway, or anything else that speaks OpenAI's API."""
 
     def __init__(self, url: str, key: str | None, model: str | None, sampling: Sampling) -> None:
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        base = url.rstrip("/").removesuffix("/v1")
-        self._http = httpx.Client(base_url=base, headers=headers, timeout=httpx.Timeout(600.0, connect=10.0))
+        self._http = make_client(url, key, httpx.Timeout(600.0, connect=10.0))
         self._model = model or self._only_model()
         self._options: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p}
         if sampling.top_k:
@@ -178,8 +186,10 @@ class ApiBackend:
     def _only_model(self) -> str:
         with self._answer("GET", "/v1/models") as answer:
             answer.read()
-            # a LoRA adapter has a parent
-            names = [entry["id"] for entry in answer.json()["data"] if entry.get("parent") is None]
+            try:  # a LoRA adapter has a parent
+                names = [entry["id"] for entry in answer.json()["data"] if entry.get("parent") is None]
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise RemoteError(f"{answer.url.host} answers, but not as OpenAI's API does; check --api") from error
         if len(names) != 1:
             raise UsageError(f"say which MODEL: {answer.url.host} serves {', '.join(names) or 'none'}")
         return str(names[0])

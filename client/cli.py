@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swarm.compat.late_imports import defer_imports, importing
-from swarm.errors import BadRequestError, SwarmError, UsageError
+from swarm.errors import UsageError
 from swarm.options import CONTEXT, NETWORK, WEIGHTS, CacheDir, DhtPrefix, InitialPeers, Manifest, split_list
+from swarm.terminal import Failure, explain, require_text, run, tell, text_input
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -114,7 +115,7 @@ def generate(
         if prompt is None:
             if sys.stdin.isatty():
                 raise UsageError('give a text to continue: --prompt "…", or pipe it in')
-            prompt = sys.stdin.read()
+            prompt = require_text(text_input().read(), "the text from stdin")
         where = _Where(model, split_list(initial_peers), dht_prefix, wait_timeout, api, api_key, adapter)
         ends = _Ends(weights, manifest, cache_dir)
         with _backend(where, ends, (temperature, top_p, top_k, seed)) as backend:
@@ -294,10 +295,11 @@ def errors() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
-    except (SwarmError, ValueError) as error:
-        print(f"Error: {error}", file=sys.stderr)
-        theirs = isinstance(error, (UsageError, BadRequestError, ValueError))
-        raise typer.Exit(2 if theirs else 1) from None
+    except Exception as error:
+        failure = explain(error) or (Failure(str(error), 2) if isinstance(error, ValueError) else None)
+        if failure is None:
+            raise
+        raise typer.Exit(tell(failure)) from None
 
 
 def main() -> None:
@@ -306,4 +308,4 @@ def main() -> None:
     from swarm.client.gateway.cli import gateway  # takes its options' types from here
 
     app.add_typer(gateway, name="gateway")
-    app()
+    run(app)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 
 import httpx
 
+from swarm.client.http import make_async_client
 from swarm.errors import ConnectError, RemoteError, UsageError
 from swarm.overview import Overview
 
@@ -17,10 +18,9 @@ async def watch_gateway(url: str, key: str | None, model: str | None, *, interva
     Raises:
         ConnectError: nobody answers at ``url``.
         RemoteError: it is no gateway of ours, or wants a key.
-        UsageError: it doesn't serve ``model``.
+        UsageError: it doesn't serve ``model``, or ``url`` is none.
     """
-    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-    async with httpx.AsyncClient(base_url=url.rstrip("/").removesuffix("/v1"), headers=headers, timeout=10) as http:
+    async with make_async_client(url, key, httpx.Timeout(10)) as http:
         while True:
             try:
                 answer = await http.get("/api/swarm")
@@ -32,7 +32,7 @@ async def watch_gateway(url: str, key: str | None, model: str | None, *, interva
                 )
             try:
                 overviews = [Overview.from_dict(fields) for fields in answer.json()["models"]]
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise RemoteError(f"{url} is no gateway of a swarm: {error}") from error
             yield _pick(overviews, model)
             await asyncio.sleep(interval)

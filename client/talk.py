@@ -15,7 +15,8 @@ from types import FrameType
 
 from swarm.client.backends import Backend, Message, Reply
 from swarm.client.terminal import describe_speed, print_now
-from swarm.errors import SwarmError
+from swarm.errors import SwarmError, UsageError
+from swarm.terminal import require_text, text_input
 
 HELP = """\
 /reset          forget the conversation
@@ -69,7 +70,10 @@ class Talk:
         """Reads messages and commands with ``read(prompt)`` until there are no more."""
         while True:
             try:
-                said = parse(joined(read))
+                said = parse(require_text(joined(read), "what you said"))
+            except UsageError as error:
+                print(f"Error: {error}", file=sys.stderr)
+                continue
             except EOFError:
                 print(file=sys.stderr)
                 return
@@ -120,8 +124,8 @@ class Talk:
             Path(where).expanduser().write_text(
                 json.dumps([*self._opening(), *self._messages], indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
             )
-        except OSError as error:
-            print(f"Error: can't write {where}: {error.strerror}", file=sys.stderr)
+        except (OSError, ValueError, RuntimeError) as error:  # a name with a zero byte, a home that is nobody's
+            print(f"Error: can't write {where}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
             return
         print(f"Saved {len(self._messages)} messages to {where}.", file=sys.stderr)
 
@@ -136,9 +140,10 @@ class Talk:
 def make_reader() -> Callable[[str], str]:
     """How lines are read: with editing and a history on a terminal, plainly from a pipe."""
     if not sys.stdin.isatty():
+        lines = text_input()
 
         def read_line(prompt: str) -> str:
-            line = sys.stdin.readline()
+            line = lines.readline()
             if not line:
                 raise EOFError
             return line.removesuffix("\n")

@@ -9,14 +9,19 @@ import sys
 from collections.abc import Awaitable, Callable
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from swarm.compat.late_imports import defer_imports, importing
-from swarm.errors import SwarmError, UsageError
+from swarm.errors import UsageError
 from swarm.openmp import set_waiting
 from swarm.options import CONTEXT, NETWORK, WEIGHTS, CacheDir, DhtPrefix, InitialPeers, Manifest, Model, split_list
+from swarm.terminal import explain, flush, outlive_readers
+from swarm.terminal import run as run_command
+
+if TYPE_CHECKING:
+    from swarm.node.output import Output
 
 app = typer.Typer(
     name="swarm-node",
@@ -277,9 +282,7 @@ def serve(
 
     Without --initial-peers this starts a new private swarm and prints the line with which others join it.
     """
-    from swarm.node.output import make_output
-
-    output = make_output(log_format.value)
+    output = _output(log_format)
     output.event("starting", f"Starting a node for {model}…", model=model)
 
     async def run(stop: asyncio.Event) -> None:
@@ -361,9 +364,7 @@ def fetch(
 
     Without --blocks the result is a directory that any program can use. What an earlier run got is not fetched again.
     """
-    from swarm.node.output import make_output
-
-    output = make_output(log_format.value)
+    output = _output(log_format)
 
     async def run(stop: asyncio.Event) -> None:
         from swarm.node.settings import NodeSettings
@@ -410,9 +411,7 @@ def seed(
     log_format: Format = LogFormat.text,
 ) -> None:
     """Hand out the weights of MODEL, and serve no blocks. Hashes the whole checkpoint first, once."""
-    from swarm.node.output import make_output
-
-    output = make_output(log_format.value)
+    output = _output(log_format)
 
     async def run(stop: asyncio.Event) -> None:
         from swarm.node.settings import NodeSettings
@@ -454,9 +453,7 @@ def bootstrap(
     log_format: Format = LogFormat.text,
 ) -> None:
     """Run a peer that serves no blocks: a fixed address to join a swarm by, and a relay for nodes behind firewalls."""
-    from swarm.node.output import make_output
-
-    output = make_output(log_format.value)
+    output = _output(log_format)
 
     async def run(stop: asyncio.Event) -> None:
         from swarm.peer import Peer, PeerOptions
@@ -505,6 +502,13 @@ def status(
     _run_until_stopped(run, lambda text: print(f"Error: {text}", file=sys.stderr))
 
 
+def _output(log_format: LogFormat) -> Output:
+    from swarm.node.output import make_output
+
+    outlive_readers()
+    return make_output(log_format.value)
+
+
 def _run_until_stopped(run: Callable[[asyncio.Event], Awaitable[None]], say_error: Callable[[str], None]) -> None:
     """Runs with SIGINT and SIGTERM as an orderly stop, and ends the process with 0, 1 or 2."""
 
@@ -520,16 +524,22 @@ def _run_until_stopped(run: Callable[[asyncio.Event], Awaitable[None]], say_erro
         import uvloop
 
         uvloop.run(main())
-    except SwarmError as error:
-        say_error(str(error))
-        code = 2 if isinstance(error, UsageError) else 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # a load that was given up may still run in its thread; nothing is left that must be waited for
+    except SystemExit as end:  # rich's, when nobody reads any more
+        code = int(end.code or 0)
+    except Exception as error:
+        failure = explain(error)
+        if failure is None:
+            raise
+        if failure.text:
+            say_error(failure.text)
+        code = failure.code
+    os._exit(
+        flush() or code
+    )  # a load that was given up may still run in its thread; nothing is left that must be waited for
 
 
 def main() -> None:
     """Entry point of ``swarm-node``."""
     set_waiting()  # both before torch is imported
     defer_imports()
-    app()
+    run_command(app)

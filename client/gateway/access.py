@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from swarm.client.gateway.keys import KeyStore
+from swarm.client.gateway.key_desk import KeyDesk
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -20,6 +20,6 @@ class Access:
         cors_origins: web origins whose pages may use it, besides its own.
     """
 
-    keys: KeyStore | None = None
+    keys: KeyDesk | None = None
     hosts: frozenset[str] | None = None
     cors_origins: Sequence[str] = ()

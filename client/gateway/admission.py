@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
-from swarm.client.gateway.errors import too_many
+from swarm.client.gateway.errors import invalid, too_many
 
 _RETRY_SECONDS = 2.0
 
@@ -27,8 +27,15 @@ class Admission:
         """Refuses at once what would have to wait in a queue that is full.
 
         Raises:
-            ApiError: 429, with a time after which to try again.
+            ApiError: 429, with a time after which to try again; 400 if there is never room for so many.
         """
+        most = self.max_sessions + self.max_queue
+        if sessions > most:
+            raise invalid(
+                f"the request asks for {sessions} texts: this gateway takes at most {most} at a time, "
+                "so divide it into several requests",
+                code="too_many_texts",
+            )
         room = self.max_sessions - self.running + self.max_queue - self.waiting
         if sessions > room:
             raise too_many(

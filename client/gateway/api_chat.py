@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from swarm.client.gateway.call import Call
-from swarm.client.gateway.chat import ToolPlan, may_be_call, parse_call, plan_tools, render
+from swarm.client.gateway.chat import ToolPlan, may_be_call, parse_call, plan_tools
 from swarm.client.gateway.choices import Delta, TokenText, Whole, collect, merge, run_choice
 from swarm.client.gateway.errors import invalid
 from swarm.client.gateway.generation import Grammar
@@ -17,6 +17,7 @@ from swarm.client.gateway.jobs import make_jobs
 from swarm.client.gateway.reply import DONE, Answer, event
 from swarm.client.gateway.schemas import ChatRequest
 from swarm.client.gateway.served_model import ServedModel
+from swarm.client.gateway.templates import render
 from swarm.client.gateway.trace import trace_json
 
 
@@ -26,7 +27,8 @@ async def chat(model: ServedModel, request: ChatRequest, call: Call) -> Answer:
         raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
     plan = plan_tools(request.tools, request.tool_choice)
     grammar = await model.in_thread(partial(_grammar, model, request, plan))
-    prompt = await model.in_thread(partial(render, model.tokenizer, request.messages, plan.tools))
+    rendered = await model.in_thread(partial(render, model.tokenizer, request.messages, plan.tools))
+    prompt = model.known(rendered, "messages")
     call.prompt_tokens = len(prompt)
     told = (request.top_logprobs or 0) if request.logprobs else None
     limit, param = request.max_completion_tokens, "max_completion_tokens"
@@ -140,7 +142,7 @@ def _logprobs(model: ServedModel, request: ChatRequest, tokens: Sequence[TokenTe
     if not request.logprobs:
         return None
 
-    def entry(token: int, value: float) -> dict[str, Any]:
+    def entry(token: int, value: float | None) -> dict[str, Any]:
         raw = model.token_bytes(token)
         return {"token": model.token_text(token), "logprob": value, "bytes": list(raw)}
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from swarm.client.gateway.call import Call
-from swarm.client.gateway.choices import Delta, TokenText, collect, merge, run_choice
+from swarm.client.gateway.choices import Delta, TokenText, Whole, collect, merge, run_choice
 from swarm.client.gateway.errors import invalid
 from swarm.client.gateway.jobs import make_jobs
 from swarm.client.gateway.reply import DONE, Answer, event
 from swarm.client.gateway.schemas import CompletionRequest
 from swarm.client.gateway.served_model import ServedModel
+from swarm.client.gateway.text import NO_ECHO, Echo, spell
 
 _DEFAULT_TOKENS = 16  # OpenAI's
 
@@ -23,70 +25,65 @@ async def complete(model: ServedModel, request: CompletionRequest, call: Call) -
         raise invalid("suffix is not supported: the models continue text, they don't fill it in", "suffix")
     if request.best_of is not None and request.best_of != (request.n or 1):
         raise invalid("best_of is not supported: ask for n choices, and choose", "best_of")
-    if request.echo and request.logprobs is not None:
-        raise invalid("echo is not supported together with logprobs", "echo")
+    limit = _DEFAULT_TOKENS if request.max_tokens is None else request.max_tokens
+    if not limit and not request.echo:
+        raise invalid("max_tokens: 0 gives something only with echo: true", "max_tokens")
     prompts = await model.prompts(request.prompt, "prompt")
     call.prompt_tokens = sum(map(len, prompts))
-    jobs = make_jobs(model, request, prompts, request.max_tokens or _DEFAULT_TOKENS, "max_tokens", request.logprobs)
-    echoes = [model.tokenizer.decode(job.prompt, skip_special_tokens=True) if request.echo else "" for job in jobs]
-    choices = [run_choice(model, job, request.stops, call) for job in jobs]
+    scored = bool(request.echo) and request.logprobs is not None
+    jobs = make_jobs(model, request, prompts, limit, "max_tokens", request.logprobs, score_prompt=scored)
+    echoes: dict[tuple[int, ...], Echo] = {}
+    for prompt in prompts if request.echo else ():
+        echoes[prompt] = await model.in_thread(partial(spell, model.tokenizer, prompt))
+    choices = [run_choice(model, job, request.stops, call, echoes.get(job.prompt, NO_ECHO)) for job in jobs]
     if request.stream:
-        return _stream(model, request, call, choices, echoes)
+        return _stream(model, request, call, choices)
     wholes = await collect(choices)
     return {
         **_head(model, call),
-        "choices": [
-            {
-                "index": index,
-                "text": echoes[index] + whole.text,
-                "logprobs": _logprobs(model, request, whole.tokens, 0),
-                "finish_reason": whole.finish,
-            }
-            for index, whole in enumerate(wholes)
-        ],
+        "choices": [await _choice(model, request, index, whole) for index, whole in enumerate(wholes)],
         "usage": call.usage(),
     }
 
 
 async def _stream(
-    model: ServedModel,
-    request: CompletionRequest,
-    call: Call,
-    choices: Sequence[AsyncGenerator[Delta, None]],
-    echoes: list[str],
+    model: ServedModel, request: CompletionRequest, call: Call, choices: Sequence[AsyncGenerator[Delta, None]]
 ) -> AsyncGenerator[bytes, None]:
     head = _head(model, call)
     usage = {"usage": None} if request.include_usage else {}
-    offsets = [0] * len(choices)
     async with aclosing(merge(choices)) as deltas:
         async for index, delta in deltas:
-            text, echoes[index] = echoes[index] + delta.text, ""
-            choice = {
-                "index": index,
-                "text": text,
-                "logprobs": _logprobs(model, request, delta.tokens, offsets[index]),
-                "finish_reason": delta.finish,
-            }
-            offsets[index] += len(text)
-            yield event({**head, "choices": [choice], **usage})
+            yield event({**head, "choices": [await _choice(model, request, index, delta)], **usage})
     if request.include_usage:
         yield event({**head, "choices": [], "usage": call.usage()})
     yield DONE
+
+
+async def _choice(model: ServedModel, request: CompletionRequest, index: int, made: Delta | Whole) -> dict[str, Any]:
+    logprobs = None
+    if request.logprobs is not None:  # a long prompt has many tokens to spell
+        logprobs = await model.in_thread(partial(_logprobs, model, made.tokens))
+    return {"index": index, "text": made.text, "logprobs": logprobs, "finish_reason": made.finish}
 
 
 def _head(model: ServedModel, call: Call) -> dict[str, Any]:
     return {"id": f"cmpl-{call.id}", "object": "text_completion", "created": call.created, "model": model.id}
 
 
-def _logprobs(
-    model: ServedModel, request: CompletionRequest, tokens: Sequence[TokenText], offset: int
-) -> dict[str, Any] | None:
-    if request.logprobs is None:
-        return None
-    texts = [model.token_text(each.token) for each in tokens]
+def _logprobs(model: ServedModel, tokens: Sequence[TokenText]) -> dict[str, Any]:
     return {
-        "tokens": texts,
+        "tokens": [model.token_text(each.token) for each in tokens],
         "token_logprobs": [each.logprobs.logprob for each in tokens],
-        "top_logprobs": [{model.token_text(token): value for token, value in each.logprobs.top} for each in tokens],
-        "text_offset": [offset + sum(map(len, texts[:at])) for at in range(len(texts))],
+        "top_logprobs": [_top(model, each) for each in tokens],
+        "text_offset": [each.offset for each in tokens],
     }
+
+
+def _top(model: ServedModel, told: TokenText) -> dict[str, float] | None:
+    """By text, the token itself among them. Of tokens that look alike, as parts of characters do, the likeliest."""
+    if told.logprobs.logprob is None:
+        return None
+    top: dict[str, float] = {}
+    for token, value in (*told.logprobs.top, (told.token, told.logprobs.logprob)):
+        top.setdefault(model.token_text(token), value)
+    return top

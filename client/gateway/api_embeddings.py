@@ -14,18 +14,14 @@ from swarm.client.gateway.reply import Answer
 from swarm.client.gateway.schemas import EmbeddingRequest
 from swarm.client.gateway.served_model import ServedModel
 
-_MAX_INPUTS = 2048  # OpenAI's
-
 
 async def embed(model: ServedModel, request: EmbeddingRequest, call: Call) -> Answer:
     """A vector for each input."""
     if request.dimensions is not None:
         raise invalid("dimensions is not supported: this model's vectors have one size", "dimensions")
     prompts = await model.prompts(request.input, "input")
-    if len(prompts) > _MAX_INPUTS:
-        raise invalid(f"{len(prompts)} inputs are too many: {_MAX_INPUTS} are allowed at a time", "input")
     for prompt in prompts:
-        model.room(prompt, None, "input")
+        model.room(prompt, 0, "input")
     call.prompt_tokens = sum(map(len, prompts))
     model.engine.check_room(1)  # they wait for each other, so many of them don't fill the queue
     vectors = await model.engine.embed_texts(prompts, call.route, model.adapter)

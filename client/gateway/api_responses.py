@@ -10,13 +10,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from swarm.client.gateway.call import Call
-from swarm.client.gateway.chat import render
 from swarm.client.gateway.choices import Delta, Whole, collect, run_choice
 from swarm.client.gateway.errors import invalid
 from swarm.client.gateway.jobs import make_jobs
+from swarm.client.gateway.parse import refused
 from swarm.client.gateway.reply import Answer, event
 from swarm.client.gateway.schemas import Message, ResponsesRequest, Sampling
 from swarm.client.gateway.served_model import ServedModel
+from swarm.client.gateway.templates import render
 
 
 async def respond(model: ServedModel, request: ResponsesRequest, call: Call) -> Answer:
@@ -25,9 +26,10 @@ async def respond(model: ServedModel, request: ResponsesRequest, call: Call) -> 
         raise invalid("responses are not kept: send the whole conversation as input", "previous_response_id")
     if request.tools:
         raise invalid("tools are only supported by /v1/chat/completions", "tools")
-    if request.text and (request.text.get("format") or {}).get("type", "text") != "text":
+    wanted = (request.text or {}).get("format")
+    if wanted is not None and not (isinstance(wanted, dict) and wanted.get("type", "text") == "text"):
         raise invalid("structured output is only supported by /v1/chat/completions", "text.format")
-    prompt = await model.in_thread(partial(render, model.tokenizer, _messages(request), ()))
+    prompt = model.known(await model.in_thread(partial(render, model.tokenizer, _messages(request), ())), "input")
     call.prompt_tokens = len(prompt)
     sampling = Sampling(model=request.model, temperature=request.temperature, top_p=request.top_p)
     (job,) = make_jobs(model, sampling, [prompt], request.max_output_tokens, "max_output_tokens", None)
@@ -41,14 +43,14 @@ async def respond(model: ServedModel, request: ResponsesRequest, call: Call) -> 
 def _messages(request: ResponsesRequest) -> list[Message]:
     messages = [] if request.instructions is None else [Message(role="system", content=request.instructions)]
     given = [{"role": "user", "content": request.input}] if isinstance(request.input, str) else request.input
-    try:
-        for item in given:
-            if item.get("type", "message") != "message":
-                raise invalid(f"input items of type {item.get('type')!r} are not supported", "input")
-            fields = {"role": item.get("role", "user"), "content": item.get("content")}
-            messages.append(Message.model_validate(fields))
-    except ValidationError as error:
-        raise invalid(f"input: {error.errors()[0]['msg']}", "input") from error
+    for number, item in enumerate(given):
+        if item.get("type", "message") != "message":
+            raise invalid(f"input items of type {item.get('type')!r} are not supported", "input")
+        try:
+            message = Message.model_validate({"role": item.get("role", "user"), "content": item.get("content")})
+        except ValidationError as error:
+            raise refused(error, "input", str(number)) from error
+        messages.append(message)
     if not given:
         raise invalid("input is empty", "input")
     return messages

@@ -19,14 +19,17 @@ _STREAM = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": 
 
 
 async def _now(request: Request) -> Response:
+    """The swarm of each model, and how to join it."""
     return Response(await request.app.state.gateway.watch.latest(), media_type="application/json")
 
 
 async def _events(request: Request) -> Response:
+    """The same as server-sent events, a second apart."""
     return Events(request.app.state.gateway.watch)
 
 
 async def _node(request: Request) -> Response:
+    """What a node did in the last ten minutes."""
     peer_id = request.path_params["peer_id"]
     points = request.app.state.gateway.watch.history.points(peer_id)
     if points is None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -25,9 +24,11 @@ from swarm.client.gateway.api_embeddings import embed
 from swarm.client.gateway.api_responses import respond
 from swarm.client.gateway.api_swarm import ROUTES as SWARM_ROUTES
 from swarm.client.gateway.call import Call
-from swarm.client.gateway.errors import ApiError, as_api_error, invalid
+from swarm.client.gateway.errors import ApiError, as_api_error
 from swarm.client.gateway.guard import Guard
 from swarm.client.gateway.metrics import Metrics
+from swarm.client.gateway.openapi import describe_api
+from swarm.client.gateway.parse import parse
 from swarm.client.gateway.rate_limits import RateLimits
 from swarm.client.gateway.reply import Answer, Reply
 from swarm.client.gateway.schemas import ChatRequest, CompletionRequest, EmbeddingRequest, ResponsesRequest
@@ -39,6 +40,13 @@ PAGES = Path(__file__).with_name("pages")
 _MAX_BODY_BYTES = 16 * 2**20
 R = TypeVar("R", bound=BaseModel)
 Handler = Callable[[ServedModel, R, Call], Awaitable[Answer]]
+_ENDPOINTS: dict[str, tuple[type[Any], Handler[Any], str]] = {
+    "/v1/chat/completions": (ChatRequest, chat, "messages"),
+    "/v1/completions": (CompletionRequest, complete, "prompt"),
+    "/v1/embeddings": (EmbeddingRequest, embed, "input"),
+    "/v1/responses": (ResponsesRequest, respond, "input"),
+}
+"""By path: the request, who answers it, and its field that is logged as the prompt."""
 
 
 class Gateway:
@@ -62,7 +70,6 @@ class Gateway:
         self.models, self.watch, self.metrics, self.access = models, watch, metrics, access
         self.limits = RateLimits()
         self._log, self._log_prompts = log, log_prompts
-        self._counting: set[asyncio.Future[None]] = set()
 
     def model(self, name: str) -> ServedModel:
         """The model of this name, or one with the LoRA adapter of this name.
@@ -94,11 +101,7 @@ class Gateway:
         keys = self.access.keys
         if call.key is not None and keys is not None:
             self.limits.used(call.key, call.prompt_tokens + call.completion_tokens)
-            counting = asyncio.ensure_future(
-                asyncio.to_thread(keys.count, call.key, call.prompt_tokens, call.completion_tokens)
-            )
-            self._counting.add(counting)
-            counting.add_done_callback(self._counting.discard)
+            keys.count(call.key, call.prompt_tokens, call.completion_tokens)
         fields: dict[str, Any] = {
             "event": "request",
             "time": round(time.time(), 3),
@@ -120,17 +123,19 @@ class Gateway:
 
 def make_app(gateway: Gateway, pages: Path = PAGES) -> Starlette:
     """The ASGI application. Whatever has no other path is looked for in ``pages``."""
-    routes = [
+    answered = [
         Route("/healthz", _health),
         Route("/metrics", _metrics),
         Route("/v1/models", _models),
         Route("/v1/models/{name:path}", _model),
-        _endpoint("/v1/chat/completions", ChatRequest, chat, "messages"),
-        _endpoint("/v1/completions", CompletionRequest, complete, "prompt"),
-        _endpoint("/v1/embeddings", EmbeddingRequest, embed, "input"),
-        _endpoint("/v1/responses", ResponsesRequest, respond, "input"),
-        Route("/v1/{rest:path}", _nothing, methods=["GET", "POST", "PUT", "PATCH", "DELETE"]),
         *SWARM_ROUTES,
+        *(_endpoint(path, *endpoint) for path, endpoint in _ENDPOINTS.items()),
+    ]
+    described = JSONResponse(describe_api(answered, {path: schema for path, (schema, _, _) in _ENDPOINTS.items()}))
+    routes = [
+        *answered,
+        Route("/openapi.json", described),
+        Route("/v1/{rest:path}", _nothing, methods=["GET", "POST", "PUT", "PATCH", "DELETE"]),
         Route("/api/{rest:path}", _nothing),
         Mount("/", Pages(directory=pages, html=True)),
     ]
@@ -153,12 +158,13 @@ def make_app(gateway: Gateway, pages: Path = PAGES) -> Starlette:
 
 
 def _endpoint(path: str, schema: type[R], handler: Handler[R], prompt_field: str) -> Route:
+    @wraps(handler, assigned=("__doc__",))
     async def answer(request: Request) -> Reply:
         gateway: Gateway = request.app.state.gateway
         key = request.state.key
         call = Call(path, None if key is None else key.name)
         try:
-            body = _checked(schema, await _read(request))
+            body = parse(schema, await _read(request))
             call.prompt = getattr(body, prompt_field)
             model = gateway.model(body.model)  # type: ignore[attr-defined]
             call.model = model.id
@@ -180,32 +186,24 @@ async def _read(request: Request) -> bytes:
     return b"".join(parts)
 
 
-def _checked(schema: type[R], body: bytes) -> R:
-    try:
-        return schema.model_validate(json.loads(body))
-    except ValidationError as error:
-        first = error.errors()[0]
-        param = ".".join(str(part) for part in first["loc"])
-        name = str(first["loc"][0]) if first["loc"] else None
-        raise invalid(f"{param}: {first['msg']}" if param else "the body has to be a JSON object", name) from error
-    except (ValueError, RecursionError) as error:
-        raise invalid(f"the body is not JSON: {error}") from error
-
-
 async def _health(request: Request) -> Response:
+    """Whether the gateway runs, and for which models."""
     return JSONResponse({"status": "ok", "models": list(request.app.state.gateway.models)})
 
 
 async def _metrics(request: Request) -> Response:
+    """Figures for Prometheus."""
     return Response(request.app.state.gateway.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
 async def _models(request: Request) -> Response:
+    """The models, LoRA adapters among them."""
     models = request.app.state.gateway.served().values()
     return JSONResponse({"object": "list", "data": [model.describe() for model in models]})
 
 
 async def _model(request: Request) -> Response:
+    """One of the models."""
     return JSONResponse(request.app.state.gateway.model(request.path_params["name"]).describe())
 
 
@@ -220,6 +218,8 @@ async def _api_error(request: Request, error: Exception) -> Response:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path}: {error.detail}"
+    message = (
+        f"{request.method} {request.scope['path']}: {error.detail}"  # its URL has the Host header, which may be odd
+    )
     code = {404: "unknown_url", 405: "method_not_supported"}.get(error.status_code)
     return JSONResponse(ApiError(error.status_code, message, code=code).body, error.status_code, headers=error.headers)

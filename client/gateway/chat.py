@@ -1,4 +1,4 @@
-"""Conversations to prompts, and answers to tool calls."""
+"""Which tools a model may call, and its answers as calls of them."""
 
 from __future__ import annotations
 
@@ -9,76 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from swarm.client.gateway.errors import invalid
-from swarm.client.gateway.schemas import Message, NamedTool, Tool
+from swarm.client.gateway.schemas import NamedTool, Tool
 
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'] }}\n\n"
-    "{% else %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:{% endif %}"
-)
-"""For models without a chat template of their own."""
-
+_NAMES_NONE = {"$schema", "type", "title", "description", "properties", "required"}
+"""Keys of a schema that lets no parameter in besides those that it lists."""
 _TAGGED = re.compile(r"^\s*<tool_call>\s*(\{.*\})\s*</tool_call>\s*$", re.DOTALL)
-
-
-def render(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Tool]) -> tuple[int, ...]:
-    """The prompt of a conversation as token ids, by the model's own chat template.
-
-    A template that takes no notice of tools gets them described in a system message.
-
-    Raises:
-        ApiError: the template refuses the conversation.
-    """
-    conversation = [_plain(message) for message in messages]
-    described = [tool.model_dump(exclude_none=True) for tool in tools]
-    try:
-        text = _apply(tokenizer, conversation, described)
-        if described and text == _apply(tokenizer, conversation, []):
-            text = _apply(tokenizer, [_about(described), *conversation], [])
-    except Exception as error:  # templates are programs of the model's makers, and raise all sorts
-        raise invalid(f"the model's chat template refuses these messages: {error}", "messages") from error
-    ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"]
-    if not ids:
-        raise invalid("the messages are empty", "messages")
-    return tuple(ids)
-
-
-def _apply(tokenizer: Any, conversation: list[dict[str, Any]], tools: list[dict[str, Any]]) -> str:
-    template = None if tokenizer.chat_template else PLAIN_TEMPLATE
-    text: str = tokenizer.apply_chat_template(
-        conversation, tools=tools or None, chat_template=template, add_generation_prompt=True, tokenize=False
-    )
-    return text
-
-
-def _plain(message: Message) -> dict[str, Any]:
-    fields = {name: value for name, value in message.model_dump().items() if value is not None}
-    fields["content"] = message.content or ""
-    if message.role == "developer":
-        fields["role"] = "system"
-    calls = fields.get("tool_calls")
-    if isinstance(calls, list):  # templates want arguments as an object, the API has them as text
-        fields["tool_calls"] = [_parsed(call) for call in calls]
-    return fields
-
-
-def _parsed(call: Any) -> Any:
-    try:
-        function = call["function"]
-        return {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
-    except (TypeError, KeyError, ValueError):
-        return call
-
-
-def _about(tools: list[dict[str, Any]]) -> dict[str, Any]:
-    text = "\n".join(json.dumps(tool["function"]) for tool in tools)
-    return {
-        "role": "system",
-        "content": f"You can call these functions:\n{text}\nTo call one, answer with nothing but "
-        '{"name": its name, "arguments": {its parameters}}.',
-    }
 
 
 @dataclass(frozen=True)
@@ -118,7 +53,10 @@ def plan_tools(tools: Sequence[Tool] | None, choice: str | NamedTool | None) -> 
 
 
 def _call_schema(tool: Tool) -> dict[str, Any]:
-    parameters = tool.function.parameters or {"type": "object", "properties": {}}
+    parameters = tool.function.parameters or {}
+    listed = parameters.get("properties") or parameters.get("required")
+    if not listed and parameters.keys() <= _NAMES_NONE:  # by itself, JSON schema would let any argument in
+        parameters = {"type": "object", "properties": {}, "additionalProperties": False}
     return {
         "type": "object",
         "properties": {"name": {"const": tool.function.name}, "arguments": parameters},

@@ -8,18 +8,19 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from swarm.client.gateway.call import Call
-from swarm.client.gateway.generation import Job, Sampled, Timing, TokenLogprobs
+from swarm.client.gateway.generation import Job, Sampled, Scored, Timing, TokenLogprobs
 from swarm.client.gateway.served_model import ServedModel
-from swarm.client.gateway.text import Detokenizer, StopStrings
+from swarm.client.gateway.text import NO_ECHO, Detokenizer, Echo, StopStrings
 from swarm.client.trace import RouteEvent
 
 
 @dataclass(frozen=True)
 class TokenText:
-    """A token with its log-probabilities, for those who asked."""
+    """A token with its log-probabilities, for those who asked. ``offset``: where in the text it begins."""
 
     token: int
     logprobs: TokenLogprobs
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -47,38 +48,46 @@ class Whole:
         self.finish = delta.finish or self.finish
 
 
-async def run_choice(model: ServedModel, job: Job, stops: Sequence[str], call: Call) -> AsyncGenerator[Delta, None]:
-    """The text of one job. Pieces are never empty, except the last, and those with a trace."""
+async def run_choice(
+    model: ServedModel, job: Job, stops: Sequence[str], call: Call, echo: Echo = NO_ECHO
+) -> AsyncGenerator[Delta, None]:
+    """The text of one job, behind ``echo``. Pieces are never empty, except the last, and those with a trace."""
     timing = Timing()
     call.timings.append(timing)
     text, stop = Detokenizer(model.tokenizer), StopStrings(stops)
     told: list[TokenText] = []
+    lead, length = echo.text, len(echo.text)
     async with aclosing(model.engine.generate(job, timing, call.route)) as tokens:
         async for sampled in tokens:
             if isinstance(sampled, RouteEvent):
                 yield Delta("", trace=(sampled,))
                 continue
+            if isinstance(sampled, Scored):
+                told += map(TokenText, job.prompt, sampled.logprobs, echo.offsets)
+                continue
             trace = (sampled,) if job.trace else ()
-            if sampled.finish != "end":
+            if sampled.is_text:
                 call.completion_tokens += 1
                 if sampled.logprobs is not None:
-                    told.append(TokenText(sampled.token, sampled.logprobs))
-            piece = stop.push(_new_text(text, sampled))
+                    told.append(TokenText(sampled.token, sampled.logprobs, length))
+            new = _new_text(text, sampled)
+            length += len(new)
+            piece = stop.push(new)
+            shown, lead = lead + piece.text, ""
             if piece.stopped:
-                yield Delta(piece.text, tuple(told), "stop", trace)
+                yield Delta(shown, tuple(told), "stop", trace)
                 return
             if sampled.finish is not None:
-                rest = "" if piece.stopped else stop.finish()
-                finish = "length" if sampled.finish == "length" else "stop"
-                yield Delta(piece.text + rest, tuple(told), finish, trace)
+                finish = "length" if sampled.finish in ("length", "empty") else "stop"
+                yield Delta(shown + stop.finish(), tuple(told), finish, trace)
                 return
-            if piece.text or trace:
-                yield Delta(piece.text, tuple(told), trace=trace)
+            if shown or trace:
+                yield Delta(shown, tuple(told), trace=trace)
                 told = []
 
 
 def _new_text(text: Detokenizer, sampled: Sampled) -> str:
-    new = "" if sampled.finish == "end" else text.push(sampled.token)
+    new = text.push(sampled.token) if sampled.is_text else ""
     return new if sampled.finish is None else new + text.finish()
 
 

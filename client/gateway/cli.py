@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from swarm.client.cli import WaitTimeout, Weights, errors
 from swarm.errors import UsageError
 from swarm.options import NETWORK, CacheDir, DhtPrefix, InitialPeers, Manifest, split_list
+from swarm.terminal import outlive_readers
 
 _LIMITS, _ACCESS = "Limits", "Access"
 INSTALL = "the gateway needs more packages: pip install 'swarm-llm[gateway]'"
@@ -90,6 +91,7 @@ def serve(
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts to the log too.")] = False,
 ) -> None:
     """Serve an OpenAI-compatible API for models of a swarm. stdout gets a JSON object for each request."""
+    outlive_readers()
     with errors():
         peers = split_list(initial_peers)
         if local and (peers or len(models) > 1):

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from swarm.client.gateway.admission import Admission
-from swarm.client.gateway.generation import Generation, Job, Sampled, Timing, TokenLogprobs
+from swarm.client.gateway.generation import Generation, Job, Sampled, Scored, Timing, TokenLogprobs
 from swarm.client.gateway.model_ends import ModelEnds
 from swarm.client.gateway.sampling import Row, SamplingParams, sample, top_logprobs
+from swarm.client.gateway.scoring import score_prompt
 from swarm.client.inference import Inference
 from swarm.client.swarm_connection import SwarmConnection
 from swarm.client.trace import RouteEvent
@@ -91,8 +92,11 @@ class GatewayEngine:
             for task in embedding:  # if one failed, the others are of no use
                 task.cancel()
 
-    async def generate(self, job: Job, timing: Timing, route: list[str]) -> AsyncGenerator[Sampled | RouteEvent, None]:
-        """The tokens of ``job`` as they come, and if it asks for it what happens to its route in between.
+    async def generate(
+        self, job: Job, timing: Timing, route: list[str]
+    ) -> AsyncGenerator[Sampled | Scored | RouteEvent, None]:
+        """The tokens of ``job`` as they come. If it asks for it, before them what the model makes of the prompt, and in
+        between what happens to its route.
 
         Closing the iterator ends the session at every hop.
 
@@ -112,11 +116,17 @@ class GatewayEngine:
             generation = Generation(job, inference, timing)
             hidden = await self.compute(partial(self._embed_prompt, job.prompt))
             self._send(generation, hidden, decoding=False)
+            prefill = generation.step if job.score_prompt else None
             while True:
                 result = await generation.results.get()
                 if isinstance(result, BaseException):
                     raise result
                 _describe(inference, route)
+                if prefill is not None and isinstance(result, Sampled):
+                    yield await score_prompt(
+                        self._ends, self.compute, job.prompt, prefill.result(), job.top_logprobs or 0
+                    )
+                    prefill = None
                 yield result
                 if isinstance(result, Sampled) and result.finish is not None:
                     return

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+
+from typing_extensions import TypedDict  # typing's own is not enough for pydantic before Python 3.12
 
 from swarm.errors import BadRequestError, MissingBlocksError, OutOfCacheError, SwarmError, UsageError
 
 
+class ErrorFields(TypedDict):
+    """What went wrong; ``param`` is the field of the request that it is about."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(TypedDict):
+    """The body of every answer that is an error."""
+
+    error: ErrorFields
+
+
 class ApiError(Exception):
-    """Answered with ``status`` and ``{"error": {"message", "type", "param", "code"}}``."""
+    """Answered with ``status`` and ``body``."""
 
     def __init__(
         self,
@@ -23,7 +39,7 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.body: dict[str, Any] = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        self.body: ErrorBody = {"error": {"message": message, "type": kind, "param": param, "code": code}}
         self.headers = {} if retry_after is None else {"Retry-After": str(max(1, math.ceil(retry_after)))}
         if status == 401:
             self.headers["WWW-Authenticate"] = "Bearer"

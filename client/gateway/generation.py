@@ -38,8 +38,10 @@ class Job:
 
     Attributes:
         prompt: token ids, at least one.
+        max_tokens: 0 if nothing but the prompt's log-probabilities is wanted.
         eos: tokens that end it.
         top_logprobs: how many of the likeliest tokens to tell with each; None for no log-probabilities at all.
+        score_prompt: whether to tell log-probabilities of the prompt's tokens too.
         adapter: the LoRA adapter that it goes through, if any.
         trace: whether to tell how the route changes, and how long each hop took for each token.
         seed: the same seed gives the same text, whatever else the gateway does.
@@ -51,6 +53,7 @@ class Job:
     seed: int
     eos: frozenset[int] = frozenset()
     top_logprobs: int | None = None
+    score_prompt: bool = False
     grammar: Grammar | None = None
     adapter: str | None = None
     trace: bool = False
@@ -58,10 +61,17 @@ class Job:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """A token's log-probability, and the likeliest ones'."""
+    """A token's log-probability, and the likeliest ones'. The first token of a prompt has none."""
 
-    logprob: float
+    logprob: float | None
     top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the model makes of each token of the prompt, knowing those before it."""
+
+    logprobs: tuple[TokenLogprobs, ...]
 
 
 @dataclass(frozen=True)
@@ -69,8 +79,8 @@ class Sampled:
     """A token. ``finish`` is why it is the last one.
 
     ``end``: it says that the text ends, and is no part of it; ``complete``: the grammar lets nothing follow;
-    ``length``: it is as long as asked for. ``times``: of the step that it came from, if they were asked for, and what
-    the gateway took for it itself.
+    ``length``: it is as long as asked for; ``empty``: no token was asked for, so it is no part either.
+    ``times``: of the step that it came from, if they were asked for, and what the gateway took for it itself.
     """
 
     token: int
@@ -78,6 +88,11 @@ class Sampled:
     logprobs: TokenLogprobs | None
     times: tuple[HopTime, ...] = ()
     gateway_s: float = 0.0
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is a part of the text."""
+        return self.finish not in ("end", "empty")
 
 
 @dataclass
@@ -120,6 +135,8 @@ class Generation:
     def take(self, token: int, logprobs: TokenLogprobs | None) -> Sampled:
         """Adds the token that was sampled."""
         job = self.job
+        if job.max_tokens == 0:
+            return Sampled(token, "empty", None)
         if token in job.eos:
             return Sampled(token, "end", logprobs)
         self.tokens.append(token)

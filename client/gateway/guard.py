@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -28,14 +28,16 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             try:
-                key = self._admit(scope["path"], Headers(scope=scope))
+                key = await self._admit(scope["path"], Headers(scope=scope))
             except ApiError as error:
                 await JSONResponse(error.body, error.status, headers=error.headers)(scope, receive, send)
                 return
             scope.setdefault("state", {})["key"] = key
         await self._app(scope, receive, send)
 
-    def _admit(self, path: str, headers: Headers) -> Key | None:
+    async def _admit(self, path: str, headers: Headers) -> Key | None:
+        if (host := headers.get("host")) and not _name(host):
+            raise ApiError(400, f"{host!r} is not the name of a host")
         if self._keys is None:
             self._check_browser(headers)
             return None
@@ -44,7 +46,7 @@ class Guard:
         scheme, _, token = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not token:
             raise ApiError(401, "You didn't provide an API key: send it as Authorization: Bearer KEY.")
-        key = self._keys.find(token.strip())
+        key = await self._keys.find(token.strip())
         if key is None:
             raise ApiError(401, "Incorrect API key provided.", code="invalid_api_key")
         if path.startswith("/v1/") and not path.startswith("/v1/models"):
@@ -58,15 +60,22 @@ class Guard:
         origin = headers.get("origin")
         if origin is None or origin in self._origins or "*" in self._origins:
             return
-        if urlsplit(origin).netloc != host:
+        if _parts(origin).netloc != host:
             raise ApiError(
                 403, f"pages of {origin} may not use this gateway: see --cors-origin", code="origin_not_allowed"
             )
 
 
 def _name(host: str) -> str:
-    """A Host header without its port."""
+    """A Host header without its port; empty if it is malformed."""
+    return _parts(f"//{host}").hostname or ""
+
+
+def _parts(url: str) -> SplitResult:
+    """Those of ``url``; none of what can't be taken apart."""
     try:
-        return urlsplit(f"//{host}").hostname or ""
+        parts = urlsplit(url)
+        _ = parts.port  # found out to be none only when it is asked for
     except ValueError:
-        return ""
+        return urlsplit("")
+    return parts

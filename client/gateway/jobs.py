@@ -20,6 +20,7 @@ def make_jobs(
     top_logprobs: int | None,
     grammar: Callable[[], Grammar] | None = None,
     *,
+    score_prompt: bool = False,
     trace: bool = False,
 ) -> list[Job]:
     """``n`` jobs for each prompt; choice ``i`` has the seed ``seed + i``.
@@ -49,6 +50,7 @@ def make_jobs(
                     seed=(seed + len(jobs)) % 2**63,
                     eos=frozenset() if request.ignore_eos else model.eos,
                     top_logprobs=top_logprobs,
+                    score_prompt=score_prompt,
                     grammar=None if grammar is None else grammar(),
                     adapter=model.adapter,
                     trace=trace,

@@ -12,6 +12,7 @@ import secrets
 import sqlite3
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,23 @@ class KeyUsage:
     completion_tokens: int
 
 
+@dataclass(frozen=True)
+class Usage:
+    """What requests amount to."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def plus(self, other: Usage) -> Usage:
+        """Both together."""
+        return Usage(
+            self.requests + other.requests,
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+        )
+
+
 class KeyStore:
     """Opened by the gateway and by ``swarm gateway keys`` at the same time. Safe to use from several threads."""
 
@@ -58,14 +76,16 @@ class KeyStore:
             file.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))
             self._db = sqlite3.connect(file, check_same_thread=False, timeout=10)
+            self._reader = sqlite3.connect(file, check_same_thread=False, timeout=10)  # waits for no writer
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.executescript(_SCHEMA)
         except (OSError, sqlite3.Error) as error:
             raise UsageError(f"can't use {file} for API keys ({error}): choose another with --keys-file") from error
-        self._lock = threading.Lock()
+        self._lock, self._reader_lock = threading.Lock(), threading.Lock()
 
     def close(self) -> None:
         """Closes the file."""
+        self._reader.close()
         self._db.close()
 
     def add(self, name: str, *, requests_per_minute: int | None = None, tokens_per_minute: int | None = None) -> str:
@@ -95,8 +115,8 @@ class KeyStore:
 
     def find(self, key: str) -> Key | None:
         """The key that is this string."""
-        with self._lock:
-            row = self._db.execute(
+        with self._reader_lock:
+            row = self._reader.execute(
                 "SELECT name, requests_per_minute, tokens_per_minute FROM keys WHERE hash = ?", (_hash(key),)
             ).fetchone()
         return None if row is None else Key(*row)
@@ -111,14 +131,15 @@ class KeyStore:
             ).fetchall()
         return [KeyUsage(Key(*row[:3]), *row[3:]) for row in rows]
 
-    def count(self, name: str, prompt_tokens: int, completion_tokens: int) -> None:
-        """Notes a request that is done."""
+    def count(self, used: Mapping[str, Usage]) -> None:
+        """Notes what keys were used for, by their names."""
+        rows = [(name, each.requests, each.prompt_tokens, each.completion_tokens) for name, each in used.items()]
         with self._lock, self._db:
-            self._db.execute(
-                "INSERT INTO usage VALUES (?, date('now'), 1, ?, ?) ON CONFLICT DO UPDATE SET requests = requests + 1, "
-                "prompt_tokens = prompt_tokens + excluded.prompt_tokens, "
+            self._db.executemany(
+                "INSERT INTO usage VALUES (?, date('now'), ?, ?, ?) ON CONFLICT DO UPDATE SET "
+                "requests = requests + excluded.requests, prompt_tokens = prompt_tokens + excluded.prompt_tokens, "
                 "completion_tokens = completion_tokens + excluded.completion_tokens",
-                (name, prompt_tokens, completion_tokens),
+                rows,
             )
 
 

@@ -4,16 +4,42 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Tag, field_validator
 
+from swarm.client.gateway.kinds import ID_LISTS, IDS, OBJECT, OBJECTS, TEXT, TEXTS, one_of
 from swarm.client.gateway.sampling import SamplingParams
 
-MAX_STOPS = 4
+MAX_STOPS, MAX_PROMPTS = 4, 2048  # OpenAI's
+_MAX_BIASES = 1024
+_COLDEST = 1e-5
+"""Temperatures below are 0: divided by them, logits would be too large for float32."""
 Token = Annotated[int, Field(ge=0)]
+Tokens = Annotated[list[Token], Field(fail_fast=True)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Prompts = Annotated[
+    Annotated[str, Tag(TEXT)]
+    | Annotated[list[str], Field(max_length=MAX_PROMPTS, fail_fast=True), Tag(TEXTS)]
+    | Annotated[Tokens, Tag(IDS)]
+    | Annotated[list[Tokens], Field(max_length=MAX_PROMPTS, fail_fast=True), Tag(ID_LISTS)],
+    one_of("a string, a list of strings, a list of token ids, or a list of such lists"),
+]
+"""Texts, as such or as token ids, one or many. Lists are read up to their first error: there may be millions in one."""
+
+
+def _few(biases: Any) -> Any:
+    if isinstance(biases, dict) and len(biases) > _MAX_BIASES:
+        raise ValueError(f"has to have at most {_MAX_BIASES} entries")
+    return biases
+
+
+Biases = Annotated[
+    dict[Token, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=_MAX_BIASES), BeforeValidator(_few)
+]
+"""Of tokens. Counted before they are read, as each that is wrong is an error."""
 
 
 class _Request(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
 
 class StreamOptions(_Request):
@@ -33,11 +59,17 @@ class Sampling(_Request):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    logit_bias: Annotated[dict[Token, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
+    logit_bias: Biases | None = None
     seed: int | None = None
-    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    stop: (
+        Annotated[
+            Annotated[str, Tag(TEXT)] | Annotated[list[str], Field(max_length=MAX_STOPS, fail_fast=True), Tag(TEXTS)],
+            one_of("a string or a list of strings"),
+        ]
+        | None
+    ) = None
+    max_tokens: Count | None = None
     ignore_eos: bool = False
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -60,8 +92,9 @@ class Sampling(_Request):
             given = getattr(self, name)
             return getattr(defaults, name) if given is None else given
 
+        temperature = chosen("temperature")
         return SamplingParams(
-            temperature=chosen("temperature"),
+            temperature=temperature if temperature >= _COLDEST else 0.0,
             top_k=max(0, chosen("top_k")),
             top_p=chosen("top_p"),
             min_p=chosen("min_p"),
@@ -87,7 +120,9 @@ class Tool(_Request):
     function: Function
 
 
-class _Named(_Request):
+class FunctionName(_Request):
+    """Which function."""
+
     name: str
 
 
@@ -95,7 +130,7 @@ class NamedTool(_Request):
     """A tool that has to be called."""
 
     type: Literal["function"]
-    function: _Named
+    function: FunctionName
 
 
 class JsonSchema(_Request):
@@ -118,7 +153,13 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[dict[str, Any]] | None = None
+    content: (
+        Annotated[
+            Annotated[str, Tag(TEXT)] | Annotated[list[dict[str, Any]], Field(fail_fast=True), Tag(OBJECTS)],
+            one_of("a string or a list of parts", empty=OBJECTS),
+        ]
+        | None
+    ) = None
 
     @field_validator("content")
     @classmethod
@@ -136,21 +177,28 @@ class Message(BaseModel):
 class ChatRequest(Sampling):
     """``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
     swarm_trace: bool = False
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
+    tool_choice: (
+        Annotated[
+            Annotated[Literal["none", "auto", "required"], Tag(TEXT)] | Annotated[NamedTool, Tag(OBJECT)],
+            one_of("none, auto, required, or a tool by its name"),
+        ]
+        | None
+    ) = None
     parallel_tool_calls: bool | None = None
 
 
 class CompletionRequest(Sampling):
     """``POST /v1/completions``."""
 
-    prompt: str | list[str] | list[Token] | list[list[Token]]
+    prompt: Prompts
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
     suffix: str | None = None
@@ -161,7 +209,7 @@ class EmbeddingRequest(_Request):
     """``POST /v1/embeddings``."""
 
     model: str
-    input: str | list[str] | list[Token] | list[list[Token]]
+    input: Prompts
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None
     user: str | None = None
@@ -171,12 +219,15 @@ class ResponsesRequest(_Request):
     """``POST /v1/responses``, as far as it needs no memory of earlier ones."""
 
     model: str
-    input: str | list[dict[str, Any]]
+    input: Annotated[
+        Annotated[str, Tag(TEXT)] | Annotated[list[dict[str, Any]], Field(fail_fast=True), Tag(OBJECTS)],
+        one_of("a string or a list of messages", empty=OBJECTS),
+    ]
     instructions: str | None = None
-    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_output_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     stream: bool | None = None
     previous_response_id: str | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     text: dict[str, Any] | None = None

@@ -100,9 +100,18 @@ class ServedModel:
         prompts = [await self.encode(each) if isinstance(each, str) else tuple(each) for each in many]
         if not prompts or not all(prompts):
             raise invalid(f"{param} is empty", param)
-        if any(token >= self.vocabulary for prompt in prompts for token in prompt):
-            raise invalid(f"token ids of this model are below {self.vocabulary}", param)
-        return prompts
+        return [self.known(prompt, param) for prompt in prompts]
+
+    def known(self, tokens: tuple[int, ...], param: str) -> tuple[int, ...]:
+        """``tokens``, all of which the model knows. Some tokenizers have more: special tokens that were added later.
+
+        Raises:
+            ApiError: it doesn't.
+        """
+        if (most := max(tokens)) >= self.vocabulary:
+            text = f" ({self.token_text(most)!r})" if most < len(self.tokenizer) else ""
+            raise invalid(f"token ids of this model are below {self.vocabulary}: {most}{text} is none", param)
+        return tokens
 
     def room(self, prompt: tuple[int, ...], max_tokens: int | None, param: str) -> int:
         """How many tokens to generate at most.
@@ -112,17 +121,18 @@ class ServedModel:
         """
         limit = self._facade._connection.longest_session()
         if limit is None:
-            return max_tokens or 2048
-        wanted = len(prompt) + (max_tokens or 1)
+            return 2048 if max_tokens is None else max_tokens
+        least = 1 if max_tokens is None else max_tokens
+        wanted = len(prompt) + least
         if wanted > limit:
             raise invalid(
                 f"This model's maximum context length is {limit} tokens. However, you requested {wanted} tokens "
-                f"({len(prompt)} in the prompt, {max_tokens or 1} in the completion). Please reduce the length of the "
+                f"({len(prompt)} in the prompt, {least} in the completion). Please reduce the length of the "
                 "prompt or completion.",
                 param,
                 "context_length_exceeded",
             )
-        return max_tokens or limit - len(prompt)
+        return limit - len(prompt) if max_tokens is None else max_tokens
 
     async def overview(self, before: Overview | None) -> Overview:
         """The swarm that serves it, nodes asked themselves; rates are since ``before``."""

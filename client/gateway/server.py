@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import signal
 import socket
 import sys
@@ -23,6 +22,8 @@ import uvicorn
 
 from swarm.client.gateway.access import LOOPBACK, Access
 from swarm.client.gateway.admission import Admission
+from swarm.client.gateway.event_log import EventLog
+from swarm.client.gateway.key_desk import KeyDesk
 from swarm.client.gateway.keys import KeyStore
 from swarm.client.gateway.metrics import Metrics
 from swarm.client.local_swarm import LocalNode, LocalSwarm
@@ -74,7 +75,7 @@ def access_for(settings: GatewaySettings) -> Access:
             f"{settings.host} can be reached from other machines, and there are no API keys: make one with "
             "swarm gateway keys add NAME, or let everybody in with --no-auth"
         )
-    return Access(keys, None, settings.cors_origins)
+    return Access(KeyDesk(keys), None, settings.cors_origins)
 
 
 def run(settings: GatewaySettings) -> None:
@@ -87,15 +88,17 @@ def run(settings: GatewaySettings) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         # while it starts there is much that may be waited for, and an exception ends all of it
         signal.signal(number, signal.default_int_handler)
-    with running(settings) as gateway:
+    log = EventLog(sys.stdout.fileno())
+    with running(settings, log) as gateway:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
         page = gateway.url.removesuffix("/v1")
         print(f"Open {page} in a browser; programs take {gateway.url}. Ctrl-C ends.", file=sys.stderr, flush=True)
-        print_event({"event": "ready", "url": gateway.url, "models": gateway.models})
+        log({"event": "ready", "url": gateway.url, "models": gateway.models})
         while not stop.wait(0.2) and not gateway.serving.done():
             pass
-    print_event({"event": "stopped"})
+    log({"event": "stopped"})
+    log.close()
 
 
 @dataclass(frozen=True)
@@ -108,11 +111,11 @@ class Running:
 
 
 @contextmanager
-def running(settings: GatewaySettings, log: Callable[[dict[str, Any]], None] | None = None) -> Iterator[Running]:
+def running(settings: GatewaySettings, log: Callable[[dict[str, Any]], None]) -> Iterator[Running]:
     """A gateway for as long as the ``with`` is open, in this process's client runtime.
 
     Args:
-        log: gets the fields of each request; default: prints them.
+        log: gets the fields of each request.
 
     Raises:
         UsageError: what was asked for can't be done; the message says what to do.
@@ -132,7 +135,7 @@ def running(settings: GatewaySettings, log: Callable[[dict[str, Any]], None] | N
         metrics = Metrics(admission)
         models = {model.id: model for model in _load(settings, peers, admission, metrics, stack)}
         watch = SwarmWatch(models, peers)
-        gateway = Gateway(models, watch, metrics, access, log or print_event, log_prompts=settings.log_prompts)
+        gateway = Gateway(models, watch, metrics, access, log, log_prompts=settings.log_prompts)
         server = uvicorn.Server(
             uvicorn.Config(
                 make_app(gateway),
@@ -143,7 +146,7 @@ def running(settings: GatewaySettings, log: Callable[[dict[str, Any]], None] | N
                 timeout_graceful_shutdown=_STOP_SECONDS,
             )
         )
-        serving = Runtime.get().start(_serve(server, listening, models.values(), watch))
+        serving = Runtime.get().start(_serve(server, listening, models.values(), watch, access.keys))
         address, port = listening.getsockname()[:2]
         host = f"[{address}]" if ":" in address else address
         try:
@@ -224,7 +227,11 @@ def _load(
 
 
 async def _serve(
-    server: uvicorn.Server, listening: socket.socket, models: Iterable[ServedModel], watch: SwarmWatch
+    server: uvicorn.Server,
+    listening: socket.socket,
+    models: Iterable[ServedModel],
+    watch: SwarmWatch,
+    keys: KeyDesk | None,
 ) -> None:
     watch.start()
     for model in models:
@@ -233,8 +240,5 @@ async def _serve(
         await server.serve(sockets=[listening])
     finally:
         await asyncio.gather(*(model.engine.stop() for model in models))
-
-
-def print_event(fields: dict[str, Any]) -> None:
-    """One JSON object on a line of stdout."""
-    print(json.dumps(fields, ensure_ascii=False, default=lambda value: value.model_dump(exclude_none=True)), flush=True)
+        if keys is not None:
+            await keys.close()

@@ -45,6 +45,27 @@ class Detokenizer:
 
 
 @dataclass(frozen=True)
+class Echo:
+    """A prompt as text. ``offsets``: where in it each token begins."""
+
+    text: str = ""
+    offsets: tuple[int, ...] = ()
+
+
+NO_ECHO = Echo()
+
+
+def spell(tokenizer: Any, tokens: Sequence[int]) -> Echo:
+    """The text of ``tokens``, without special ones."""
+    detokenizer, pieces, offsets, length = Detokenizer(tokenizer), [], [], 0
+    for token in tokens:
+        offsets.append(length)
+        pieces.append(detokenizer.push(token))
+        length += len(pieces[-1])
+    return Echo("".join(pieces) + detokenizer.finish(), tuple(offsets))
+
+
+@dataclass(frozen=True)
 class Piece:
     """Text that may be shown, and whether a stop string came right after it."""
 

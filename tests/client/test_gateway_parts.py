@@ -15,13 +15,15 @@ from transformers import AutoTokenizer
 
 from swarm.client.gateway.access import LOOPBACK, Access
 from swarm.client.gateway.admission import Admission
-from swarm.client.gateway.chat import PLAIN_TEMPLATE, may_be_call, parse_call, plan_tools, render
+from swarm.client.gateway.chat import may_be_call, parse_call, plan_tools
 from swarm.client.gateway.errors import ApiError, as_api_error
 from swarm.client.gateway.grammar import GrammarFactory
 from swarm.client.gateway.guard import Guard
-from swarm.client.gateway.keys import Key, KeyStore
+from swarm.client.gateway.key_desk import KeyDesk
+from swarm.client.gateway.keys import Key, KeyStore, Usage
 from swarm.client.gateway.rate_limits import RateLimits, Window
 from swarm.client.gateway.schemas import Message, NamedTool, Tool
+from swarm.client.gateway.templates import PLAIN_TEMPLATE, render
 from swarm.errors import MissingBlocksError, OutOfCacheError, UsageError
 from swarm.source import resolve
 
@@ -91,8 +93,8 @@ def test_keys_are_hashed_found_counted_and_removed(tmp_path: Path) -> None:
     assert file.stat().st_mode & 0o077 == 0
     assert store.find(key) == Key("alice", 5, None)
     assert store.find(key[:-1] + ("0" if key[-1] != "0" else "1")) is None
-    store.count("alice", 10, 3)
-    store.count("alice", 1, 1)
+    store.count({"alice": Usage(1, 10, 3)})
+    store.count({"alice": Usage(1, 1, 1)})
     second = KeyStore(file)  # as the command line does while the gateway runs
     assert [(each.key.name, each.requests, each.prompt_tokens, each.completion_tokens) for each in second.list()] == [
         ("alice", 2, 11, 4),
@@ -170,10 +172,12 @@ def _status(access: Access, path: str, **headers: str) -> int:
         ({"Host": "[::1]:8000"}, 200),
         ({"Host": "evil.example:8000"}, 403),  # a name that was pointed here
         ({}, 403),
-        ({"Host": "[::1"}, 403),
+        ({"Host": "[::1"}, 400),
+        ({"Host": "localhost:x"}, 400),
         ({"Host": "localhost:8000", "Origin": "http://localhost:8000"}, 200),
         ({"Host": "localhost:8000", "Origin": "https://evil.example"}, 403),
         ({"Host": "localhost:8000", "Origin": "null"}, 403),
+        ({"Host": "localhost:8000", "Origin": "http://["}, 403),
         ({"Host": "localhost:8000", "Origin": "https://friend.example"}, 200),
     ],
 )
@@ -185,7 +189,7 @@ def test_an_open_gateway_is_not_open_to_pages_of_others(headers: dict[str, str],
 def test_keys_are_asked_for(tmp_path: Path) -> None:
     store = KeyStore(tmp_path / "keys")
     key = store.add("alice")
-    guard = Access(store)
+    guard = Access(KeyDesk(store))
     assert _status(guard, "/v1/models") == 401
     assert _status(guard, "/v1/models", Authorization="Bearer wrong") == 401
     assert _status(guard, "/v1/models", Authorization=f"Basic {key}") == 401

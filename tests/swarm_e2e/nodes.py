@@ -12,8 +12,9 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 START_TIMEOUT = 120.0
@@ -25,9 +26,17 @@ class Zygote:
     _process: subprocess.Popen[str] | None = None
 
     @classmethod
-    def start(cls, argv: Sequence[str], stdout: Path, stderr: Path, stdin: Path = Path(os.devnull)) -> int:
-        """Starts a command; its PID."""
-        return cls._ask({"argv": list(argv), "stdin": str(stdin), "stdout": str(stdout), "stderr": str(stderr)})
+    def start(
+        cls,
+        argv: Sequence[str],
+        stdout: Path | None,
+        stderr: Path,
+        stdin: Path = Path(os.devnull),
+        env: Mapping[str, str] = MappingProxyType({}),
+    ) -> int:
+        """Starts a command; its PID. Without ``stdout``, nobody reads what it writes there."""
+        out = None if stdout is None else str(stdout)
+        return cls._ask({"argv": [*argv], "stdin": str(stdin), "stdout": out, "stderr": str(stderr), "env": {**env}})
 
     @classmethod
     def wait(cls, pid: int) -> int:
@@ -149,12 +158,16 @@ def run_to_end(argv: Sequence[str], workdir: Path) -> tuple[int, list[dict[str, 
     return code, node.events(), node.stderr.read_text()
 
 
-def run_command(argv: Sequence[str], *, said: str = "") -> subprocess.CompletedProcess[str]:
-    """Runs ``swarm`` or ``swarm-node`` to its end, with ``said`` on its standard input."""
+def run_command(
+    argv: Sequence[str], *, said: str | bytes = "", read: bool = True, env: Mapping[str, str] = MappingProxyType({})
+) -> subprocess.CompletedProcess[str]:
+    """Runs ``swarm`` or ``swarm-node`` to its end, with ``said`` on its standard input. Its standard output is
+    ``read``, or a pipe whose reader has left."""
     with tempfile.TemporaryDirectory(prefix="swarm-command-") as folder:
         stdin, stdout, stderr = (Path(folder, name) for name in ("in", "out", "err"))
-        stdin.write_text(said)
-        code = Zygote.wait(Zygote.start(argv, stdout, stderr, stdin))
+        stdin.write_bytes(said if isinstance(said, bytes) else said.encode())
+        stdout.touch()
+        code = Zygote.wait(Zygote.start(argv, stdout if read else None, stderr, stdin, env))
         return subprocess.CompletedProcess([*argv], code, stdout.read_text(), stderr.read_text())
 
 

@@ -1,8 +1,8 @@
 """Starts ``swarm-node`` and ``swarm`` in a fraction of a second: imports everything once, then forks for each.
 
-Reads a JSON object a line, ``{"argv": [command, …], "stdin": path, "stdout": path, "stderr": path}``; answers with the
-PID, and ``{"wait": pid}`` with the exit code. Only the time for importing torch and transformers is saved: the command
-line, the entry point and the process are real.
+Reads a JSON object a line, ``{"argv": [command, …], "stdin": path, "stdout": path, "stderr": path, "env": {…}}``;
+answers with the PID, and ``{"wait": pid}`` with the exit code. If stdout is null it is a pipe that nobody reads. Only
+the time for importing torch and transformers is saved: the command line, the entry point and the process are real.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ def main() -> None:
         pid = os.fork()
         if pid == 0:
             os.setsid()
-            os.dup2(os.open(order["stdout"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 1)
-            os.dup2(os.open(order["stderr"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 2)
+            os.environ.update(order["env"])
+            os.dup2(_unread() if order["stdout"] is None else _appended(order["stdout"]), 1)
+            os.dup2(_appended(order["stderr"]), 2)
             os.dup2(os.open(order["stdin"], os.O_RDONLY), 0)
             sys.argv = order["argv"]
             os.environ["COLUMNS"] = "200"
@@ -49,6 +50,16 @@ def main() -> None:
                 sys.stdout.flush()
                 os._exit(code)
         print(pid, flush=True)
+
+
+def _appended(path: str) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+
+def _unread() -> int:
+    reading, writing = os.pipe()
+    os.close(reading)
+    return writing
 
 
 if __name__ == "__main__":
