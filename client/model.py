@@ -325,7 +325,8 @@ class SwarmModelForCausalLM(_Family):
                 f"this may need {max_cache_length} positions, and the session has room for {cache.max_length}: "
                 "generate fewer tokens, or open the session with a greater max_length"
             )
-        rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        cache.beams = generation_config.num_beams or 1
+        rows = batch_size * max(cache.beams, generation_config.num_return_sequences or 1)
         if cache.left_padding is not None and len(cache.left_padding) != rows:
             cache.reset()
 

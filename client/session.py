@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
+from swarm.client.checks import sendable
+from swarm.client.divided import DividedInference
 from swarm.client.hop import Hop
-from swarm.client.inference import Inference
 from swarm.client.prefix import column_digests
 from swarm.client.runtime import Runtime
+from swarm.errors import SessionInUseError
 
 
 class Session:
     """A generation under way, with its KV cache held at every hop. Not for several threads at once.
 
+    Attributes:
+        max_length: columns that there is room for.
+        together: how many rows, counted from the first, may become copies of each other, as beams of one prompt do. It
+            is looked at when the session begins with more rows than nodes take in one, which are then divided.
+
     >>> with connection.session(max_length=64) as session:
     ...     hidden = session.step(hidden)
     """
 
-    def __init__(self, runtime: Runtime, inference: Inference, max_length: int, *, shares: bool = False) -> None:
+    def __init__(self, runtime: Runtime, inference: DividedInference, max_length: int, *, shares: bool = False) -> None:
         self._runtime, self._inference = runtime, inference
+        self._in_use = threading.Lock()
+        self.together = 1
         self.max_length = max_length
         self._shares = shares
         self._closed = False
@@ -58,6 +69,8 @@ class Session:
         Raises:
             MissingBlocksError: blocks were missing for longer than the client waits.
             OutOfCacheError: no node has room.
+            InputError: ``hidden`` has another shape, or is not finite. The session can be used on.
+            SessionInUseError: another thread is using the session.
             ValueError: longer than ``max_length``.
         """
         if self._closed:
@@ -68,9 +81,14 @@ class Session:
                 "open it with a larger max_length"
             )
         cpu = hidden.detach().cpu() if hidden.requires_grad or not hidden.is_cpu else hidden
+        cpu = sendable(cpu)
         reorder = None if hypo_ids is None else hypo_ids.detach().cpu()
         digests = column_digests(cpu) if self._shares else None  # here, and not in the loop that all sessions share
-        output = self._runtime.run(self._inference.step(cpu, reorder, left_padding, wanted=wanted, digests=digests))
+        step = self._inference.step
+        with self._used():
+            output = self._runtime.run(
+                step(cpu, reorder, left_padding, wanted=wanted, digests=digests, together=self.together)
+            )
         if output.dtype == hidden.dtype and hidden.is_cpu:
             return output
         return output.to(device=hidden.device, dtype=hidden.dtype)
@@ -83,13 +101,23 @@ class Session:
         async def crop() -> None:
             self._inference.crop(position)
 
-        self._runtime.run(crop())
+        with self._used():
+            self._runtime.run(crop())
 
     def close(self) -> None:
         """Ends the session and frees its KV cache at every hop. May be called twice."""
         if not self._closed:
             self._closed = True
             self._runtime.run(self._inference.close())
+
+    @contextmanager
+    def _used(self) -> Iterator[None]:
+        if not self._in_use.acquire(blocking=False):
+            raise SessionInUseError("the session is in use by another thread: open one for each thread")
+        try:
+            yield
+        finally:
+            self._in_use.release()
 
     def __enter__(self) -> Session:
         return self
