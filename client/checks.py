@@ -25,7 +25,7 @@ def check_hidden(
     if not hidden.numel() and not empty:
         raise InputError(f"{what} have no tokens: their shape is {shape}")
     if not all_finite(hidden):
-        raise InputError(f"{what} are not finite: there are infinities or NaNs in them, or numbers close to that")
+        raise InputError(f"{what} are not finite: they have infinities or NaNs, or numbers that are almost as large")
 
 
 def check_hypo_ids(hypo_ids: torch.Tensor | None, rows: int) -> None:

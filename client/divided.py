@@ -23,7 +23,7 @@ class DividedInference:
 
     Args:
         make: a new :class:`Inference`.
-        most: rows that one of them can have.
+        most: tells how many rows one of them can have.
     """
 
     def __init__(self, make: Callable[[], Inference], most: Callable[[], int], hidden_size: int) -> None:
@@ -40,6 +40,11 @@ class DividedInference:
         """Those of the first part."""
         return self._parts[0][1].hops if self._parts else []
 
+    def check(self, hidden: torch.Tensor, hypo_ids: torch.Tensor | None) -> None:
+        """Raises InputError for a step that no node would take. Needs no event loop, and changes nothing."""
+        check_hidden(hidden, self._hidden_size, rows=self._parts[-1][0].stop if self._parts else 0)
+        check_hypo_ids(hypo_ids, len(hidden))
+
     async def step(
         self,
         hidden: torch.Tensor,
@@ -50,14 +55,12 @@ class DividedInference:
         digests: Digests | None = None,
         together: int = 1,
     ) -> torch.Tensor:
-        """See :meth:`Inference.step`. ``together``, with the first step: that many rows, such as the beams of a prompt,
+        """See :meth:`Inference.step`, behind :meth:`check`. ``together``, with the first step: that many rows, such as the beams of a prompt,
         may become copies of each other.
 
         Raises:
             InputError: a row is to become a copy of one in another part.
         """
-        if len(self._parts) != 1:  # checked as a whole, or some parts would go on without the others
-            check_hidden(hidden, self._hidden_size, rows=self._parts[-1][0].stop if self._parts else 0)
         if not self._parts:
             self._parts = [(rows, self._make()) for rows in self._divide(len(hidden), together)]
         if len(self._parts) == 1:
@@ -107,7 +110,6 @@ def _divide_order(hypo_ids: torch.Tensor | None, parts: Sequence[slice]) -> list
     """What ``hypo_ids`` say to each part, in numbers of its own rows."""
     if hypo_ids is None:
         return [None] * len(parts)
-    check_hypo_ids(hypo_ids, parts[-1].stop)
     orders: list[torch.Tensor | None] = []
     for rows in parts:
         order = hypo_ids[rows] - rows.start

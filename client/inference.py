@@ -16,7 +16,6 @@ from hivemind.p2p import PeerID
 from hivemind.proto import runtime_pb2
 
 from swarm import rpc
-from swarm.client.checks import check_hidden, check_hypo_ids
 from swarm.client.failures import Failures
 from swarm.client.history import History
 from swarm.client.hop import Hop
@@ -110,7 +109,7 @@ class Inference:
         wanted: int | None = None,
         digests: Digests | None = None,
     ) -> torch.Tensor:
-        """Runs ``hidden`` ``[rows, T, H]`` through all hops. An error ends the session, unless it is an ``InputError``.
+        """Runs ``hidden`` ``[rows, T, H]`` through all hops. An error ends the session.
 
         Args:
             wanted: how many columns at the end the caller will look at; others may be zero. Default: all.
@@ -118,8 +117,6 @@ class Inference:
         """
         if self._broken:
             raise RemoteError("the session has ended with an error: open a new one")
-        check_hidden(hidden, self._hidden_size, rows=self._rows)
-        check_hypo_ids(hypo_ids, hidden.shape[0])
         rows, columns, _ = hidden.shape
         self._failures = Failures(self._view, self._settings)
         if not self._rows:

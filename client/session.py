@@ -75,6 +75,7 @@ class Session:
         """
         if self._closed:
             raise ValueError("the session is closed")
+        self._inference.check(hidden, hypo_ids)
         if self.position + hidden.shape[1] > self.max_length:
             raise ValueError(
                 f"the session holds {self.max_length} tokens; it has {self.position} and gets {hidden.shape[1]} more: "

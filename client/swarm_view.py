@@ -88,7 +88,7 @@ class SwarmView:
 
     def failed(self, peer_id: PeerID, error: SwarmError) -> None:
         """A peer failed: leave it out for a while."""
-        self._bans.failed(peer_id, " ".join(str(error).split())[:_REASON_CHARS])
+        self._bans.failed(peer_id, _one_line(error))
 
     def full(self, peer_id: PeerID) -> None:
         """A peer has no KV cache left: ask others first."""
@@ -216,7 +216,7 @@ class SwarmView:
         if span.info.state < ServerState.ONLINE:
             return "is still loading"
         if span.peer_id in refusals:
-            return f"refused: {refusals[span.peer_id]}"
+            return f"refused: {_one_line(refusals[span.peer_id])}"
         started = span.info.offer.started if span.info.offer else 0.0
         return needs.unmet(span.info) or self._bans.why(span.peer_id, started=started)
 
@@ -265,3 +265,8 @@ class SwarmView:
         seconds = await ping(self.peer, peer_id, 3.0)
         if seconds is not None:
             self._rtts[peer_id] = seconds
+
+
+def _one_line(error: SwarmError) -> str:
+    """What a stranger says, fit to be shown."""
+    return "".join(char if char.isprintable() else " " for char in str(error))[:_REASON_CHARS]
