@@ -55,8 +55,8 @@ class DividedInference:
         digests: Digests | None = None,
         together: int = 1,
     ) -> torch.Tensor:
-        """See :meth:`Inference.step`, behind :meth:`check`. ``together``, with the first step: that many rows, such as the beams of a prompt,
-        may become copies of each other.
+        """See :meth:`Inference.step`; first call :meth:`check`. ``together``, with the first step: that many rows, such
+        as the beams of a prompt, may become copies of each other.
 
         Raises:
             InputError: a row is to become a copy of one in another part.

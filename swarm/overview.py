@@ -19,7 +19,7 @@ from swarm.reach import call_failed
 from swarm.records import ServerState
 
 _ASK_SECONDS = 2.0
-_FIRST_ASK_SECONDS = 8.0  # as long as the network takes to find out that an address doesn't answer
+_FIRST_ASK_SECONDS = 6.0  # as long as the network takes to find out that an address doesn't answer
 METER = ("sessions", "waiting", "prefill_tokens", "decode_tokens", "busy_s", "cache_tokens", "cache_tokens_free")
 """What a node tells about itself in the field ``meter`` of its ``rpc_info``: :class:`Meter` says what they are."""
 
