@@ -12,7 +12,7 @@ from swarm.client.left_out import Needs
 from swarm.client.routing import Leg
 from swarm.client.settings import ClientSettings
 from swarm.client.swarm_view import SwarmView
-from swarm.errors import EvictedError, OutOfCacheError, Owner, SwarmError
+from swarm.errors import OutOfCacheError, Owner, SwarmError
 
 
 class Course(enum.Enum):
@@ -25,17 +25,17 @@ class Course(enum.Enum):
     LEAVE_OUT = "leave out"
 
 
-def course(error: SwarmError, *, refused_before: bool, evicted_before: bool) -> Course:
+def course(error: SwarmError, *, refused_before: bool, forgiven_before: bool) -> Course:
     """What to do about ``error``.
 
     Args:
-        refused_before: another peer has refused the same work for the same blocks.
-        evicted_before: the same peer has evicted the same work, which has not gone on since.
+        refused_before: the same work was refused for the same blocks, mostly by another peer.
+        forgiven_before: the same peer was asked again for the same work, which has not gone on since.
     """
     if isinstance(error, OutOfCacheError):
         return Course.ASK_LATER
-    if isinstance(error, EvictedError):
-        return Course.LEAVE_OUT if evicted_before else Course.ASK_AGAIN
+    if error.owner is Owner.NOBODY:
+        return Course.LEAVE_OUT if forgiven_before else Course.ASK_AGAIN
     if error.owner is Owner.MACHINE or (error.owner is Owner.CALLER and refused_before):
         return Course.RAISE
     # a single peer may be wrong about it: it may be of another version, or have smaller limits
@@ -54,14 +54,13 @@ class Asked(Protocol):
 
 
 class Failures:
-    """What one piece of work, such as a step, has met on its way. It ends when two peers refuse it, when there is no
-    route for ``wait_timeout`` seconds in all, or no room for so long, each time it has not gone on in between."""
+    """What one piece of work, such as a step, has met on its way. It ends when it is refused twice, or when there is no
+    route for ``wait_timeout`` seconds in all, or no room for so long, and it has not gone on in between."""
 
     def __init__(self, view: SwarmView, settings: ClientSettings) -> None:
         self._view, self._wait_timeout = view, settings.wait_timeout
-        self._refusals: dict[PeerID, SwarmError] = {}
-        self._refused: list[tuple[int, int]] = []
-        self._evicted: set[PeerID] = set()
+        self._refused: list[Asked] = []
+        self._forgiven: set[PeerID] = set()
         self._waited = 0.0
         self._full_since: float | None = None
         self._furthest = -1
@@ -70,7 +69,7 @@ class Failures:
         """The work has come to ``at``, whatever that counts: if that is further than ever, waiting starts anew."""
         if at > self._furthest:
             self._furthest, self._waited, self._full_since = at, 0.0, None
-            self._evicted.clear()
+            self._forgiven.clear()
 
     @property
     def patience(self) -> float:
@@ -79,7 +78,7 @@ class Failures:
         return max(0.0, since + self._wait_timeout - time.monotonic())
 
     async def route(self, first: int, last: int, needs: Needs) -> tuple[Leg, ...]:
-        """As :meth:`SwarmView.route`, around peers that refused.
+        """As :meth:`SwarmView.route`, if possible around peers that refused.
 
         Raises:
             SwarmError: as there.
@@ -87,7 +86,11 @@ class Failures:
         began = time.monotonic()
         try:
             return await self._view.route(
-                first, last, needs, refusals=self._refusals, patience=max(0.0, self._wait_timeout - self._waited)
+                first,
+                last,
+                needs,
+                avoid={asked.peer_id for asked in self._refused},
+                patience=max(0.0, self._wait_timeout - self._waited),
             )
         finally:
             self._waited += time.monotonic() - began
@@ -102,19 +105,18 @@ class Failures:
         peer_id = asked.peer_id
         if error.owner is Owner.NETWORK:
             self._view.peer.check_daemon()
-        refused_before = any(start < asked.end and asked.start < end for start, end in self._refused)
-        decided = course(error, refused_before=refused_before, evicted_before=peer_id in self._evicted)
+        refused_before = any(other.start < asked.end and asked.start < other.end for other in self._refused)
+        decided = course(error, refused_before=refused_before, forgiven_before=peer_id in self._forgiven)
         if decided is Course.RAISE:
             raise error
         if decided is Course.ASK_ANOTHER:
-            self._refusals[peer_id] = error
-            self._refused.append((asked.start, asked.end))
+            self._refused.append(asked)
         elif decided is Course.ASK_LATER:
             self._view.full(peer_id)
             self._full_since = self._full_since or time.monotonic()
             if not self.patience:
                 raise error
         elif decided is Course.ASK_AGAIN:
-            self._evicted.add(peer_id)
+            self._forgiven.add(peer_id)
         else:
             self._view.failed(peer_id, error)

@@ -329,9 +329,12 @@ class Inference:
         try:
             output = await hop.reply(chunk.step_id, self._settings.step_timeout)
             index = self.hops.index(hop) + 1
-            if output is not None and index < len(self.hops) and not self.hops[index].is_petals:
-                following = self._pushed_from(index, chunk)
-                await self._pass(self.hops[index], chunk, output, following)
+            if output is None or index == len(self.hops):
+                return
+            behind = self.hops[index]
+            # one that has taken the place of the hop that it was pushed to gets its steps in order, from the collector
+            if behind in chunk.covered and not behind.is_petals:
+                await self._pass(behind, chunk, output, self._pushed_from(index, chunk))
         except (SwarmError, ValueError) as error:
             logger.debug("could not forward for %s: %s", hop.peer_id, error)  # the collector finds the hop failed
 
@@ -414,7 +417,7 @@ class Inference:
         Raises:
             MissingBlocksError: there is no route within the time to wait.
             OutOfCacheError: every node that could be asked is full.
-            BadRequestError: two nodes refused the session, or the only one.
+            BadRequestError: the session was refused twice.
         """
         needs = Needs(
             rows=self._rows,

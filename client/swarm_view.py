@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable
 from dataclasses import replace
 
 from hivemind.p2p import PeerID
@@ -133,36 +133,33 @@ class SwarmView:
         last: int,
         needs: Needs = _NEEDS,
         *,
-        refusals: Mapping[PeerID, SwarmError] | None = None,
+        avoid: Container[PeerID] = frozenset(),
         patience: float | None = None,
     ) -> tuple[Leg, ...]:
         """The best chain for the blocks ``first:last``; waits for blocks that are missing at the moment.
 
         Args:
-            refusals: by peers that are not to be asked again, since they refused this.
+            avoid: peers to ask only if there is no other way.
             patience: seconds to wait; default: ``wait_timeout``.
 
         Raises:
             MissingBlocksError: there still is no node that can be used.
-            SwarmError: one of ``refusals``: there is nobody else to ask.
             UsageError: no node that was ever seen has the adapter.
             DaemonError: this process's own network daemon is gone.
         """
-        refusals, needs = refusals or {}, replace(needs, deterministic=self._settings.deterministic)
+        needs = replace(needs, deterministic=self._settings.deterministic)
         self.peer.check_daemon()  # a call by way of a daemon that is gone may never end
         await self._check_adapter(needs.adapter)
         deadline = time.monotonic() + (self._settings.wait_timeout if patience is None else patience)
         announced = False
         while True:
             try:
-                return self._find(first, last, needs, refusals)
+                return self._find(first, last, needs, avoid)
             except MissingBlocksError as error:
                 missing = error.blocks
-            if refusals and self._exists(first, last, needs):
-                raise [*refusals.values()][-1]
             self.peer.check_daemon()
             if time.monotonic() >= deadline:
-                raise MissingBlocksError(explain(await self._look_closer(missing, needs, refusals)), missing)
+                raise MissingBlocksError(explain(await self._look_closer(missing, needs)), missing)
             if not announced:
                 announced = True
                 logger.warning(
@@ -171,7 +168,7 @@ class SwarmView:
                     self.prefix,
                     needs.describe(),
                     deadline - time.monotonic(),
-                    "".join(f" {node}." for node in self._left_out(missing, needs, refusals)),
+                    "".join(f" {node}." for node in self._left_out(missing, needs)),
                 )
             await asyncio.sleep(_POLL_SECONDS)
             await self.refresh()
@@ -187,12 +184,13 @@ class SwarmView:
                 "(swarm-node serve … --adapters)"
             )
 
-    def _find(self, first: int, last: int, needs: Needs, refusals: Mapping[PeerID, SwarmError]) -> tuple[Leg, ...]:
+    def _find(self, first: int, last: int, needs: Needs, avoid: Container[PeerID]) -> tuple[Leg, ...]:
         now = time.monotonic()
-        usable = [span for span in self._spans if self._why_not(span, needs, refusals) is None]
+        usable = [span for span in self._spans if self._why_not(span, needs) is None]
         random.shuffle(usable)  # equals share the load
-        roomy = [span for span in usable if self._full.get(span.peer_id, 0.0) <= now]
-        for candidates in (roomy, usable):
+        others = [span for span in usable if span.peer_id not in avoid]
+        roomy = [span for span in others if self._full.get(span.peer_id, 0.0) <= now]
+        for candidates in (roomy, others, usable):
             try:
                 return find_route(
                     candidates, first, last, rtts=self._rtts, cache_tokens=needs.cache_tokens, inner=self._inner
@@ -201,26 +199,16 @@ class SwarmView:
                 missing = error
         raise missing
 
-    def _exists(self, first: int, last: int, needs: Needs) -> bool:
-        """Whether there would be a route by way of peers that refused."""
-        try:
-            self._find(first, last, needs, {})
-        except MissingBlocksError:
-            return False
-        return True
-
-    def _why_not(self, span: RemoteSpan, needs: Needs, refusals: Mapping[PeerID, SwarmError]) -> str | None:
+    def _why_not(self, span: RemoteSpan, needs: Needs) -> str | None:
         """Why a node can't be used at the moment; None if it can."""
         if not self._same_model(span):
             return "serves a model of another shape under this name"
         if span.info.state < ServerState.ONLINE:
             return "is still loading"
-        if span.peer_id in refusals:
-            return f"refused: {_one_line(refusals[span.peer_id])}"
         started = span.info.offer.started if span.info.offer else 0.0
         return needs.unmet(span.info) or self._bans.why(span.peer_id, started=started)
 
-    def _left_out(self, missing: Iterable[int], needs: Needs, refusals: Mapping[PeerID, SwarmError]) -> list[LeftOut]:
+    def _left_out(self, missing: Iterable[int], needs: Needs) -> list[LeftOut]:
         wanted = set(missing)
         partial = "does not have all the blocks that belong together"
         return [
@@ -229,16 +217,16 @@ class SwarmView:
                 span.info.public_name,
                 span.start,
                 span.end,
-                self._why_not(span, needs, refusals) or partial,
+                self._why_not(span, needs) or partial,
             )
             for span in (*self._spans, *self._unusable)
             if not wanted.isdisjoint(range(span.start, span.end))
         ]
 
-    async def _look_closer(self, missing: tuple[int, ...], needs: Needs, refusals: Mapping[PeerID, SwarmError]) -> Seen:
+    async def _look_closer(self, missing: tuple[int, ...], needs: Needs) -> Seen:
         """What is known of blocks that stay missing. If no node was seen, other peers are asked whether they are there
         and what time it is: records expire by the clock."""
-        left_out = self._left_out(missing, needs, refusals)
+        left_out = self._left_out(missing, needs)
         skews = None if left_out else await self.peer.skews(_CLOCK_SECONDS)
         return Seen(missing, self.prefix, needs, self._settings.wait_timeout, left_out, skews)
 

@@ -10,7 +10,7 @@ import torch
 from hivemind.proto import runtime_pb2
 
 from swarm.codec import all_finite, decode
-from swarm.errors import BadRequestError, NotServedError
+from swarm.errors import BadRequestError, NotServedError, OutOfOrderError
 from swarm.node.engine.session import Prefix
 from swarm.node.limits import Limits
 from swarm.records import parse_span_uid
@@ -109,7 +109,7 @@ def read_step(
         raise BadRequestError("the adapter of a session can't change: open another session for another adapter")
     start = position if metadata.start is None else metadata.start
     if start > position:
-        raise BadRequestError(f"out of order: the step starts at {start}, the session is at {position}")
+        raise OutOfOrderError(f"out of order: the step starts at {start}, the session is at {position}")
     _check_hidden(hidden, served, limits)
     rows, columns, _ = hidden.shape
     if rows != opening.rows:

@@ -14,6 +14,7 @@ SwarmError                 node      the root
   RemoteError              node      a peer failed, or answered with an error
     BadRequestError        caller    a peer refused a message
       NotServedError       node      a peer doesn't serve what its record says
+      OutOfOrderError      nobody    a step came before one that comes ahead of it
       MalformedError       node      found here in what a peer sent
     OutOfCacheError        nobody    a peer has no KV cache left
     EvictedError           nobody    a peer gave an idle session's cache to others
@@ -129,6 +130,13 @@ class NotServedError(BadRequestError):
     owner = Owner.NODE
 
 
+class OutOfOrderError(BadRequestError):
+    """A step came before one that comes ahead of it, which was lost or overtaken on its way. The session has ended."""
+
+    code = "out_of_order"
+    owner = Owner.NOBODY
+
+
 class OutOfCacheError(RemoteError):
     """The peer has no KV cache left for this step. Others may have."""
 
@@ -165,6 +173,7 @@ _BY_CODE: dict[str, type[SwarmError]] = {
         RemoteError,
         BadRequestError,
         NotServedError,
+        OutOfOrderError,
         OutOfCacheError,
         EvictedError,
         LeavingError,

@@ -53,17 +53,18 @@ def test_the_tree_at_the_head_of_the_file_is_the_tree() -> None:
         (errors.PeerLostError("x"), Course.LEAVE_OUT),
         (errors.OutOfCacheError("x"), Course.ASK_LATER),
         (errors.EvictedError("x"), Course.ASK_AGAIN),
+        (errors.OutOfOrderError("x"), Course.ASK_AGAIN),
         (errors.DaemonError("x"), Course.RAISE),
     ],
 )
 def test_only_errors_of_a_node_or_of_its_network_leave_it_out(error: SwarmError, expected: Course) -> None:
-    assert course(error, refused_before=False, evicted_before=False) is expected
+    assert course(error, refused_before=False, forgiven_before=False) is expected
 
 
-def test_what_two_peers_refuse_is_raised_and_who_evicts_twice_is_left_out() -> None:
-    assert course(CALLER, refused_before=True, evicted_before=False) is Course.RAISE
-    assert course(NODE, refused_before=True, evicted_before=False) is Course.LEAVE_OUT
-    assert course(errors.EvictedError("x"), refused_before=False, evicted_before=True) is Course.LEAVE_OUT
+def test_what_is_refused_twice_is_raised_and_who_evicts_twice_is_left_out() -> None:
+    assert course(CALLER, refused_before=True, forgiven_before=False) is Course.RAISE
+    assert course(NODE, refused_before=True, forgiven_before=False) is Course.LEAVE_OUT
+    assert course(errors.EvictedError("x"), refused_before=False, forgiven_before=True) is Course.LEAVE_OUT
 
 
 def test_what_a_peer_sent_that_cant_be_read_is_to_that_peer_a_bad_request() -> None:
@@ -123,13 +124,13 @@ def test_refusals_of_different_blocks_are_no_two_refusals() -> None:
         failures.met(span("three", 3, 5), CALLER)
 
 
-def test_who_refused_is_gone_around_and_if_there_is_nobody_else_the_refusal_is_raised() -> None:
+def test_who_refused_is_gone_around_and_if_there_is_nobody_else_asked_again() -> None:
     one, two = span("one", 0, 8), span("two", 0, 8)
-    view = view_of(one, two)
-    (leg,) = asyncio.run(view.route(0, 8, refusals={one.peer_id: CALLER}))
-    assert leg.peer_id == two.peer_id
-    with pytest.raises(errors.BadRequestError, match="not for anybody"):
-        asyncio.run(view.route(0, 8, refusals={one.peer_id: CALLER, two.peer_id: CALLER}))
+    for _ in range(10):
+        (leg,) = asyncio.run(view_of(one, two).route(0, 8, avoid={one.peer_id}))
+        assert leg.peer_id == two.peer_id
+    (leg,) = asyncio.run(view_of(one).route(0, 8, avoid={one.peer_id}))
+    assert leg.peer_id == one.peer_id
 
 
 def test_without_progress_work_waits_for_room_only_so_long() -> None:
@@ -195,18 +196,18 @@ def test_the_clock_and_the_network() -> None:
 def test_each_reason_why_a_node_is_left_out() -> None:
     good = span("good", 0, 4)
     make = good.__class__
-    view = view_of(make(peer("banned"), 4, 8, info()), make(peer("refuses"), 4, 8, info()))
+    view = view_of(make(peer("banned"), 4, 8, info()), make(peer("small"), 4, 8, info(max_rows=16)))
     view._unusable = (
         make(peer("shape"), 4, 8, info(fingerprint="another")),
         make(peer("loads"), 4, 8, ServerInfo(ServerState.JOINING, 1.0, offer=Offer())),
     )
     view.failed(peer("banned"), errors.PeerLostError("unreachable at /ip4/10.0.0.1/tcp/9"))
-    whys = [node.why for node in view._left_out((5,), Needs(), {peer("refuses"): CALLER})]
+    whys = [node.why for node in view._left_out((5,), Needs(rows=17))]
     for why, pattern in zip(
         whys,
         (
             r"banned for 3 s more after: unreachable at /ip4/10.0.0.1/tcp/9",
-            "refused: not for anybody",
+            "takes up to 16 rows",
             "another shape",
             "still loading",
         ),
