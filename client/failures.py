@@ -43,14 +43,14 @@ def course(error: SwarmError, *, refused_before: bool, forgiven_before: bool) ->
 
 
 class Asked(Protocol):
-    """A leg or a hop."""
-
-    start: int
-    end: int
+    """A leg or a hop: a peer that was asked to do the blocks ``start:end``."""
 
     @property
-    def peer_id(self) -> PeerID:
-        """The peer that was asked."""
+    def peer_id(self) -> PeerID: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def end(self) -> int: ...
 
 
 class Failures:
