@@ -16,6 +16,7 @@ class _Ban:
     failures: int
     since: float  # by the wall clock, to be compared with a node's time of start
     until: float
+    reason: str
 
 
 class Bans:
@@ -25,12 +26,12 @@ class Bans:
         self._base, self._clock = base, clock
         self._bans: dict[PeerID, _Ban] = {}
 
-    def failed(self, peer_id: PeerID) -> None:
+    def failed(self, peer_id: PeerID, reason: str = "") -> None:
         """Bans a peer."""
         now = self._clock()
         failures = self._bans[peer_id].failures + 1 if peer_id in self._bans else 1
         seconds = min(MAX_BAN_SECONDS, self._base * 2 ** min(failures - 1, 16))
-        self._bans[peer_id] = _Ban(failures, now, now + seconds)
+        self._bans[peer_id] = _Ban(failures, now, now + seconds, reason)
 
     def succeeded(self, peer_id: PeerID) -> None:
         """Forgets a peer's failures."""
@@ -38,10 +39,15 @@ class Bans:
 
     def banned(self, peer_id: PeerID, *, started: float = 0.0) -> bool:
         """Whether to leave the peer out; ``started`` is when it came up by its own record, 0 if it doesn't say."""
+        return self.why(peer_id, started=started) is not None
+
+    def why(self, peer_id: PeerID, *, started: float = 0.0) -> str | None:
+        """Why the peer is left out, and for how long; None if it isn't."""
         ban = self._bans.get(peer_id)
         if ban is None:
-            return False
+            return None
         if started > ban.since:
             self.succeeded(peer_id)
-            return False
-        return self._clock() < ban.until
+            return None
+        left = ban.until - self._clock()
+        return f"banned for {left:.0f} s more after: {ban.reason or 'a failure'}" if left > 0 else None

@@ -47,6 +47,9 @@ class SwarmCache(HollowCache):
         max_length: that number, or None where ``generate()`` is still to find it out.
         remember: keep the token ids of all columns, so that :meth:`resume` can tell what is reusable.
 
+    Attributes:
+        beams: rows of each prompt; reorderings move none of them among those of another.
+
     Example::
 
         with model.session(max_length=100) as session:
@@ -61,6 +64,7 @@ class SwarmCache(HollowCache):
         self.max_length = max_length
         self.left_padding: tuple[int, ...] | None = None
         self.only_new_ids = False
+        self.beams = 1
         self._open_session = open_session
         self._session: Session | None = None
         self._last_route: list[Hop] = []
@@ -144,6 +148,7 @@ class SwarmCache(HollowCache):
             if self._closed:  # by another thread, while it was being opened
                 self._end_session()
                 raise ValueError("this session was closed")
+            session.together = self.beams
             padding = self.left_padding if self.left_padding and any(self.left_padding) else None
         wanted, self._wanted = self._wanted, None
         hypo_ids, self._hypo_ids = self._hypo_ids, None

@@ -16,7 +16,9 @@ from swarm.client.history import History
 from swarm.client.routing import Leg
 from swarm.client.trace import Answered
 from swarm.codec import DTYPES, all_finite, decode, encode
-from swarm.errors import BadRequestError, OutOfCacheError, PeerLostError, RemoteError, SwarmError
+from swarm.errors import BadRequestError, PeerLostError, RemoteError, SwarmError
+from swarm.limits import limits_of
+from swarm.reach import call_failed
 from swarm.records import span_uid
 from swarm.rpc import Request, Response
 from swarm.stream import MessageStream
@@ -34,6 +36,7 @@ class Hop:
         self.session_id = session_id
         self.history = History()
         self.on_push_failed: Callable[[str], None] | None = None
+        self.limits = limits_of(leg.span.info)
         self.dtype = DTYPES.get(leg.span.info.torch_dtype or "")
         self.is_petals = leg.span.info.offer is None  # passes nothing on, and can't forget columns
         self.reused = 0  # columns that it had in its cache when the session was opened
@@ -107,7 +110,7 @@ class Hop:
         try:
             _, reader, writer = await p2p.call_binary_stream_handler(leg.peer_id, rpc.handle_name(rpc.INFERENCE))
         except Exception as error:
-            raise PeerLostError(f"can't reach {leg.peer_id}: {error}") from error
+            raise call_failed(error) from error
         hop = cls(leg, model, str(uuid.uuid4()), MessageStream(reader, writer, max_bytes=max_bytes), shape)
         try:
             fields["session_id"] = hop.session_id
@@ -121,10 +124,8 @@ class Hop:
                 raise PeerLostError(f"{leg.peer_id} ended the session")
             reused = rpc.load(response.metadata).get("reused")
             hop.reused = max(0, reused) if type(reused) is int else 0
-        except BaseException as error:
+        except BaseException:
             hop._stream.close()
-            if isinstance(error, RemoteError) and str(error).startswith("Could not allocate"):
-                raise OutOfCacheError(f"{leg.peer_id} has no KV cache left: {error}") from error  # Petals' words
             raise
         hop._reader = asyncio.create_task(hop._read())
         return hop

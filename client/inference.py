@@ -16,15 +16,17 @@ from hivemind.proto import runtime_pb2
 
 from swarm import rpc
 from swarm.chance import CHANCE
+from swarm.client.failures import Failures
 from swarm.client.history import History
 from swarm.client.hop import Hop
+from swarm.client.left_out import Needs
 from swarm.client.opening import open_in_order, open_together
 from swarm.client.prefix import Digests, PageNames, describe_context
 from swarm.client.routing import Leg
 from swarm.client.settings import ClientSettings
 from swarm.client.swarm_view import SwarmView
 from swarm.client.trace import HopName, HopTime, RouteEvent, split_time
-from swarm.errors import BadRequestError, EvictedError, OutOfCacheError, PeerLostError, RemoteError, SwarmError
+from swarm.errors import OutOfCacheError, PeerLostError, RemoteError, SwarmError
 
 logger = logging.getLogger(__name__)
 _FULL_RETRY_SECONDS = 0.5
@@ -85,6 +87,7 @@ class Inference:
         self._max_length, self._hidden_size = max_length, hidden_size
         self._salt, self._adapter = salt, adapter
         self._croppable = croppable
+        self._failures = Failures(view, settings)
         self._rows = 0
         self._left_padding: tuple[int, ...] = ()
         self._in_flight: dict[str, _Chunk] = {}
@@ -114,6 +117,7 @@ class Inference:
             digests: of the columns of ``hidden``, if the session has a salt.
         """
         rows, columns, _ = hidden.shape
+        self._failures = Failures(self._view, self._settings)
         if not self._rows:
             self._rows, self._left_padding = rows, tuple(left_padding or ())
             if self._salt is not None and digests is not None:
@@ -164,8 +168,9 @@ class Inference:
         return start, inputs[:, start:]
 
     async def _run(self, start: int, hidden: torch.Tensor, hypo_ids: torch.Tensor | None) -> torch.Tensor:
-        columns, width = hidden.shape[1], self._width()
+        columns = hidden.shape[1]
         await self._replace_cropped()
+        width = self._width(self.hops)
         began = asyncio.get_running_loop().time()
         chunks = [
             _Chunk(
@@ -181,7 +186,10 @@ class Inference:
             self._in_flight = {chunk.step_id: chunk for chunk in chunks}
             for chunk in chunks:  # all of them at once: the next hop works on one while this one works on the next
                 await self._send(0, chunk, chunk.hidden, must=False)
-            outputs = [await self._collect(chunk) for chunk in chunks]
+            outputs = []
+            for chunk in chunks:
+                outputs.append(await self._collect(chunk))
+                self._failures.progress(chunk.start)
             if self.on_route is not None:
                 self.times = self._times(began, chunks)
         finally:
@@ -199,9 +207,10 @@ class Inference:
         if self.on_route is not None:
             self.on_route(RouteEvent(kind, tuple(map(_name, hops)), reason))
 
-    def _width(self) -> int:
-        """Columns of a step at most."""
-        return max(1, self._settings.prefill_tokens // self._rows)
+    def _width(self, hops: Sequence[Hop]) -> int:
+        """Columns of a step through ``hops`` at most."""
+        tokens = min([self._settings.prefill_tokens, *(hop.limits.tokens for hop in hops)])
+        return max(1, tokens // self._rows)
 
     def crop(self, position: int) -> None:
         """Forgets the columns from ``position`` on: the nodes are told by the next step's start."""
@@ -334,9 +343,12 @@ class Inference:
         try:
             output = await hop.reply(chunk.step_id, self._settings.step_timeout)
             index = self.hops.index(hop) + 1
-            if output is not None and index < len(self.hops) and not self.hops[index].is_petals:
-                following = self._pushed_from(index, chunk)
-                await self._pass(self.hops[index], chunk, output, following)
+            if output is None or index == len(self.hops):
+                return
+            behind = self.hops[index]
+            # one that has taken the place of the hop that it was pushed to gets its steps in order, from the collector
+            if behind in chunk.covered and not behind.is_petals:
+                await self._pass(behind, chunk, output, self._pushed_from(index, chunk))
         except (SwarmError, ValueError) as error:
             logger.debug("could not forward for %s: %s", hop.peer_id, error)  # the collector finds the hop failed
 
@@ -345,7 +357,9 @@ class Inference:
     async def _replace(self, index: int, error: SwarmError) -> None:
         """Puts other hops in the place of one that failed, with its history played back."""
         failed = self.hops[index]
-        self._note(failed.peer_id, error)
+        self._failures.met(failed, error)
+        if isinstance(error, OutOfCacheError):
+            await asyncio.sleep(_FULL_RETRY_SECONDS)
         logger.warning("Blocks %d:%d: %s; finding another way…", failed.start, failed.end, error)
         failed.abandon()
         self._tell("failed", [failed], str(error))
@@ -362,23 +376,13 @@ class Inference:
         if failed.history.missing:
             raise _InputsMissing
         self._sharing = False  # what comes out of another hop is not quite the same
-        deadline = asyncio.get_running_loop().time() + self._settings.wait_timeout
-        while True:
-            try:
-                replacement = await self._replay(failed)
-                break
-            except OutOfCacheError as full:
-                if asyncio.get_running_loop().time() > deadline:
-                    raise full
-                await asyncio.sleep(_FULL_RETRY_SECONDS)
+        replacement = await self._replay(failed)
         self.hops[index : index + 1] = replacement
         self._tell("replaced", replacement)
 
     async def _replay(self, failed: Hop) -> list[Hop]:
-        rows = self._rows
-        refused = 0
         while True:
-            hidden, order = failed.history.replay(rows)
+            hidden, order = failed.history.replay(self._rows)
             padding = self._left_padding and tuple(self._left_padding[row] for row in order.tolist())
             hops = await self._open_route(failed.start, failed.end, padding)
             hop = hops[0]
@@ -392,14 +396,13 @@ class Inference:
                     opened.abandon()
                 if not isinstance(error, SwarmError):
                     raise
-                self._note(hop.peer_id, error)
-                refused += isinstance(error, BadRequestError)
-                if isinstance(error, OutOfCacheError) or refused > 1:
-                    raise
+                self._failures.met(hop, error)
+                if isinstance(error, OutOfCacheError):
+                    await asyncio.sleep(_FULL_RETRY_SECONDS)
 
     async def _refill(self, hop: Hop, hidden: torch.Tensor) -> torch.Tensor:
         """Plays ``hidden`` into a new hop; its outputs."""
-        width = self._width()
+        width = self._width([hop])
         outputs = []
         for at in range(0, hidden.shape[1], width):
             step_id, part = uuid.uuid4().hex, hidden[:, at : at + width]
@@ -428,27 +431,25 @@ class Inference:
         Raises:
             MissingBlocksError: there is no route within the time to wait.
             OutOfCacheError: every node that could be asked is full.
-            BadRequestError: two nodes refused the session.
+            BadRequestError: the session was refused twice.
         """
-        deadline = asyncio.get_running_loop().time() + self._settings.wait_timeout
-        refused = 0
+        needs = Needs(
+            rows=self._rows,
+            columns=max((chunk.hidden.shape[1] for chunk in self._in_flight.values()), default=1),
+            cache_tokens=self._rows * self._max_length,
+            left_padding=any(left_padding),
+            adapter=self._adapter,
+        )
         crowded: set[PeerID] = set()
         while True:
-            legs = await self._view.route(
-                first,
-                last,
-                cache_tokens=self._rows * self._max_length,
-                left_padding=any(left_padding),
-                adapter=self._adapter,
-            )
+            legs = await self._failures.route(first, last, needs)
             prefixes = self._prefixes(legs, *sharing) if sharing is not None else [None] * len(legs)
             ways = [partial(self._open, leg, left_padding, prefix) for leg, prefix in zip(legs, prefixes, strict=True)]
             opened: list[Any]
             if crowded.isdisjoint(leg.peer_id for leg in legs):
                 opened = await open_together(ways)
             else:
-                wait = max(1.0, deadline - asyncio.get_running_loop().time())
-                opened = await open_in_order(legs, ways, wait)
+                opened = await open_in_order(legs, ways, max(1.0, self._failures.patience))
             errors = [
                 (leg, result) for leg, result in zip(legs, opened, strict=True) if isinstance(result, BaseException)
             ]
@@ -460,18 +461,11 @@ class Inference:
             for leg, error in errors:
                 if not isinstance(error, SwarmError):
                     raise error
-                self._note(leg.peer_id, error)
-                refused += isinstance(error, BadRequestError)
-                if isinstance(error, OutOfCacheError):
-                    crowded.add(leg.peer_id)
                 logger.info("Blocks %d:%d: %s", leg.start, leg.end, error)
-            fatal = next((error for _, error in errors if isinstance(error, BadRequestError)), None)
-            if fatal is not None and refused > 1:
-                raise fatal
-            full = next((error for _, error in errors if isinstance(error, OutOfCacheError)), None)
-            if full is not None:
-                if asyncio.get_running_loop().time() > deadline:
-                    raise full
+                self._failures.met(leg, error)
+            full = {leg.peer_id for leg, error in errors if isinstance(error, OutOfCacheError)}
+            if full:
+                crowded |= full
                 await asyncio.sleep(_FULL_RETRY_SECONDS * CHANCE.random())
 
     def _prefixes(
@@ -508,12 +502,6 @@ class Inference:
         )
         hop.on_push_failed = lambda step_id: self._push_failed(hop, step_id)
         return hop
-
-    def _note(self, peer_id: Any, error: SwarmError) -> None:
-        if isinstance(error, OutOfCacheError):
-            self._view.full(peer_id)
-        elif not isinstance(error, EvictedError):
-            self._view.failed(peer_id)
 
 
 def _name(hop: Hop) -> HopName:

@@ -329,6 +329,7 @@ class SwarmModelForCausalLM(GenerateHooks, _Family):
             return False
         cache: SwarmCache = request.cache
         cache.need(request.columns)
+        cache.beams = request.config.num_beams or 1
         if cache.left_padding is not None and len(cache.left_padding) != request.rows:
             cache.reset()
         return True

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import torch
 from hivemind.p2p import P2P, PeerID
 from hivemind.proto import runtime_pb2
 
 from swarm import rpc
+from swarm.client.checks import sendable
+from swarm.client.divided import all_of
+from swarm.client.failures import Failures
+from swarm.client.left_out import Needs
 from swarm.client.routing import Leg
 from swarm.client.settings import ClientSettings
 from swarm.client.swarm_view import SwarmView
 from swarm.codec import all_finite, decode, encode, join, split
-from swarm.errors import BadRequestError, PeerLostError, RemoteError, SwarmError, from_wire
+from swarm.errors import InputError, PeerLostError, RemoteError, SwarmError
+from swarm.limits import divide_rows, limits_of
+from swarm.reach import call_failed
 from swarm.records import span_uid
 from swarm.rpc import Request, Response
 from swarm.stream import MessageStream
 
 _EMPTY = encode(rpc.EMPTY)
+_AT_ONCE = 2  # parts of a batch: one is computed while another one travels
 
 
 async def forward(
@@ -29,32 +37,21 @@ async def forward(
     first: int,
     last: int,
     adapter: str | None = None,
-) -> tuple[torch.Tensor, list[tuple[int, int, torch.Tensor]]]:
+) -> torch.Tensor:
     """Runs ``hidden`` ``[B, T, H]`` through the blocks ``first:last``; a leg that fails is taken by other nodes.
-    With ``adapter``, nodes that have it compute that LoRA adapter too.
-
-    Returns:
-        The output, and each leg's ``(start, end, input)``.
+    With ``adapter``, nodes that have it compute that LoRA adapter too. A batch that is more than a message takes is
+    divided by rows.
 
     Raises:
         MissingBlocksError: blocks were missing for longer than the client waits.
+        InputError: a row is longer than nodes take in one message.
     """
-    done: list[tuple[int, int, torch.Tensor]] = []
-    refused = 0
-    while first < last:
-        for leg in await view.route(first, last, adapter=adapter):
-            try:
-                (output,) = await _call(view, settings, leg, rpc.FORWARD, [hidden], hidden.shape, adapter)
-            except SwarmError as error:
-                view.failed(leg.peer_id)
-                refused += isinstance(error, BadRequestError)
-                if refused > 1:
-                    raise
-                break  # find a new way from this leg's first block on
-            view.succeeded(leg.peer_id)
-            done.append((leg.start, leg.end, hidden))
-            hidden, first = output, leg.end
-    return hidden, done
+
+    async def run(part: torch.Tensor) -> torch.Tensor:
+        output, _ = await _Pass(view, settings, adapter).forward(part, first, last)
+        return output
+
+    return await _in_parts(run, [hidden], view, first, last)
 
 
 async def backward(
@@ -68,62 +65,123 @@ async def backward(
 ) -> torch.Tensor:
     """The gradient ``[B, T, H]`` with respect to ``hidden``, given that of the blocks' output.
 
-    Nodes keep nothing between a forward and a backward, so that any node can do either.
+    Nodes keep nothing between a forward and a backward, so that any node can do either. Divided as :func:`forward`.
     """
-    _, legs = await forward(view, settings, hidden, first, last, adapter)
-    refused = 0
-    while legs:
-        start, end, inputs = legs.pop()
-        route = await view.route(start, end, adapter=adapter)
-        if len(route) > 1:  # the node that did this leg is gone: several share it now
-            _, parts = await forward(view, settings, inputs, start, end, adapter)
-            legs.extend(parts)
-            continue
-        try:
-            grad, *_ = await _call(view, settings, route[0], rpc.BACKWARD, [inputs, grad], inputs.shape, adapter)
-        except SwarmError as error:
-            view.failed(route[0].peer_id)
-            refused += isinstance(error, BadRequestError)
-            if refused > 1:
-                raise
-            legs.append((start, end, inputs))
-    return grad
+
+    async def run(part: torch.Tensor, part_grad: torch.Tensor) -> torch.Tensor:
+        return await _Pass(view, settings, adapter).backward(part, part_grad, first, last)
+
+    return await _in_parts(run, [hidden, grad], view, first, last)
 
 
-async def _call(
-    view: SwarmView,
-    settings: ClientSettings,
-    leg: Leg,
-    method: str,
+async def _in_parts(
+    work: Callable[..., Awaitable[torch.Tensor]],
     tensors: Sequence[torch.Tensor],
-    expected: Sequence[int],
-    adapter: str | None,
-) -> list[torch.Tensor]:
-    encoded = [*(encode(tensor) for tensor in tensors), _EMPTY]
-    metadata = rpc.dump({"active_adapter": adapter} if adapter else {})
-    request = Request(uid=span_uid(view.prefix, leg.start, leg.end), tensors=encoded, metadata=metadata)
-    large = sum(len(tensor.buffer) for tensor in encoded) > rpc.MAX_UNARY_BYTES
-    elements = 1
-    for size in expected:
-        elements *= size
-    call = _stream if large else _unary
-    try:
-        messages = await asyncio.wait_for(
-            call(view.peer.p2p, leg.peer_id, method, request, elements), settings.step_timeout
+    view: SwarmView,
+    first: int,
+    last: int,
+) -> torch.Tensor:
+    """``work`` done with as many rows of ``tensors`` as a message takes, and joined."""
+    rows, columns, _ = tensors[0].shape
+    if not tensors[0].numel():
+        return tensors[0]
+    limits = view.limits(first, last)
+    most = limits.rows_of(columns)
+    if not most:
+        raise InputError(
+            f"a row of {columns} tokens is longer than the {limits.tokens} that nodes take in one message: shorten it, "
+            "or use a session (model.session, generate), which sends it piece by piece"
         )
+    at_once = asyncio.Semaphore(_AT_ONCE)
+
+    async def run(part: slice) -> torch.Tensor:
+        async with at_once:
+            return await work(*(sendable(tensor[part]) for tensor in tensors))
+
+    outputs = await all_of(run(part) for part in divide_rows(rows, most))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+class _Pass:
+    """One part of a batch, there and maybe back."""
+
+    def __init__(self, view: SwarmView, settings: ClientSettings, adapter: str | None) -> None:
+        self._view, self._settings, self._adapter = view, settings, adapter
+        self._failures = Failures(view, settings)
+
+    async def forward(
+        self, hidden: torch.Tensor, first: int, last: int
+    ) -> tuple[torch.Tensor, list[tuple[int, int, torch.Tensor]]]:
+        """The output, and each leg's ``(start, end, input)``."""
+        done: list[tuple[int, int, torch.Tensor]] = []
+        while first < last:
+            for leg in await self._route(first, last, hidden):
+                output = await self._try(leg, rpc.FORWARD, [hidden])
+                if output is None:
+                    break  # find a new way from this leg's first block on
+                self._failures.progress(leg.end)
+                done.append((leg.start, leg.end, hidden))
+                hidden, first = output, leg.end
+        return hidden, done
+
+    async def backward(self, hidden: torch.Tensor, grad: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        """The gradient with respect to ``hidden``."""
+        _, legs = await self.forward(hidden, first, last)
+        while legs:
+            start, end, inputs = legs.pop()
+            route = await self._route(start, end, inputs)
+            if len(route) > 1:  # the node that did this leg is gone: several share it now
+                _, parts = await self.forward(inputs, start, end)
+                legs.extend(parts)
+                continue
+            output = await self._try(route[0], rpc.BACKWARD, [inputs, grad])
+            if output is None:
+                legs.append((start, end, inputs))
+                continue
+            self._failures.progress(2 * last - start)
+            grad = output
+        return grad
+
+    async def _route(self, first: int, last: int, hidden: torch.Tensor) -> tuple[Leg, ...]:
+        return await self._failures.route(first, last, Needs(columns=hidden.shape[1], adapter=self._adapter))
+
+    async def _try(self, leg: Leg, method: str, tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """What a leg's node makes of ``tensors`` (``[B, T, H]`` each), or None if another one is to be asked."""
+        rows, columns, _ = tensors[0].shape
+        parts = divide_rows(rows, limits_of(leg.span.info).rows_of(columns))
+        try:
+            outputs = [await self._call(leg, method, [tensor[part] for tensor in tensors]) for part in parts]
+        except SwarmError as error:
+            self._failures.met(leg, error)
+            return None
+        self._view.succeeded(leg.peer_id)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    async def _call(self, leg: Leg, method: str, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        encoded = [*(encode(tensor) for tensor in tensors), _EMPTY]
+        metadata = rpc.dump({"active_adapter": self._adapter} if self._adapter else {})
+        request = Request(uid=span_uid(self._view.prefix, leg.start, leg.end), tensors=encoded, metadata=metadata)
+        large = sum(len(tensor.buffer) for tensor in encoded) > rpc.MAX_UNARY_BYTES
+        expected = tuple(tensors[0].shape)
+        elements = math.prod(expected)
+        call = _stream if large else _unary
+        try:
+            messages = await asyncio.wait_for(
+                call(self._view.peer.p2p, leg.peer_id, method, request, elements), self._settings.step_timeout
+            )
+        except asyncio.TimeoutError as error:
+            raise PeerLostError(f"{leg.peer_id} does not answer") from error
         outputs = [decode(message, max_elements=elements) for message in messages]
-    except asyncio.TimeoutError as error:
-        raise PeerLostError(f"{leg.peer_id} does not answer") from error
-    if not outputs or tuple(outputs[0].shape) != tuple(expected) or not all_finite(outputs[0]):
-        raise RemoteError(f"{leg.peer_id} answered nonsense")
-    return outputs
+        if not outputs or tuple(outputs[0].shape) != expected or not all_finite(outputs[0]):
+            raise RemoteError(f"{leg.peer_id} answered nonsense")
+        return outputs[0]
 
 
 async def _unary(p2p: P2P, peer_id: PeerID, method: str, request: Request, elements: int) -> list[runtime_pb2.Tensor]:
     try:
         response = await p2p.call_protobuf_handler(peer_id, rpc.handle_name(method), request, Response)
     except Exception as error:
-        raise from_wire(str(error)) from error
+        raise call_failed(error) from error
     return list(response.tensors)
 
 
@@ -131,15 +189,22 @@ async def _stream(p2p: P2P, peer_id: PeerID, method: str, request: Request, elem
     try:
         _, reader, writer = await p2p.call_binary_stream_handler(peer_id, rpc.handle_name(f"{method}_stream"))
     except Exception as error:
-        raise PeerLostError(f"can't reach {peer_id}: {error}") from error
+        raise call_failed(error) from error
     limit = 4 * elements + 2**20
     stream = MessageStream(reader, writer, max_bytes=limit)
     try:
-        for tensor in request.tensors:
-            for part in split(tensor):
-                await stream.send(Request(uid=request.uid, metadata=request.metadata, tensors=[part]))
-        await stream.send_end()
-        return await join(_parts(stream), max_bytes=limit)
+        lost: PeerLostError | None = None
+        try:
+            for tensor in request.tensors:
+                for part in split(tensor):
+                    await stream.send(Request(uid=request.uid, metadata=request.metadata, tensors=[part]))
+            await stream.send_end()
+        except PeerLostError as error:
+            lost = error  # it may have said why before it closed the stream
+        answer = await join(_parts(stream), max_bytes=limit)
+        if lost is not None and not answer:
+            raise lost
+        return answer
     finally:
         stream.close()
 

@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from swarm.client.checks import sendable
+from swarm.client.divided import DividedInference
 from swarm.client.hop import Hop
-from swarm.client.inference import Inference
 from swarm.client.prefix import column_digests
 from swarm.client.runtime import Runtime
+from swarm.errors import SessionInUseError
 from swarm.forks import is_forked
 
 
 class Session:
     """A generation under way, with its KV cache held at every hop. Not for several threads at once.
 
+    Attributes:
+        max_length: columns that there is room for.
+        together: how many rows, counted from the first, may become copies of each other, as beams of one prompt do. It
+            is looked at when the session begins with more rows than nodes take in one, which are then divided.
+
     >>> with connection.session(max_length=64) as session:
     ...     hidden = session.step(hidden)
     """
 
-    def __init__(self, runtime: Runtime, inference: Inference, max_length: int, *, shares: bool = False) -> None:
+    def __init__(self, runtime: Runtime, inference: DividedInference, max_length: int, *, shares: bool = False) -> None:
         self._runtime, self._inference = runtime, inference
+        self._in_use = threading.Lock()
+        self.together = 1
         self.max_length = max_length
         self._shares = shares
         self._turn = asyncio.Lock()  # a step that was interrupted here is cancelled there, which takes it a moment
@@ -62,26 +73,32 @@ class Session:
         Raises:
             MissingBlocksError: blocks were missing for longer than the client waits.
             OutOfCacheError: no node has room.
+            InputError: ``hidden`` has another shape, or is not finite. The session can be used on.
+            SessionInUseError: another thread is using the session.
             ValueError: longer than ``max_length``.
 
         After any of them, and after an interrupt (Ctrl-C), the session is as if the step had not been asked for.
         """
         if self._closed:
             raise ValueError("the session is closed")
+        self._inference.check(hidden, hypo_ids)
         if self.position + hidden.shape[1] > self.max_length:
             raise ValueError(
                 f"the session holds {self.max_length} tokens; it has {self.position} and gets {hidden.shape[1]} more: "
                 "open it with a larger max_length"
             )
         cpu = hidden.detach().cpu() if hidden.requires_grad or not hidden.is_cpu else hidden
+        cpu = sendable(cpu)
         reorder = None if hypo_ids is None else hypo_ids.detach().cpu()
         digests = column_digests(cpu) if self._shares else None  # here, and not in the loop that all sessions share
-        start = self.position
-        try:
-            output = self._runtime.run(self._step(cpu, reorder, left_padding, wanted=wanted, digests=digests))
-        except BaseException:
-            self._runtime.run(self._take_back(start))
-            raise
+        with self._used():
+            start = self.position
+            step = self._step(cpu, reorder, left_padding, wanted=wanted, digests=digests, together=self.together)
+            try:
+                output = self._runtime.run(step)
+            except BaseException:
+                self._runtime.run(self._take_back(start))
+                raise
         if output.dtype == hidden.dtype and hidden.is_cpu:
             return output
         return output.to(device=hidden.device, dtype=hidden.dtype)
@@ -95,7 +112,8 @@ class Session:
             async with self._turn:
                 self._inference.crop(position)
 
-        self._runtime.run(crop())
+        with self._used():
+            self._runtime.run(crop())
 
     async def _step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         async with self._turn:
@@ -103,14 +121,22 @@ class Session:
 
     async def _take_back(self, start: int) -> None:
         async with self._turn:
-            if self.position > start:  # it was done before it heard that nobody waits
-                self._inference.take_back()
+            self._inference.take_back(start)  # if it was done before it heard that nobody waits
 
     def close(self) -> None:
         """Ends the session and frees its KV cache at every hop. May be called twice."""
         if not self._closed and not is_forked():
             self._closed = True
             self._runtime.run(self._inference.close())
+
+    @contextmanager
+    def _used(self) -> Iterator[None]:
+        if not self._in_use.acquire(blocking=False):
+            raise SessionInUseError("the session is in use by another thread: open one for each thread")
+        try:
+            yield
+        finally:
+            self._in_use.release()
 
     def __enter__(self) -> Session:
         return self

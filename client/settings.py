@@ -13,7 +13,8 @@ class ClientSettings:
     """Times are in seconds.
 
     Attributes:
-        wait_timeout: how long to wait for blocks that nobody serves at the moment (a node may be restarting).
+        wait_timeout: how long to wait for blocks that nobody serves at the moment (a node may be restarting), or for
+            room in the KV cache, each in all for a step.
         connect_timeout: to open a session at a hop.
         step_timeout: for one step at one hop, as long as the hop shows that it is alive.
         silence: a hop that says nothing for this long is asked whether it is alive.

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
 from swarm.client import parallel
+from swarm.client.checks import check_hidden
+from swarm.client.divided import DividedInference
 from swarm.client.inference import Inference
 from swarm.client.runtime import Runtime
 from swarm.client.session import Session
 from swarm.client.settings import ClientSettings
 from swarm.client.swarm_view import SwarmView
-from swarm.errors import UsageError
+from swarm.errors import InputError, UsageError
 from swarm.fingerprint import fingerprint
 from swarm.forks import is_forked
 from swarm.overview import Overview, look, measure
@@ -80,12 +83,15 @@ class SwarmConnection:
         self, *, max_length: int, first: int = 0, last: int | None = None, adapter: str | None = None
     ) -> Session:
         """A session over the blocks ``first:last`` for up to ``max_length`` columns, with a LoRA adapter or none. Its
-        first step opens the route.
+        first step opens the route, or several if it has more rows than nodes take in one session.
 
         Raises:
             UsageError: the model was not made for so many positions.
         """
-        inference = self.inference(max_length=max_length, first=first, last=last, adapter=adapter)
+        end = self.num_blocks if last is None else last
+        make = partial(self.inference, max_length=max_length, first=first, last=end, adapter=adapter)
+        self._check_length(max_length)
+        inference = DividedInference(make, lambda: self._view.limits(first, end).rows_of(1), self._source.hidden_size)
         return Session(self._runtime, inference, max_length, shares=self._salt is not None)
 
     def inference(
@@ -96,12 +102,7 @@ class SwarmConnection:
         Raises:
             UsageError: the model was not made for so many positions.
         """
-        positions = self._source.max_positions
-        if positions is not None and max_length > positions:
-            raise UsageError(
-                f"{max_length} tokens are too long for {self._source.name}, which was made for {positions}: "
-                "shorten the prompt or ask for fewer tokens"
-            )
+        self._check_length(max_length)
         end = self.num_blocks if last is None else last
         return Inference(
             self._view,
@@ -115,11 +116,23 @@ class SwarmConnection:
             adapter=adapter,
         )
 
+    def _check_length(self, max_length: int) -> None:
+        positions = self._source.max_positions
+        if positions is not None and max_length > positions:
+            raise UsageError(
+                f"{max_length} tokens are too long for {self._source.name}, which was made for {positions}: "
+                "shorten the prompt or ask for fewer tokens"
+            )
+
     def forward(self, hidden: torch.Tensor, *, first: int, last: int, adapter: str | None = None) -> torch.Tensor:
-        """``hidden`` ``[B, T, H]`` after the blocks ``first:last``, computed without a cache."""
+        """``hidden`` ``[B, T, H]`` after the blocks ``first:last``, computed without a cache.
+
+        Raises:
+            InputError: of another shape or dtype, not finite, or with rows that no message takes.
+        """
+        check_hidden(hidden, self._source.hidden_size, empty=True)
         work = parallel.forward(self._view, self._settings, hidden.detach().cpu(), first, last, adapter)
-        output, _ = self._runtime.run(work)
-        return output.to(device=hidden.device, dtype=hidden.dtype)
+        return self._runtime.run(work).to(device=hidden.device, dtype=hidden.dtype)
 
     def adapters(self) -> list[str]:
         """The LoRA adapters with which the whole model is served now."""
@@ -142,7 +155,15 @@ class SwarmConnection:
     def backward(
         self, hidden: torch.Tensor, grad: torch.Tensor, *, first: int, last: int, adapter: str | None = None
     ) -> torch.Tensor:
-        """The gradient with respect to ``hidden``, given that of the blocks' output; both ``[B, T, H]``."""
+        """The gradient with respect to ``hidden``, given that of the blocks' output; both ``[B, T, H]``.
+
+        Raises:
+            InputError: as :meth:`forward`.
+        """
+        check_hidden(hidden, self._source.hidden_size, empty=True)
+        check_hidden(grad, self._source.hidden_size, empty=True, what="gradients")
+        if grad.shape != hidden.shape:
+            raise InputError(f"gradients have the shape {tuple(grad.shape)}, hidden states {tuple(hidden.shape)}")
         work = parallel.backward(
             self._view, self._settings, hidden.detach().cpu(), grad.detach().cpu(), first, last, adapter
         )

@@ -5,24 +5,30 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
+from dataclasses import replace
 
 from hivemind.p2p import PeerID
 
 from swarm import dht
 from swarm.chance import CHANCE
 from swarm.client.bans import Bans
+from swarm.client.left_out import LeftOut, Needs, Seen, explain
 from swarm.client.routing import Leg, describe_blocks, find_route
 from swarm.client.settings import ClientSettings
 from swarm.dht import RemoteSpan
-from swarm.errors import MissingBlocksError, UsageError
+from swarm.errors import MissingBlocksError, SwarmError, UsageError
+from swarm.limits import MessageLimits, limits_of
 from swarm.peer import Peer, ping
+from swarm.records import ServerState
 
 logger = logging.getLogger(__name__)
 _MAX_PINGED = 16
 _FULL_SECONDS = 5.0  # how long a node whose KV cache was full is asked last
 _POLL_SECONDS = 0.5
-_DETERMINISTIC = " deterministically (nodes say so with swarm-node serve --deterministic)"
+_CLOCK_SECONDS = 2.0  # for others to tell their time
+_REASON_CHARS = 300  # of what a stranger says
+_NEEDS = Needs()
 
 
 class SwarmView:
@@ -43,6 +49,7 @@ class SwarmView:
         self._bans = Bans(settings.ban_seconds)
         self._full: dict[PeerID, float] = {}
         self._spans: tuple[RemoteSpan, ...] = ()
+        self._unusable: tuple[RemoteSpan, ...] = ()  # other models under the same name, and nodes that are loading
         self._adapters: set[str] = set()  # that were seen so far
         self._rtts: dict[PeerID, float] = {}
         self._task: asyncio.Task[None] | None = None
@@ -74,12 +81,14 @@ class SwarmView:
                 "or give the right dht_prefix"
             )
         self._spans = same
+        announced = dht.spans_of(blocks, min_state=ServerState.JOINING).values()
+        self._unusable = tuple(span for span in announced if span not in same)
         self._adapters.update(*(span.info.adapters for span in same))
         self._ping_new(same)
 
-    def failed(self, peer_id: PeerID) -> None:
+    def failed(self, peer_id: PeerID, error: SwarmError) -> None:
         """A peer failed: leave it out for a while."""
-        self._bans.failed(peer_id)
+        self._bans.failed(peer_id, _one_line(error))
 
     def full(self, peer_id: PeerID) -> None:
         """A peer has no KV cache left: ask others first."""
@@ -99,6 +108,17 @@ class SwarmView:
                     held[block] = max(held.get(block, 0), total)
         return min(held.values(), default=None)
 
+    def limits(self, first: int, last: int) -> MessageLimits:
+        """The largest message for which each of the blocks ``first:last`` has a node that takes it."""
+        rows, tokens = [], []
+        for block in range(first, last):
+            there = [limits_of(span.info) for span in self._spans if span.start <= block < span.end]
+            if there:
+                rows.append(max(limits.rows for limits in there))
+                tokens.append(max(limits.tokens for limits in there))
+        usual = MessageLimits()
+        return MessageLimits(min(rows, default=usual.rows), min(tokens, default=usual.tokens))
+
     def adapters(self) -> list[str]:
         """The LoRA adapters that every block has a node with."""
         having: dict[str, set[int]] = {}
@@ -111,80 +131,104 @@ class SwarmView:
         self,
         first: int,
         last: int,
+        needs: Needs = _NEEDS,
         *,
-        cache_tokens: int = 0,
-        left_padding: bool = False,
-        adapter: str | None = None,
+        avoid: Container[PeerID] = frozenset(),
+        patience: float | None = None,
     ) -> tuple[Leg, ...]:
         """The best chain for the blocks ``first:last``; waits for blocks that are missing at the moment.
 
         Args:
-            left_padding: only by way of nodes that let rows start later, which Petals' servers can't.
-            adapter: only by way of nodes that serve this LoRA adapter.
+            avoid: peers to ask only if there is no other way.
+            patience: seconds to wait; default: ``wait_timeout``.
 
         Raises:
-            MissingBlocksError: still nobody serves them after ``wait_timeout`` seconds.
+            MissingBlocksError: there still is no node that can be used.
             UsageError: no node that was ever seen has the adapter.
+            DaemonError: this process's own network daemon is gone.
         """
-        if adapter and self._spans and adapter not in self._adapters:
-            await self.refresh()
-            if self._spans and adapter not in self._adapters:
-                known = ", ".join(map(repr, sorted(self._adapters))) or "none"
-                raise UsageError(
-                    f"no node serves an adapter {adapter!r} for {self.prefix}; there is {known} "
-                    "(swarm-node serve … --adapters)"
-                )
-        deadline = time.monotonic() + self._settings.wait_timeout
-        padded = " to rows with padding at their left (pass rows of one length to use servers that can't)"
-        whom = f" with the adapter {adapter!r}" if adapter else ""
-        whom += (padded if left_padding else "") + (_DETERMINISTIC if self._settings.deterministic else "")
+        needs = replace(needs, deterministic=self._settings.deterministic)
+        self.peer.check_daemon()  # a call by way of a daemon that is gone may never end
+        await self._check_adapter(needs.adapter)
+        deadline = time.monotonic() + (self._settings.wait_timeout if patience is None else patience)
         announced = False
         while True:
             try:
-                return self._find(first, last, cache_tokens, left_padding, adapter)
+                return self._find(first, last, needs, avoid)
             except MissingBlocksError as error:
-                if time.monotonic() >= deadline:
-                    raise MissingBlocksError(
-                        f"nobody serves {describe_blocks(error.blocks)} of {self.prefix}{whom}, waited "
-                        f"{self._settings.wait_timeout:.0f} s: start a node for them (swarm-node serve … --blocks "
-                        f"{error.blocks[0]}:{error.blocks[-1] + 1}{' --adapters …' if adapter else ''}) "
-                        "or raise wait_timeout",
-                        error.blocks,
-                    ) from None
-                if not announced:
-                    announced = True
-                    logger.warning(
-                        "Nobody serves %s of %s%s right now; waiting up to %.0f s for a node…",
-                        describe_blocks(error.blocks),
-                        self.prefix,
-                        whom,
-                        self._settings.wait_timeout,
-                    )
+                missing = error.blocks
+            self.peer.check_daemon()
+            if time.monotonic() >= deadline:
+                raise MissingBlocksError(explain(await self._look_closer(missing, needs)), missing)
+            if not announced:
+                announced = True
+                logger.warning(
+                    "Nobody serves %s of %s%s right now; waiting up to %.0f s for a node…%s",
+                    describe_blocks(missing),
+                    self.prefix,
+                    needs.describe(),
+                    deadline - time.monotonic(),
+                    "".join(f" {node}." for node in self._left_out(missing, needs)),
+                )
             await asyncio.sleep(_POLL_SECONDS)
             await self.refresh()
 
-    def _find(
-        self, first: int, last: int, cache_tokens: int, left_padding: bool, adapter: str | None
-    ) -> tuple[Leg, ...]:
+    async def _check_adapter(self, adapter: str | None) -> None:
+        if not adapter or not self._spans or adapter in self._adapters:
+            return
+        await self.refresh()
+        if self._spans and adapter not in self._adapters:
+            known = ", ".join(map(repr, sorted(self._adapters))) or "none"
+            raise UsageError(
+                f"no node serves an adapter {adapter!r} for {self.prefix}; there is {known} "
+                "(swarm-node serve … --adapters)"
+            )
+
+    def _find(self, first: int, last: int, needs: Needs, avoid: Container[PeerID]) -> tuple[Leg, ...]:
         now = time.monotonic()
-        usable = [
-            span
-            for span in self._spans
-            if (not left_padding or (span.info.offer is not None and span.info.offer.left_padding))
-            and (not self._settings.deterministic or (span.info.offer is not None and span.info.offer.deterministic))
-            and (not adapter or adapter in span.info.adapters)
-            and not self._bans.banned(span.peer_id, started=span.info.offer.started if span.info.offer else 0.0)
-        ]
+        usable = [span for span in self._spans if self._why_not(span, needs) is None]
         CHANCE.shuffle(usable)  # equals share the load
-        roomy = [span for span in usable if self._full.get(span.peer_id, 0.0) <= now]
-        for candidates in (roomy, usable):
+        others = [span for span in usable if span.peer_id not in avoid]
+        roomy = [span for span in others if self._full.get(span.peer_id, 0.0) <= now]
+        for candidates in (roomy, others, usable):
             try:
                 return find_route(
-                    candidates, first, last, rtts=self._rtts, cache_tokens=cache_tokens, inner=self._inner
+                    candidates, first, last, rtts=self._rtts, cache_tokens=needs.cache_tokens, inner=self._inner
                 )
             except MissingBlocksError as error:
                 missing = error
         raise missing
+
+    def _why_not(self, span: RemoteSpan, needs: Needs) -> str | None:
+        """Why a node can't be used at the moment; None if it can."""
+        if not self._same_model(span):
+            return "serves a model of another shape under this name"
+        if span.info.state < ServerState.ONLINE:
+            return "is still loading"
+        started = span.info.offer.started if span.info.offer else 0.0
+        return needs.unmet(span.info) or self._bans.why(span.peer_id, started=started)
+
+    def _left_out(self, missing: Iterable[int], needs: Needs) -> list[LeftOut]:
+        wanted = set(missing)
+        partial = "does not have all the blocks that belong together"
+        return [
+            LeftOut(
+                span.peer_id.to_base58(),
+                span.info.public_name,
+                span.start,
+                span.end,
+                self._why_not(span, needs) or partial,
+            )
+            for span in (*self._spans, *self._unusable)
+            if not wanted.isdisjoint(range(span.start, span.end))
+        ]
+
+    async def _look_closer(self, missing: tuple[int, ...], needs: Needs) -> Seen:
+        """What is known of blocks that stay missing. If no node was seen, other peers are asked whether they are there
+        and what time it is: records expire by the clock."""
+        left_out = self._left_out(missing, needs)
+        skews = None if left_out else await self.peer.skews(_CLOCK_SECONDS)
+        return Seen(missing, self.prefix, needs, self._settings.wait_timeout, left_out, skews)
 
     def _same_model(self, span: RemoteSpan) -> bool:
         other = span.info.offer.fingerprint if span.info.offer is not None else ""
@@ -209,3 +253,8 @@ class SwarmView:
         seconds = await ping(self.peer, peer_id, 3.0)
         if seconds is not None:
             self._rtts[peer_id] = seconds
+
+
+def _one_line(error: SwarmError) -> str:
+    """What a stranger says, fit to be shown."""
+    return "".join(char if char.isprintable() else " " for char in str(error))[:_REASON_CHARS]

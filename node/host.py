@@ -319,7 +319,9 @@ class Host:
         self._announcer.watch(self._engine)
         offer = self._info.offer
         assert offer is not None
-        offer = dataclasses.replace(offer, started=time.time())
+        offer = dataclasses.replace(
+            offer, started=time.time(), max_rows=limits.max_rows, max_step_tokens=limits.max_step_tokens
+        )
         await self._announcer.announce(ServerState.ONLINE, ready=self.ready, offer=offer, **speed)
         self._say_serving()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from swarm.limits import MAX_ROWS, MAX_STEP_TOKENS
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -22,8 +24,8 @@ class Limits:
     """
 
     max_length: int
-    max_rows: int = 256
-    max_step_tokens: int = 8192
+    max_rows: int = MAX_ROWS
+    max_step_tokens: int = MAX_STEP_TOKENS
     max_waiting_steps: int = 64
     step_timeout: float = 15 * 60.0
     idle_seconds: float = 60.0

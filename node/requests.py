@@ -1,4 +1,5 @@
-"""Checks of what arrives, before anything is allocated or computed. Pure functions that raise ``BadRequestError``."""
+"""Checks of what arrives, before anything is allocated or computed. Pure functions that raise ``BadRequestError``, or
+``NotServedError`` for what another node may serve."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import torch
 from hivemind.proto import runtime_pb2
 
 from swarm.codec import all_finite, decode
-from swarm.errors import BadRequestError
+from swarm.errors import BadRequestError, NotServedError, OutOfOrderError
 from swarm.node.engine.session import Prefix
 from swarm.node.limits import Limits
 from swarm.records import parse_span_uid
@@ -34,7 +35,7 @@ class Served:
         except ValueError as error:
             raise BadRequestError(str(error)) from error
         if first < self.start or last > self.end:
-            raise BadRequestError(
+            raise NotServedError(
                 f"blocks {first}:{last} are not served here; this node has {self.start}:{self.end} of {self.prefix}"
             )
         return first, last
@@ -43,7 +44,7 @@ class Served:
         """Refuses an adapter that isn't here; the empty name is none."""
         if name and name not in self.adapters:
             here = ", ".join(map(repr, self.adapters)) or "none"
-            raise BadRequestError(f"adapter {name!r} is not served here; this node has {here}")
+            raise NotServedError(f"adapter {name!r} is not served here; this node has {here}")
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def read_step(
         raise BadRequestError("the adapter of a session can't change: open another session for another adapter")
     start = position if metadata.start is None else metadata.start
     if start > position:
-        raise BadRequestError(f"out of order: the step starts at {start}, the session is at {position}")
+        raise OutOfOrderError(f"out of order: the step starts at {start}, the session is at {position}")
     _check_hidden(hidden, served, limits)
     rows, columns, _ = hidden.shape
     if rows != opening.rows:

@@ -15,7 +15,7 @@ import torch
 from hivemind.compression import deserialize_torch_tensor, serialize_torch_tensor
 from hivemind.proto import runtime_pb2
 
-from swarm.errors import BadRequestError
+from swarm.errors import MalformedError
 
 NONE = runtime_pb2.CompressionType.NONE
 FLOAT16 = runtime_pb2.CompressionType.FLOAT16
@@ -72,31 +72,31 @@ def decode(message: runtime_pb2.Tensor, *, max_elements: int) -> torch.Tensor:
     """The tensor in ``message``, as a read-only view of its bytes where the format allows.
 
     Raises:
-        BadRequestError: a dtype, size or length that can't be, or more than ``max_elements`` elements.
+        MalformedError: a dtype, size or length that can't be, or more than ``max_elements`` elements.
     """
     dtype = DTYPES.get(message.dtype)
     if dtype is None:
-        raise BadRequestError(f"tensors of dtype {message.dtype[:40]!r} are not taken")
+        raise MalformedError(f"tensors of dtype {message.dtype[:40]!r} are not taken")
     shape = tuple(message.size)
     elements = math.prod(shape)
     # without its zeros, which would hide sizes of which torch can't make even an empty tensor
     if len(shape) > 4 or (elements or math.prod(size or 1 for size in shape)) > max_elements:
-        raise BadRequestError(f"a tensor of shape {shape[:8]} is too large: the limit is {max_elements} elements")
+        raise MalformedError(f"a tensor of shape {shape[:8]} is too large: the limit is {max_elements} elements")
     if message.compression == FLOAT16:
         if len(message.buffer) != elements * 2 or dtype == torch.int64:
-            raise BadRequestError("the tensor's data does not have the length that its shape says")
+            raise MalformedError("the tensor's data does not have the length that its shape says")
         return deserialize_torch_tensor(message)
     if message.compression != NONE:
-        raise BadRequestError(f"compression {message.compression} is not taken")
+        raise MalformedError(f"compression {message.compression} is not taken")
     buffer = message.buffer
     if elements == 0:
         if buffer:
-            raise BadRequestError("an empty tensor has data")
+            raise MalformedError("an empty tensor has data")
         return torch.empty(shape, dtype=dtype) if len(shape) > 1 else _NOTHING[dtype]
     if dtype == torch.bfloat16 and len(buffer) == 4 * elements:
         return torch.frombuffer(buffer, dtype=torch.float32).view(shape).to(torch.bfloat16)
     if len(buffer) != elements * dtype.itemsize:
-        raise BadRequestError("the tensor's data does not have the length that its shape says")
+        raise MalformedError("the tensor's data does not have the length that its shape says")
     return torch.frombuffer(buffer, dtype=dtype).view(shape)
 
 
@@ -133,14 +133,14 @@ async def join(parts: AsyncIterator[runtime_pb2.Tensor], *, max_bytes: int) -> l
     """Puts the parts of a streaming RPC together again.
 
     Raises:
-        BadRequestError: more than ``max_bytes`` of data in all.
+        MalformedError: more than ``max_bytes`` of data in all.
     """
     tensors: list[tuple[runtime_pb2.Tensor, list[bytes]]] = []
     total = 0
     async for part in parts:
         total += len(part.buffer) + 64  # so that empty parts don't come for free
         if total > max_bytes:
-            raise BadRequestError(f"the request is larger than {max_bytes} bytes")
+            raise MalformedError(f"the request is larger than {max_bytes} bytes")
         if part.dtype or not tensors:
             tensors.append((part, [part.buffer]))
         else:

@@ -1,25 +1,64 @@
 """Every error the product raises, as one tree with one root, and their form on the wire.
 
+========================== ========= ===============================================================================
+Class                      Owner     Means
+========================== ========= ===============================================================================
+SwarmError                 node      the root
+  UsageError               caller    what was asked for can't work
+    ModelError             caller    the model can't be used
+    ConnectError           network   no peer can be reached, or the own address is taken
+    InputError             caller    found before anything is sent: not finite, wrong shape, too long (a ValueError)
+    SessionInUseError      caller    a session is used by two threads at once
+  MissingBlocksError       network   no node that can be used serves some of the blocks
+  DaemonError              machine   this process's own network daemon is gone
+  RemoteError              node      a peer failed, or answered with an error
+    BadRequestError        caller    a peer refused a message
+      NotServedError       node      a peer doesn't serve what its record says
+      OutOfOrderError      nobody    a step came before one that comes ahead of it
+      MalformedError       node      found here in what a peer sent
+    OutOfCacheError        nobody    a peer has no KV cache left
+    EvictedError           nobody    a peer gave an idle session's cache to others
+    LeavingError           node      a peer is shutting down
+    PeerLostError          network   a peer can't be reached, its stream ended, or it stopped answering
+========================== ========= ===============================================================================
+
+The owner says what a client does about an error (:mod:`swarm.client.failures`): a peer is left out for a while only for
+errors of the node or of the network to it; the caller's are raised as they are.
+
 An RPC of hivemind carries an error as text only. Ours starts with a code in brackets, so that the other side can raise
-the same class again; text without a code (from Petals, or from hivemind itself) becomes a plain :class:`RemoteError`.
+the same class again; text without a code (from Petals, or from hivemind itself) becomes a plain :class:`RemoteError`,
+unless it is one of Petals' refusals.
 """
 
 from __future__ import annotations
 
+import enum
 import re
 from collections.abc import Sequence
+
+
+class Owner(enum.Enum):
+    """Whose an error is: who has to do something about it."""
+
+    CALLER = "caller"
+    NODE = "node"
+    NETWORK = "network"
+    MACHINE = "machine"
+    NOBODY = "nobody"
 
 
 class SwarmError(Exception):
     """Root of all errors of this project. ``str(error)`` is one line that says what to do."""
 
     code = "error"
+    owner = Owner.NODE
 
 
 class UsageError(SwarmError):
     """The user's input can't work: unknown model, bad block range, wrong dtype. Commands exit with code 2."""
 
     code = "usage"
+    owner = Owner.CALLER
 
 
 class ModelError(UsageError):
@@ -32,20 +71,37 @@ class ConnectError(UsageError):
     """No peer could be reached, or the own address is taken."""
 
     code = "connect"
+    owner = Owner.NETWORK
+
+
+class InputError(UsageError, ValueError):
+    """Tensors that no node would take: not finite, of another shape or dtype, too long. Nothing was sent."""
+
+
+class SessionInUseError(UsageError):
+    """A session was used while another thread is using it."""
 
 
 class MissingBlocksError(SwarmError):
-    """No node that is online serves some of the model's blocks.
+    """No node that can be used serves some of the model's blocks. The text says what was seen of those that do.
 
     Attributes:
         blocks: indices of the blocks that nobody serves.
     """
 
     code = "missing_blocks"
+    owner = Owner.NETWORK
 
     def __init__(self, message: str, blocks: Sequence[int] = ()) -> None:
         super().__init__(message)
         self.blocks = tuple(blocks)
+
+
+class DaemonError(SwarmError):
+    """This process's own network daemon is gone, so that no peer can be reached."""
+
+    code = "daemon"
+    owner = Owner.MACHINE
 
 
 class RemoteError(SwarmError):
@@ -58,12 +114,34 @@ class BadRequestError(RemoteError):
     """The peer refused a message as malformed: wrong shape, dtype, size, position or block."""
 
     code = "bad_request"
+    owner = Owner.CALLER
+
+
+class MalformedError(BadRequestError):
+    """What a peer sent can't be read. To that peer it is a :class:`BadRequestError`."""
+
+    owner = Owner.NODE
+
+
+class NotServedError(BadRequestError):
+    """The peer doesn't serve these blocks, or this adapter: it has moved since its record was read."""
+
+    code = "not_served"
+    owner = Owner.NODE
+
+
+class OutOfOrderError(BadRequestError):
+    """A step came before one that comes ahead of it, which was lost or overtaken on its way. The session has ended."""
+
+    code = "out_of_order"
+    owner = Owner.NOBODY
 
 
 class OutOfCacheError(RemoteError):
     """The peer has no KV cache left for this step. Others may have."""
 
     code = "out_of_cache"
+    owner = Owner.NOBODY
 
 
 class LeavingError(RemoteError):
@@ -76,12 +154,14 @@ class EvictedError(RemoteError):
     """The peer has given the session's cache to others, as the session was idle. Nothing is wrong with the peer."""
 
     code = "evicted"
+    owner = Owner.NOBODY
 
 
 class PeerLostError(RemoteError):
-    """The peer's stream ended, or it stopped answering."""
+    """The peer can't be reached, its stream ended, or it stopped answering."""
 
     code = "peer_lost"
+    owner = Owner.NETWORK
 
 
 _BY_CODE: dict[str, type[SwarmError]] = {
@@ -92,10 +172,18 @@ _BY_CODE: dict[str, type[SwarmError]] = {
         ModelError,
         RemoteError,
         BadRequestError,
+        NotServedError,
+        OutOfOrderError,
         OutOfCacheError,
         EvictedError,
         LeavingError,
     )
+}
+# What Petals' servers say, in words of their own, of requests that they could never take, and when they are full.
+_PETALS_REFUSALS: dict[str, type[RemoteError]] = {
+    "Could not allocate": OutOfCacheError,
+    "Cannot allocate KV cache for": BadRequestError,
+    "Task size greater than max_batch_size": BadRequestError,
 }
 _WIRE_FORM = re.compile(r"\[swarm:([a-z_]+)\] ([^\n]*)")
 
@@ -108,10 +196,12 @@ def to_wire(error: BaseException) -> str:
 
 
 def from_wire(text: str) -> SwarmError:
-    """The error that a peer sent as ``text``. Text that has no code of ours becomes a :class:`RemoteError`."""
+    """The error that a peer sent as ``text``. Text that has no code of ours becomes a :class:`RemoteError`, or what
+    Petals means by it."""
     found = _WIRE_FORM.search(text)
     if found is None:
-        return RemoteError(text.strip() or "the peer failed without saying why")
+        kind = next((kind for words, kind in _PETALS_REFUSALS.items() if words in text), RemoteError)
+        return kind(text.strip() or "the peer failed without saying why")
     return _BY_CODE.get(found[1], RemoteError)(found[2].rstrip("'\")"))
 
 

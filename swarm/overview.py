@@ -8,16 +8,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from hivemind.p2p import PeerID
+from hivemind.p2p import P2PHandlerError, PeerID
 from hivemind.proto import runtime_pb2
 
 from swarm import dht, rpc
 from swarm.dht import RemoteSpan
 from swarm.errors import BadRequestError
 from swarm.peer import Peer
+from swarm.reach import call_failed
 from swarm.records import ServerState
 
 _ASK_SECONDS = 2.0
+_FIRST_ASK_SECONDS = 6.0  # as long as the network takes to find out that an address doesn't answer
 METER = ("sessions", "waiting", "prefill_tokens", "decode_tokens", "busy_s", "cache_tokens", "cache_tokens_free")
 """What a node tells about itself in the field ``meter`` of its ``rpc_info``: :class:`Meter` says what they are."""
 
@@ -54,6 +56,7 @@ class NodeView:
     """One node. ``None`` where it doesn't say; ``meter`` and ``rates`` only if it was asked itself, once and twice.
 
     ``cache_tokens_left`` is for sessions through all of its blocks.
+    ``state`` is that of its record, or ``lost`` if it was asked and didn't answer; ``problem`` says how.
     """
 
     peer_id: str
@@ -74,11 +77,13 @@ class NodeView:
     adapters: tuple[str, ...] = ()
     meter: Meter | None = None
     rates: Rates | None = None
+    problem: str | None = None
 
 
 @dataclass(frozen=True)
 class Overview:
-    """A swarm that serves one model of ``num_blocks`` blocks; ``holes`` are the ranges that nobody serves."""
+    """A swarm that serves one model of ``num_blocks`` blocks; ``holes`` are the ranges that nobody serves who can be
+    reached, as far as nodes were asked."""
 
     model: str
     prefix: str
@@ -102,7 +107,7 @@ class Overview:
         try:
             nodes = []
             for fields in source["nodes"]:
-                known = {name: fields[name] for name in NodeView.__dataclass_fields__}
+                known = {name: fields[name] for name in NodeView.__dataclass_fields__ if name in fields}
                 meter, rates = known["meter"], known["rates"]
                 known["adapters"] = tuple(known["adapters"])
                 known["meter"] = None if meter is None else Meter(**meter)
@@ -144,19 +149,30 @@ async def look(peer: Peer, model: str, prefix: str, num_blocks: int) -> Overview
     records = await dht.fetch(peer.dht, prefix, num_blocks)
     spans = dht.spans_of(records, min_state=ServerState.JOINING).values()
     nodes = sorted(map(_view, spans), key=lambda node: (node.start, node.end, node.peer_id))
-    online = [(node.start, node.end) for node in nodes if node.state == "online"]
-    return Overview(model, prefix, num_blocks, tuple(nodes), find_holes(online, num_blocks))
+    return Overview(model, prefix, num_blocks, tuple(nodes), _holes(nodes, num_blocks))
 
 
 async def measure(peer: Peer, overview: Overview, before: Overview | None = None) -> Overview:
-    """``overview`` with the nodes asked themselves, all at once; rates are since ``before``."""
-    earlier = {node.peer_id: node.meter for node in before.nodes} if before is not None else {}
-    meters = await asyncio.gather(*(_ask(peer, node.peer_id) for node in overview.nodes))
-    nodes = tuple(
-        replace(node, meter=meter, rates=None if meter is None else rates(earlier.get(node.peer_id), meter))
-        for node, meter in zip(overview.nodes, meters, strict=True)
-    )
-    return replace(overview, nodes=nodes)
+    """``overview`` with the nodes asked themselves, all at once; rates are since ``before``.
+
+    A node that doesn't answer, but did the last time, may just be slow, and counts as one that can be reached.
+    """
+    earlier = {node.peer_id: node for node in before.nodes} if before is not None else {}
+
+    async def ask(node: NodeView) -> NodeView:
+        known = earlier.get(node.peer_id)
+        meter = None if known is None else known.meter
+        answer = await _ask(peer, node.peer_id, _FIRST_ASK_SECONDS if known is None else _ASK_SECONDS)
+        if isinstance(answer, str):
+            return node if meter is not None else replace(node, state="lost", problem=answer)
+        return replace(node, meter=answer, rates=None if answer is None else rates(meter, answer))
+
+    nodes = tuple(await asyncio.gather(*map(ask, overview.nodes)))
+    return replace(overview, nodes=nodes, holes=_holes(nodes, overview.num_blocks))
+
+
+def _holes(nodes: Sequence[NodeView], num_blocks: int) -> tuple[tuple[int, int], ...]:
+    return find_holes([(node.start, node.end) for node in nodes if node.state == "online"], num_blocks)
 
 
 def _view(span: RemoteSpan) -> NodeView:
@@ -181,16 +197,20 @@ def _view(span: RemoteSpan) -> NodeView:
     )
 
 
-async def _ask(peer: Peer, peer_id: str) -> Meter | None:
-    """What a node says about itself; ``None`` if it doesn't answer or, as Petals' servers, counts nothing."""
+async def _ask(peer: Peer, peer_id: str, patience: float) -> Meter | str | None:
+    """What a node says about itself; ``None`` if it counts nothing, as Petals' servers; text: why it didn't answer."""
     begin = time.monotonic()
     call = peer.p2p.call_protobuf_handler(
         PeerID.from_base58(peer_id), rpc.handle_name(rpc.INFO), runtime_pb2.ExpertUID(), runtime_pb2.ExpertInfo
     )
     try:
-        answer = await asyncio.wait_for(call, _ASK_SECONDS)
-    except Exception:
-        return None
+        answer = await asyncio.wait_for(call, patience)
+    except asyncio.TimeoutError:
+        return f"no answer in {patience:.0f} s"
+    except P2PHandlerError:
+        return None  # it is there
+    except Exception as error:
+        return str(call_failed(error))
     now = time.monotonic()
     return _meter(answer.serialized_info, now, now - begin)
 

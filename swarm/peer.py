@@ -17,7 +17,8 @@ from hivemind.p2p import P2P, PeerID
 from hivemind.utils.multiaddr import Multiaddr
 
 from swarm.chance import CHANCE
-from swarm.errors import ConnectError, UsageError
+from swarm.clock import describe_skew, measure_skew, skew_told
+from swarm.errors import ConnectError, DaemonError, UsageError
 from swarm.forks import belongs_to_process
 
 logging.getLogger("hivemind").setLevel(logging.CRITICAL)  # its warnings repeat, with traces, what we raise ourselves
@@ -26,6 +27,7 @@ for _module in (node, routing):
 
 _STOP_SECONDS = 2.0
 _LEAVE_SESSION = "import os, sys; os.setsid(); os.execv(sys.argv[1], sys.argv[1:])"
+_ASKED = 8  # peers, for their time
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,9 @@ class PeerOptions:
 class Peer:
     """A running daemon (:attr:`p2p`) and DHT node (:attr:`dht`)."""
 
-    def __init__(self, p2p: P2P, dht: DHTNode, addresses: Sequence[str]) -> None:
+    def __init__(self, p2p: P2P, dht: DHTNode, addresses: Sequence[str], initial_peers: Sequence[str] = ()) -> None:
         self.p2p, self.dht, self.addresses = p2p, dht, tuple(addresses)
+        self._initial_peers = [PeerID.from_base58(Multiaddr(address)["p2p"]) for address in initial_peers]
 
     @property
     def peer_id(self) -> PeerID:
@@ -92,12 +95,29 @@ class Peer:
         except BaseException as error:
             await p2p.shutdown()
             if isinstance(error, Exception):
-                raise ConnectError(_unreachable(options.initial_peers)) from error
+                skew = skew_told(error)
+                why = _unreachable(options.initial_peers) if skew is None else f"can't join: {describe_skew(skew)}"
+                raise ConnectError(why) from error
             raise
         addresses = (
             [str(address) for address in await p2p.get_visible_maddrs(latest=True)] if not options.client else []
         )
-        return cls(p2p, dht, addresses)
+        return cls(p2p, dht, addresses, options.initial_peers)
+
+    def check_daemon(self) -> None:
+        """Raises DaemonError if the daemon has ended: then nothing that fails says anything about other peers."""
+        child = self.p2p._child
+        if child is not None and child.returncode is not None:
+            raise DaemonError(
+                f"this process's network daemon (p2pd) has ended with code {child.returncode}, so no peer can be "
+                "reached: start the process again, or open the model anew"
+            )
+
+    async def skews(self, timeout: float) -> list[float]:
+        """Seconds that this machine's clock is ahead of others' by: of peers that answer within ``timeout`` seconds."""
+        known = {*self._initial_peers, *self.dht.protocol.routing_table.peer_id_to_uid}
+        asked = (measure_skew(self.dht, peer_id, timeout) for peer_id in [*known][:_ASKED])
+        return [skew for skew in await asyncio.gather(*asked) if skew is not None]
 
     async def stop(self) -> None:
         """Leaves the DHT and ends the daemon. Never hangs, even if the daemon is gone already."""

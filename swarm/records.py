@@ -39,6 +39,8 @@ class Offer:
         sessions: sessions open when the record was written.
         started: when the node came up, in seconds since the epoch: a ban from before that is void.
         cache_tokens_total: size of the KV cache in tokens.
+        max_rows: of a session or a request, at most; 0: it doesn't say.
+        max_step_tokens: rows × columns of one message, at most; 0: it doesn't say.
         deterministic: a session's results are the same to the last bit whoever else uses the node.
         manifest: the root of the manifest of its weights, if it has made or got one; nodes with different ones serve
             different weights.
@@ -51,6 +53,8 @@ class Offer:
     sessions: int = 0
     started: float = 0.0
     cache_tokens_total: int = 0
+    max_rows: int = 0
+    max_step_tokens: int = 0
     deterministic: bool = False
     manifest: str = ""
     adapters: Mapping[str, str] = field(default_factory=dict)
@@ -67,7 +71,7 @@ class Offer:
             fields[name] = _typed(source.get(name, ""), str, name)
         for name in ("push_stream", "left_padding", "deterministic"):
             fields[name] = _typed(source.get(name, False), bool, name)
-        for name in ("sessions", "cache_tokens_total"):
+        for name in ("sessions", "cache_tokens_total", "max_rows", "max_step_tokens"):
             fields[name] = _natural(source.get(name, 0), name)
         fields["started"] = _number(source.get("started", 0.0), "started")
         hashes = _typed(source.get("adapters", {}), dict, "adapters")

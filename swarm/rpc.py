@@ -17,7 +17,7 @@ from hivemind.p2p import PeerID
 from hivemind.proto import runtime_pb2
 from hivemind.utils import MSGPackSerializer
 
-from swarm.errors import BadRequestError
+from swarm.errors import BadRequestError, MalformedError
 
 if TYPE_CHECKING:  # the generated module has no types
     Request: TypeAlias = Any
@@ -111,18 +111,18 @@ def load(raw: bytes) -> dict[str, Any]:
     """Decodes metadata that came from a peer.
 
     Raises:
-        BadRequestError: too large, or not a dict.
+        MalformedError: too large, or not a dict.
     """
     if not raw:
         return {}
     if len(raw) > MAX_METADATA_BYTES:
-        raise BadRequestError("the metadata is too large")
+        raise MalformedError("the metadata is too large")
     try:
         fields = MSGPackSerializer.loads(raw)
     except Exception as error:
-        raise BadRequestError("the metadata is not msgpack") from error
+        raise MalformedError("the metadata is not msgpack") from error
     if not isinstance(fields, dict):
-        raise BadRequestError("the metadata is not a dict")
+        raise MalformedError("the metadata is not a dict")
     return fields
 
 

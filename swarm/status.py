@@ -146,10 +146,17 @@ def coverage_line(overview: Overview, width: int = 64) -> Text:
 
 
 def _verdict(overview: Overview) -> Text:
-    if overview.holes:
-        ranges = ", ".join(f"{start}:{end}" for start, end in overview.holes)
-        return Text(f"Nobody serves blocks {ranges}: no text can be generated yet.", style="bold red")
-    return Text("Every block is served.", style="green")
+    lost = [
+        f"\n{_short(node)} ({node.start}:{node.end}) does not answer: {node.problem}."
+        for node in overview.nodes
+        if node.problem is not None
+    ]
+    if not overview.holes:
+        return Text("".join(["Every block is served.", *lost]), style="yellow" if lost else "green")
+    ranges = ", ".join(f"{start}:{end}" for start, end in overview.holes)
+    whom = " that can be reached" if lost else ""
+    text = f"Nobody{whom} serves blocks {ranges}: no text can be generated yet."
+    return Text("".join([text, *lost]), style="bold red")
 
 
 def _short(node: NodeView) -> str:

@@ -13,7 +13,7 @@ from typing import TypeVar
 from google.protobuf.message import DecodeError, Message
 from hivemind.proto.p2pd_pb2 import RPCError
 
-from swarm.errors import BadRequestError, PeerLostError, from_wire, to_wire
+from swarm.errors import MalformedError, PeerLostError, from_wire, to_wire
 
 _MESSAGE, _ERROR = b"\x00", b"\x01"
 _LENGTH_BYTES = 8
@@ -78,14 +78,14 @@ class MessageStream:
 
         Raises:
             SwarmError: what the peer sent as an error.
-            BadRequestError: a message that is too large or malformed. The stream can't be used any longer.
+            MalformedError: a message that is too large or malformed. The stream can't be used any longer.
             PeerLostError: the stream broke.
         """
         try:
             head = await self._reader.readexactly(1 + _LENGTH_BYTES)
             marker, length = head[:1], int.from_bytes(head[1:], "big")
             if length > (self._max_bytes if marker == _MESSAGE else _MAX_ERROR_BYTES):
-                raise BadRequestError(f"a message of {length} bytes is too large: the limit is {self._max_bytes}")
+                raise MalformedError(f"a message of {length} bytes is too large: the limit is {self._max_bytes}")
             data = await self._reader.readexactly(length)
         except (asyncio.IncompleteReadError, OSError) as error:
             raise PeerLostError("the stream ended") from error
@@ -98,8 +98,8 @@ class MessageStream:
                     return None
                 raise from_wire(text)
         except DecodeError as error:
-            raise BadRequestError(f"a message that is no {kind.__name__}") from error
-        raise BadRequestError(f"a message with the unknown marker {marker.hex()}")
+            raise MalformedError(f"a message that is no {kind.__name__}") from error
+        raise MalformedError(f"a message with the unknown marker {marker.hex()}")
 
     def close(self) -> None:
         """Closes both directions at once."""

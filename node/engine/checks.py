@@ -6,7 +6,7 @@ from collections.abc import Container
 
 import torch
 
-from swarm.errors import BadRequestError, UsageError
+from swarm.errors import BadRequestError, OutOfOrderError, UsageError
 from swarm.layout import check_range
 from swarm.node.engine.session import EngineSession, StepWork
 from swarm.span import Span
@@ -58,4 +58,4 @@ def check_step(span: Span, session: EngineSession, work: StepWork) -> None:
         raise BadRequestError(f"the step has {work.rows} rows, the session {rows}")
     check_prompts(span, work.prompts, session.last - session.first, rows)
     if not 0 <= work.start <= session.position:
-        raise BadRequestError(f"the step starts at position {work.start}, but the session is at {session.position}")
+        raise OutOfOrderError(f"the step starts at position {work.start}, but the session is at {session.position}")

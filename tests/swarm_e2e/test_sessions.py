@@ -77,6 +77,8 @@ def test_a_prompt_longer_than_the_kv_budget_is_refused_by_name(model: Any) -> No
     ids = torch.randint(10, 250, (1, 1500), generator=torch.Generator().manual_seed(1))
     with pytest.raises(BadRequestError, match="too long for this node: its limit is 1024"):
         model.generate(ids, max_new_tokens=4, **QUIET)
+    view = model._connection._view
+    assert all(view._bans.why(span.peer_id) is None for span in view._spans), "the nodes are healthy"
     assert model.generate(ids[:, :10], max_new_tokens=2, **QUIET).shape == (1, 12)
 
 
