@@ -35,10 +35,14 @@ def _name_in(parameters: Mapping[str, Any]) -> str | None:
     return next((name for name in CACHE_NAMES if name in parameters), None)
 
 
-@functools.cache
 def cache_keyword(kind: type[nn.Module]) -> str | None:
     """The name that modules of this class take a cache under; None: they take none."""
-    return _name_in(inspect.signature(kind.forward).parameters)
+    return _name_in(_parameters(kind.forward))
+
+
+@functools.cache
+def _parameters(function: Any) -> Mapping[str, Any]:
+    return inspect.signature(function).parameters
 
 
 GENERATE_KEYWORD = _name_in(inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters) or "cache"

@@ -34,7 +34,7 @@ def positions_end(rotary: nn.Module | None) -> int | None:
 def embed_positions(rotary: Any, hidden: torch.Tensor, positions: torch.Tensor, layer_types: set[str]) -> Any:
     """Position embeddings of ``positions`` ``[1, N]`` for ``hidden`` ``[1, N, H]``, as blocks take them; a dict by
     layer type if the module has frequencies of its own for each of ``layer_types``."""
-    if _by_layer_type(type(rotary)):
+    if _by_layer_type(type(rotary).forward):
         return {kind: rotary(hidden, positions, kind) for kind in sorted(layer_types)}
     if getattr(rotary, "rope_type", None) in _BY_LENGTH:
         return _by_row(rotary, hidden, positions)
@@ -45,8 +45,8 @@ def embed_positions(rotary: Any, hidden: torch.Tensor, positions: torch.Tensor, 
 
 
 @functools.cache
-def _by_layer_type(kind: type[nn.Module]) -> bool:
-    return "layer_type" in inspect.signature(kind.forward).parameters
+def _by_layer_type(forward: Any) -> bool:
+    return "layer_type" in inspect.signature(forward).parameters
 
 
 def _by_row(rotary: Any, hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
