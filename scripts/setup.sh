@@ -6,15 +6,7 @@ cd "$(dirname "$0")/.."
 stamp=$(cat pyproject.toml constraints.txt scripts/setup.sh | cksum)
 if [ -x .venv/bin/python ] && [ "$(cat .venv/.installed 2>/dev/null)" = "$stamp" ]; then exit 0; fi
 
-python=""
-for name in python3.11 python3.12 python3.13 python3.10 python3 python; do
-  if command -v "$name" >/dev/null && "$name" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
-    python=$name
-    break
-  fi
-done
-if [ -z "$python" ]; then echo "Error: Python 3.10 or newer is needed: install it first" >&2; exit 2; fi
-
+python=$(./scripts/find_python.sh)
 echo "Setting up .venv with $($python --version), once; this takes a few minutes…" >&2
 if ! "$python" -m venv .venv; then
   echo "Error: $python can't make virtual environments: on Debian and Ubuntu, apt install python3-venv" >&2

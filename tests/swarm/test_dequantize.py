@@ -113,7 +113,7 @@ def awq(stem: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
 
 def compressed(form: str, **weights: Any) -> Packer:
     def pack(stem: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
-        package = pytest.importorskip("compressed_tensors")
+        package = pytest.importorskip("compressed_tensors", minversion="0.20")  # older ones lack some formats
         from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
         scheme = package.quantization.QuantizationScheme(targets=["Linear"], weights=weights, format=form)
