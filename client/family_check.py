@@ -40,7 +40,7 @@ def check_ends(tiny: TinyModel) -> str:
             difference(_LOGITS, model(ids).logits, tiny.logits),
         ]
         prompt = ids[:, :PROMPT]
-        text = model.generate(
+        text: Any = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=NEW,

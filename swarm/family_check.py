@@ -55,7 +55,7 @@ def check_family(model_type: str, side: str, check: Check, say: Callable[[str], 
         )
         return
     file, name, subject = verdicts_file(), versions.set_name(present), f"{side} of {model_type}"
-    verdict = read_verdict(file, name, subject)
+    verdict = known = read_verdict(file, name, subject)
     if verdict is None:
         say(f"{begin}: checking a tiny {model_type} model…")
         verdict, lasting = _verdict(cases, check)
@@ -67,10 +67,8 @@ def check_family(model_type: str, side: str, check: Check, say: Callable[[str], 
     if os.environ.get(VARIABLE) == "1":
         _warn_once(f"{text}. Used all the same, as {VARIABLE}=1 says")
         return
-    raise ModelError(
-        f"{text}. Install a tested one ({instead}), or set {VARIABLE}=1 to use it all the same. "
-        f"Remembered in {file}: without that file it is checked again"
-    )
+    again = f". This was found before: without {file} it is checked again" if known else ""
+    raise ModelError(f"{text}. Install a tested one ({instead}), or set {VARIABLE}=1 to use it all the same{again}")
 
 
 def _verdict(cases: list[Case], check: Check) -> tuple[str, bool]:
