@@ -104,13 +104,15 @@ class SwarmModelForCausalLM(GenerateHooks, _Family):
             **settings: fields of :class:`swarm.client.ClientSettings`.
 
         Raises:
-            ModelError: the model can't be found or used.
+            ModelError: the model can't be found or used, or the versions of transformers and torch that are installed
+                aren't tested and compute models of its type wrong.
             ConnectError: none of ``initial_peers`` answers.
             UsageError: an argument can't be, or the process was forked from one that is in a swarm.
             TypeError: an argument isn't known.
         """
         from swarm.skeleton import load_ends
 
+        from .family_check import require_right_ends
         from .find_model import find_model
         from .swarm_connection import SwarmConnection
 
@@ -128,6 +130,7 @@ class SwarmModelForCausalLM(GenerateHooks, _Family):
             dht_prefix=dht_prefix,
             startup_timeout=chosen.startup_timeout,
         )
+        require_right_ends(source.model_type)
         # Before the weights: whether the swarm answers is known in a moment, a download can take minutes.
         connection = SwarmConnection.open(source, peers, chosen)
         try:

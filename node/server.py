@@ -20,6 +20,7 @@ from swarm.node.adapter_config import AdapterSpec, parse_specs
 from swarm.node.balance import covered_by_others
 from swarm.node.engine.engine import STATE_ROWS
 from swarm.node.engine.quantization import Keep, Use, describe, find_scheme, quantized_bytes, schemes_on
+from swarm.node.family_check import require_right_blocks
 from swarm.node.hardware import choose_devices, choose_dtype, free_memory
 from swarm.node.host import Host, Means
 from swarm.node.life import run_until
@@ -62,6 +63,7 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
     devices = choose_devices(settings.device)
     specs = parse_specs(settings.adapters)
     source, peer, sharing = await find_source(settings, output, stack)
+    await in_thread(lambda: require_right_blocks(source.model_type, output))
     dtype = choose_dtype(settings.dtype, source.dtype, devices[0])
     adapters = await in_thread(lambda: _open_adapters(specs, source, settings))
     joining = asyncio.ensure_future(_join(settings, peer, stack))  # while the memory is planned

@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from swarm.compat.whole import saved_tensors
+from swarm.families.random_weights import random_weight
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,6 @@ PRESETS: dict[str, Preset] = {
 
 
 SHARD_BYTES = 5_000_000_000  # of most large models on the Hub
-_PART = 1 << 26  # numbers that are made at a time
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 # The published geometry of large models; blocks of theirs can be made one at a time.
@@ -172,12 +173,12 @@ def make_checkpoint(
     config.architectures = [type(model).__name__]
     config.save_pretrained(out)
 
-    shapes = _saved_tensors(model)
+    shapes = saved_tensors(model)
     shards = list(_shards(shapes, max_shard_bytes))
     generator = torch.Generator().manual_seed(seed)
 
     def values(name: str) -> Iterator[torch.Tensor]:
-        return _values(name, shapes[name], config.initializer_range, generator)
+        return random_weight(name, shapes[name], config.initializer_range, generator)
 
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
@@ -197,12 +198,6 @@ def block_of(name: str) -> int | None:
     """The block that a tensor belongs to by its name in a checkpoint."""
     found = re.search(r"(?:^|\.)(?:layers|h)\.(\d+)\.", name)
     return int(found[1]) if found else None
-
-
-def _saved_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Meta tensors by the names that a checkpoint on the Hub has; tied ones once."""
-    own = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
-    return {name: tensor for name, tensor in revert_weight_conversion(model, own).items() if tensor is not None}
 
 
 def _shards(tensors: dict[str, torch.Tensor], limit: int) -> Iterator[list[str]]:
@@ -241,21 +236,6 @@ def _write_shard(
             else:
                 file.seek(_bytes(tensor), 1)
         file.truncate(8 + len(text) + at)
-
-
-def _values(name: str, like: torch.Tensor, std: float, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """The values of a tensor, flat, in parts."""
-    # Norm weights around one and biases around zero, none of them exactly: a part that is left out must show.
-    # What follows should hang on the token, not on what all positions share, or greedy text would be one token over and
-    # over: loud embeddings, small biases.
-    scale, mean = std if like.dim() > 1 else std / 5, 0
-    if like.dim() == 1 and name.endswith(("weight", "scale", "scalar")):
-        scale, mean = 0.1, 4 if "embed" in name else 1
-    elif "embed" in name:
-        scale = 10 * std
-    for at in range(0, like.numel(), _PART):
-        values = torch.empty(min(_PART, like.numel() - at), dtype=like.dtype).normal_(generator=generator)
-        yield values.mul_(scale).add_(mean)
 
 
 def _bytes(tensor: torch.Tensor) -> int:

@@ -83,7 +83,7 @@ def convert_into(
 ) -> Loaded:
     """Loads ``tensors`` (or what gives one when indexed with ``[...]``), by a checkpoint's names, into a model whose
     parameters are on the meta device. Without ``convert`` they have the model's names already."""
-    with _quiet():
+    with quiet():
         info, _ = convert_and_load_state_dict_in_model(
             model,
             dict(tensors),
@@ -100,7 +100,7 @@ def convert_into(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' own progress bar, which would start anew for each block."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

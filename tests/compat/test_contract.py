@@ -15,8 +15,8 @@ from torch import nn
 from transformers import Cache, GenerationMixin, PreTrainedModel, conversion_mapping, core_model_loading
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, LoadStateDictConfig
 
-from swarm.compat import attention, building, caches, generation, keywords, loading, rotary, trunk
-from tests.families.table import CASES, Case
+from swarm.compat import attention, building, caches, generation, keywords, loading, rotary, trunk, whole
+from swarm.families.table import CASES, Case
 
 BY_LABEL = {case.label: case for case in CASES}
 MIXERS = ("qwen3_next", "qwen3_5_text", "falcon_h1", "granitemoehybrid", "olmo_hybrid")
@@ -31,9 +31,7 @@ def built(case: Case) -> PreTrainedModel:
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
-    found = [module for name, module in model.named_modules() if name.rpartition(".")[2] in building.LAYER_LISTS]
-    assert isinstance(found[0], nn.ModuleList)
-    return found[0]
+    return whole.find_blocks(model)[1]
 
 
 # keywords.py
@@ -247,6 +245,24 @@ def test_a_trunk_calls_one_layer_in_place_of_all(case: Case) -> None:
     assert trunk.takes_tuple(base, stack.give_tuple, Echo()) is not None
 
 
+# whole.py
+
+
+def test_experts_are_written_one_by_one() -> None:
+    names = whole.saved_tensors(built(BY_LABEL["mixtral"]))
+    assert "model.layers.4.block_sparse_moe.experts.3.w1.weight" in names
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
+def test_what_goes_into_the_blocks_and_comes_out_can_be_seen(case: Case) -> None:
+    model, ids = build_tiny(case.label), torch.tensor([[5, 6, 7]])
+    hidden, _ = whole.call_of_first_block(model, ids)
+    logits, last = whole.run_whole(model, ids)
+    assert hidden.shape == last.shape
+    assert hidden.shape[-3:] == (1, 3, 64)
+    assert logits.shape == (1, 3, 300)
+
+
 # generation.py
 
 
@@ -275,7 +291,4 @@ def build_tiny(label: str) -> Any:
 
 
 def layers_parent(model: PreTrainedModel) -> Any:
-    for path, module in model.named_modules():
-        if path.rpartition(".")[2] in building.LAYER_LISTS and isinstance(module, nn.ModuleList):
-            return model.get_submodule(path.rpartition(".")[0])
-    raise AssertionError("no list of layers")
+    return whole.find_blocks(model)[0]

@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from swarm.client import SwarmModelForCausalLM
 from swarm.client.gateway.model_ends import ModelEnds
+from swarm.compat.whole import load_whole, run_whole
 from swarm.families import family_of
+from swarm.families.table import CASES, Case
 from swarm.node.engine.engine import Engine
 from swarm.skeleton import load_ends
 from swarm.source import resolve
 from tests.client.in_process import InProcessConnection
-from tests.families.table import CASES, Case
 from tests.models import make_checkpoint
 
 GRADIENTS = {"llama4_text", "gptj", "qwen3_next", "falcon_h1", "deepseek_v3", "gpt_oss", "falcon-180b", "gemma3n_text"}
@@ -48,15 +48,8 @@ class Pair:
     @torch.no_grad()
     def states(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What goes into the first block, and what comes out of the whole model's last."""
-        kept: list[torch.Tensor] = []
-        base = self.whole.get_decoder()
-        layers = next(module for module in base.modules() if isinstance(module, torch.nn.ModuleList))
-        hook = layers[-1].register_forward_hook(
-            lambda _m, _i, output: kept.append(output[0] if isinstance(output, tuple) else output)
-        )
-        self.whole(ids, use_cache=False)
-        hook.remove()
-        return ModelEnds(self.mine).embed(ids, torch.arange(ids.shape[1])[None]), kept[0]
+        _, last = run_whole(self.whole, ids)
+        return ModelEnds(self.mine).embed(ids, torch.arange(ids.shape[1])[None]), last
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -77,9 +70,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         mine(torch.ones(1, 1, dtype=torch.int64))
         assert torch.equal(torch.get_rng_state(), before[0]), "what a program draws afterwards is another than before"
         assert (random.getstate(), str(np.random.get_state())) == before[1:]
-        # transformers before 5.21 leaves the caps of Gemma 2 out of all but its plainest attention
-        options = {"attn_implementation": "eager"} if getattr(case.config(), "attn_logit_softcapping", None) else {}
-        whole = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options).eval()
+        whole = load_whole(path)
         yield Pair(case, mine, whole, connection)
 
 

@@ -10,10 +10,10 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from swarm.client import SwarmModelForCausalLM
+from swarm.families.table import CASES
 from swarm.skeleton import load_ends
 from swarm.source import resolve
 from tests.client.in_process import InProcessConnection
-from tests.families.table import CASES
 
 _VISION: dict[str, Any] = {
     "hidden_size": 32,

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from swarm.client import SwarmModelForCausalLM
-from tests.families.table import CASES, OVER_NODES
+from swarm.families.table import CASES
+from tests.families.over_nodes import OVER_NODES
 from tests.models import make_checkpoint
 from tests.swarm_e2e.nodes import run_swarm
 from tests.swarm_e2e.test_failover import at_token

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from swarm.families.table import CASES
 from swarm.node.engine.engine import Engine
 from swarm.node.engine.joined_linear import JoinedLinear
 from swarm.node.engine.lean_block import LeanBlock
@@ -22,7 +23,6 @@ from swarm.node.engine.quantization import find_scheme, finish_block
 from swarm.skeleton import load_span
 from swarm.source import resolve
 from swarm.span import Span
-from tests.families.table import CASES
 from tests.models import make_checkpoint, tiny_model
 
 LIKE_LLAMA = ("llama-gqa", "mistral-window", "qwen2", "qwen3")

@@ -17,6 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from swarm.errors import BadRequestError, ModelError
+from swarm.families.table import CASES
 from swarm.node.adapter_checkpoint import AdapterCheckpoint, open_adapter
 from swarm.node.adapter_config import AdapterSpec
 from swarm.node.engine.acceleration import Acceleration
@@ -31,7 +32,6 @@ from swarm.skeleton import build_skeleton, load_span
 from swarm.source import resolve
 from swarm.span import Span
 from tests.adapters import make_adapter, whole_with
-from tests.families.table import CASES
 from tests.models import make_checkpoint, tiny_model
 from tests.node.engine.paged_reference import KERNEL
 

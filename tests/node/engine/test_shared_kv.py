@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from swarm.errors import BadRequestError, UsageError
+from swarm.families.table import CASES
 from swarm.node.engine import executor
 from swarm.node.engine.acceleration import Acceleration
 from swarm.node.engine.deterministic import check, make_deterministic
@@ -18,7 +19,6 @@ from swarm.probe import KVGeometry
 from swarm.skeleton import load_span
 from swarm.source import ModelSource, resolve
 from swarm.span import Span
-from tests.families.table import CASES
 from tests.models import make_checkpoint
 from tests.node.engine.paged_reference import KERNEL
 from tests.node.engine.test_acceleration import Recorder

@@ -10,6 +10,7 @@ import torch
 
 from swarm.errors import BadRequestError, OutOfCacheError, RemoteError
 from swarm.families.mixers import MixerStates
+from swarm.families.table import CASES
 from swarm.node.engine.engine import Engine
 from swarm.node.engine.kv_cache import Sequence
 from swarm.node.engine.states import StateStore, join, split
@@ -17,7 +18,6 @@ from swarm.probe import KVGeometry
 from swarm.skeleton import load_span
 from swarm.source import resolve
 from swarm.span import Span
-from tests.families.table import CASES
 from tests.models import make_checkpoint
 
 Start = Callable[..., Engine]

@@ -1,4 +1,8 @@
-"""The families that are known to work: the tests of this folder make tiny models of them, docs/models.md lists them."""
+"""The families that are known to work, and a tiny model of each.
+
+Tests run over them and docs/models.md lists them; with versions of other libraries that aren't tested a node or client
+checks itself with those of its model's type (:mod:`swarm.family_check`).
+"""
 
 from __future__ import annotations
 
@@ -213,6 +217,3 @@ CASES: tuple[Case, ...] = (
     Case("Ministral 3", "ministral3", "queries scaled by position", {"head_dim": 16}),
     Case("Apertus", "apertus", "an activation of its own"),
 )  # fmt: skip
-
-OVER_NODES = ("llama4_text", "gemma3_text", "gemma4-e2b", "gpt_oss", "qwen3_next", "deepseek_v3")
-"""Labels of those that tests/swarm_e2e/test_families.py runs over real nodes; test_exact.py has other families."""
