@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -96,7 +97,7 @@ def test_a_full_disk_is_nobodys_verdict() -> None:
 def test_who_says_so_goes_on(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("SWARM_UNTESTED", "1")
     Checked("off by 3").run()
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "blocks of llama" in caplog.text
     assert "off by 3" in caplog.text
 

@@ -187,7 +187,7 @@ from swarm.source import resolve
 def memory(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) * 1024
 
-def measure(path, name):
+def measure(path, name, slack):
     dtype = torch.bfloat16
     source, scheme = resolve(path), find_scheme(name, torch.device("cpu"), dtype)
     block = build_skeleton(source, dtype).layers[0]
@@ -205,13 +205,16 @@ def measure(path, name):
         return memory("VmHWM") - before
 
     load(0, 1)  # what is needed once, whatever is loaded
-    # the least of nine: on a busy machine a thread that reads may be ahead of the one that quantizes; but none that
-    # found room that a run before had left
-    quantized = 4 * quantized_bytes(block, scheme)
-    peaks = [peak() for _ in range(9)]
-    return [quantized, quantized_bytes(block, None), min(peak for peak in peaks if peak >= quantized)]
+    # the least of up to nine: on a busy machine a thread that reads may be ahead of the one that quantizes; but none
+    # that found room that a run before had left
+    quantized, plain, peaks = 4 * quantized_bytes(block, scheme), quantized_bytes(block, None), []
+    for _ in range(9):
+        peaks += [found for found in [peak()] if found >= quantized]
+        if peaks and min(peaks) <= quantized + plain + int(slack):
+            break
+    return [quantized, plain, min(peaks)]
 
-print(json.dumps([measure(path, name) for path, name in zip(sys.argv[1::2], sys.argv[2::2])]))
+print(json.dumps([measure(*run) for run in zip(sys.argv[1::3], sys.argv[2::3], sys.argv[3::3])]))
 """
 
 
@@ -219,7 +222,8 @@ def test_the_peak_of_loading_is_one_block_above_what_is_loaded(tmp_path: Path) -
     sizes = {"hidden": 1024, "heads": 16, "kv_heads": 4, "layers": 5}
     llama = make_checkpoint(tmp_path / "l", make_config("llama-gqa", dtype="bfloat16", intermediate=4096, **sizes))
     mixtral = make_checkpoint(tmp_path / "m", make_config("mixtral", dtype="bfloat16", intermediate=1024, **sizes))
-    runs = [(llama, "int8"), (mixtral, "nf4"), (llama, "int4")]
+    # experts that are stacked while they are read: one projection of all of them more
+    runs = [(llama, "int8", 16 << 20), (mixtral, "nf4", 32 << 20), (llama, "int4", 16 << 20)]
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *(str(part) for run in runs for part in run)],
         capture_output=True,
@@ -229,6 +233,4 @@ def test_the_peak_of_loading_is_one_block_above_what_is_loaded(tmp_path: Path) -
     )
     for run, (quantized, block, peak) in zip(runs, json.loads(done.stdout), strict=True):
         assert quantized < 2.1 * block, run  # so that one block more would show
-        # experts that are stacked while they are read: one projection of all of them more
-        slack = (32 if run[0] == mixtral else 16) << 20
-        assert quantized <= peak <= quantized + block + slack, run
+        assert quantized <= peak <= quantized + block + run[2], run
