@@ -12,6 +12,6 @@ from hypothesis import settings
 settings.register_profile("project", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("project")
 
-# A shell starts what runs in the background with interrupts ignored, and its children with it, which are to hear Ctrl-C.
+# A shell starts what runs in the background with interrupts ignored, and its children with it, which should hear Ctrl-C
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
