@@ -18,8 +18,8 @@ def test_the_newest_is_last() -> None:
 
 def test_local_suffixes_dont_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
-    monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.24.0")
-    assert versions.installed() == Versions("5.24.0", "2.13.0")
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.23.0")
+    assert versions.installed() == Versions("5.23.0", "2.13.0")
     assert versions.installed() in TESTED
     monkeypatch.setattr(torch, "__version__", "2.13.1+cu130")
     assert versions.installed() not in TESTED
