@@ -41,8 +41,8 @@ TAIL = """
 Of checkpoints with images ({multimodal}) the text part is served.
 
 ## What differs
-* transformers before 5.21 leaves the caps of Gemma 2 out of its usual attention; here they are computed with any version,
-  as in transformers with `attn_implementation="eager"`.
+* transformers before 5.21 leaves the caps of Gemma 2 out of its usual attention; here they are computed with any
+  version, as in transformers with `attn_implementation="eager"`.
 * Layers with a state (gated DeltaNet, Mamba 2) keep one for each row, of a fixed size, beside the KV cache. It can't be
   cut back: a client that goes back in a session plays the session in again, and transformers itself refuses assisted
   generation with these models. A node keeps the states of at most 64 rows.
