@@ -6,21 +6,21 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from swarm.openmp import set_waiting
+from swarm.compute.openmp import set_waiting
 
 if TYPE_CHECKING:
-    from .model import SwarmModelForCausalLM
-    from .model_session import ModelSession
-    from .remote_blocks import RemoteBlocks
+    from .ends.remote_blocks import RemoteBlocks
+    from .model.facade import SwarmModelForCausalLM
+    from .model.model_session import ModelSession
     from .settings import ClientSettings
 
 __all__ = ["ClientSettings", "ModelSession", "RemoteBlocks", "SwarmModelForCausalLM"]
 
 _HOMES = {
     "ClientSettings": "settings",
-    "ModelSession": "model_session",
-    "RemoteBlocks": "remote_blocks",
-    "SwarmModelForCausalLM": "model",
+    "ModelSession": "model.model_session",
+    "RemoteBlocks": "ends.remote_blocks",
+    "SwarmModelForCausalLM": "model.facade",
 }
 
 

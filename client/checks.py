@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from swarm.codec import DTYPES, all_finite, dtype_name
 from swarm.errors import InputError
+from swarm.wire.codec import DTYPES, all_finite, dtype_name
 
 
 def check_hidden(

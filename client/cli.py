@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from swarm.commands.options import CONTEXT, NETWORK, WEIGHTS, CacheDir, DhtPrefix, InitialPeers, Manifest, split_list
+from swarm.commands.terminal import Failure, explain, require_text, run, tell, text_input
 from swarm.compat.late_imports import defer_imports, importing
 from swarm.errors import UsageError
-from swarm.options import CONTEXT, NETWORK, WEIGHTS, CacheDir, DhtPrefix, InitialPeers, Manifest, split_list
-from swarm.terminal import Failure, explain, require_text, run, tell, text_input
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from swarm.client.backends import Backend
-    from swarm.client.model import SwarmModelForCausalLM
+    from .commands.backends import Backend
+    from .model.facade import SwarmModelForCausalLM
 
 app = typer.Typer(
     name="swarm",
@@ -119,7 +119,7 @@ def generate(
         where = _Where(model, split_list(initial_peers), dht_prefix, wait_timeout, api, api_key, adapter)
         ends = _Ends(weights, manifest, cache_dir)
         with _backend(where, ends, (temperature, top_p, top_k, seed)) as backend:
-            from swarm.client.terminal import describe_speed, print_now
+            from .commands.terminal import describe_speed, print_now
 
             if not as_json:
                 print_now(prompt)
@@ -157,7 +157,7 @@ def chat(
         where = _Where(model, split_list(initial_peers), dht_prefix, wait_timeout, api, api_key, adapter)
         ends = _Ends(weights, manifest, cache_dir)
         with _backend(where, ends, (temperature, top_p, top_k, seed), max_length=max_length) as backend:
-            from swarm.client.talk import Talk, make_reader
+            from .commands.talk import Talk, make_reader
 
             print(f"Talking to {model or api}. /help lists the commands, /exit ends.", file=sys.stderr)
             Talk(backend, max_tokens=max_new_tokens, system=system).run(make_reader())
@@ -231,7 +231,7 @@ class _Ends:
 def _backend(
     where: _Where, ends: _Ends, sampling: tuple[float, float, int, int | None], *, max_length: int = 2**31
 ) -> Iterator[Backend]:
-    from swarm.client.backends import ApiBackend, Sampling, SwarmBackend
+    from .commands.backends import ApiBackend, Sampling, SwarmBackend
 
     made: Backend
     if where.api is not None:
@@ -248,8 +248,8 @@ def _backend(
 def _load(where: _Where, ends: _Ends) -> tuple[SwarmModelForCausalLM, PreTrainedTokenizerBase]:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     with importing():
-        from swarm.client.model import SwarmModelForCausalLM
-        from swarm.client.tokenizer import load_tokenizer
+        from .model.facade import SwarmModelForCausalLM
+        from .model.tokenizer import load_tokenizer
 
     assert where.model is not None
     facade = SwarmModelForCausalLM.from_pretrained(
@@ -270,8 +270,9 @@ def _load(where: _Where, ends: _Ends) -> tuple[SwarmModelForCausalLM, PreTrained
 def _watch(where: _Where, interval: float, *, as_json: bool, once: bool, top: bool) -> None:
     import asyncio
 
-    from swarm.client.gateway_view import watch_gateway
-    from swarm.status import show, watch
+    from swarm.commands.status import show, watch
+
+    from .commands.gateway_view import watch_gateway
 
     async def run() -> None:
         if where.api is not None:
@@ -305,7 +306,7 @@ def errors() -> Iterator[None]:
 def main() -> None:
     """Entry point of ``swarm``."""
     defer_imports()
-    from swarm.client.gateway.cli import gateway  # takes its options' types from here
+    from .gateway.cli import gateway  # takes its options' types from here
 
     app.add_typer(gateway, name="gateway")
     run(app)

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 import uvloop
 
-from swarm.forks import belongs_to_process, is_forked, refuse_fork
-from swarm.peer import Peer, PeerOptions
+from swarm.network.forks import belongs_to_process, is_forked, refuse_fork
+from swarm.network.peer import Peer, PeerOptions
 
 T = TypeVar("T")
 

@@ -13,15 +13,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from swarm.commands.options import (
+    CONTEXT,
+    NETWORK,
+    WEIGHTS,
+    CacheDir,
+    DhtPrefix,
+    InitialPeers,
+    Manifest,
+    Model,
+    split_list,
+)
+from swarm.commands.terminal import explain, flush, outlive_readers
+from swarm.commands.terminal import run as run_command
 from swarm.compat.late_imports import defer_imports, importing
+from swarm.compute.openmp import set_waiting
 from swarm.errors import UsageError
-from swarm.openmp import set_waiting
-from swarm.options import CONTEXT, NETWORK, WEIGHTS, CacheDir, DhtPrefix, InitialPeers, Manifest, Model, split_list
-from swarm.terminal import explain, flush, outlive_readers
-from swarm.terminal import run as run_command
 
 if TYPE_CHECKING:
-    from swarm.node.output import Output
+    from .output import Output
 
 app = typer.Typer(
     name="swarm-node",
@@ -289,9 +299,10 @@ def serve(
         if blocks is not None and num_blocks is not None:
             raise UsageError("--blocks and --num-blocks can't be given together")
         with importing():
-            from swarm.node.server import serve as serve_node
-            from swarm.node.settings import NodeSettings
-            from swarm.peer import PeerOptions
+            from swarm.network.peer import PeerOptions
+
+            from .hosting.server import serve as serve_node
+            from .settings import NodeSettings
 
         settings = NodeSettings(
             model=model,
@@ -367,9 +378,10 @@ def fetch(
     output = _output(log_format)
 
     async def run(stop: asyncio.Event) -> None:
-        from swarm.node.settings import NodeSettings
-        from swarm.node.weights_commands import fetch as fetch_weights
-        from swarm.peer import PeerOptions
+        from swarm.network.peer import PeerOptions
+
+        from .commands.weights import fetch as fetch_weights
+        from .settings import NodeSettings
 
         peers = split_list(initial_peers)
         if not peers:
@@ -414,9 +426,10 @@ def seed(
     output = _output(log_format)
 
     async def run(stop: asyncio.Event) -> None:
-        from swarm.node.settings import NodeSettings
-        from swarm.node.weights_commands import seed as seed_weights
-        from swarm.peer import PeerOptions
+        from swarm.network.peer import PeerOptions
+
+        from .commands.weights import seed as seed_weights
+        from .settings import NodeSettings
 
         options = PeerOptions(
             initial_peers=split_list(initial_peers),
@@ -456,7 +469,7 @@ def bootstrap(
     output = _output(log_format)
 
     async def run(stop: asyncio.Event) -> None:
-        from swarm.peer import Peer, PeerOptions
+        from swarm.network.peer import Peer, PeerOptions
 
         peer = await Peer.start(
             PeerOptions(
@@ -490,7 +503,7 @@ def status(
     interval: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")] = 2.0,
 ) -> None:
     """Show who serves which blocks of MODEL, how fast, what is free, and where blocks are missing."""
-    from swarm.status import show, watch
+    from swarm.commands.status import show, watch
 
     async def run(stop: asyncio.Event) -> None:
         peers = split_list(initial_peers)
@@ -503,7 +516,7 @@ def status(
 
 
 def _output(log_format: LogFormat) -> Output:
-    from swarm.node.output import make_output
+    from .output import make_output
 
     outlive_readers()
     return make_output(log_format.value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from swarm.peer import PeerOptions
+from swarm.network.peer import PeerOptions
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from typing import Annotated, Any
 
 import typer
 
-from swarm.openmp import set_waiting
+from swarm.compute.openmp import set_waiting
 
 set_waiting()  # as the commands swarm and swarm-node do; it holds for both sides of the comparison
 

@@ -21,11 +21,11 @@ import torch
 import typer
 from make_checkpoint import make_checkpoint, make_config
 
+from swarm.model.skeleton import load_span
+from swarm.model.source import resolve
+from swarm.node.engine.blocks.quantization import finish_block
 from swarm.node.engine.deterministic import make_deterministic
 from swarm.node.engine.engine import Engine
-from swarm.node.engine.quantization import finish_block
-from swarm.skeleton import load_span
-from swarm.source import resolve
 
 SIZES = {
     "hidden 512, 8 blocks, float32": {"hidden": 512, "layers": 8, "intermediate": 1376, "heads": 8, "kv_heads": 4},

@@ -24,7 +24,7 @@ from typing import Annotated, Any
 import httpx
 import typer
 
-from swarm.client.local_swarm import LocalSwarm
+from swarm.client.commands.local_swarm import LocalSwarm
 
 _CHILD = """
 import json, sys
@@ -139,7 +139,7 @@ def main(
             from transformers import AutoTokenizer
 
             from swarm.client import SwarmModelForCausalLM
-            from swarm.source import resolve
+            from swarm.model.source import resolve
 
             facade = SwarmModelForCausalLM.from_pretrained(model, initial_peers=swarm.peers)
             tokenizer = AutoTokenizer.from_pretrained(resolve(model).path)

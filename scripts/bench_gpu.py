@@ -31,7 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from swarm.openmp import set_waiting
+from swarm.compute.openmp import set_waiting
 
 set_waiting()
 
@@ -40,14 +40,14 @@ import typer
 from make_checkpoint import make_config
 from torch import nn
 
-from swarm.node.engine.acceleration import accelerate
+from swarm.model.skeleton import Span, assemble_span, build_skeleton
+from swarm.model.source import ModelSource
+from swarm.node.engine.blocks.quantization import find_scheme, finish_block
 from swarm.node.engine.engine import Engine
-from swarm.node.engine.quantization import find_scheme, finish_block
-from swarm.node.engine.session import EngineSession
-from swarm.node.engine.static_decode import Record, Step
-from swarm.node.hardware import free_memory
-from swarm.skeleton import Span, assemble_span, build_skeleton
-from swarm.source import ModelSource
+from swarm.node.engine.gpu.acceleration import accelerate
+from swarm.node.engine.gpu.static_decode import Record, Step
+from swarm.node.engine.scheduling.session import EngineSession
+from swarm.node.hosting.hardware import free_memory
 
 BITS = {"none": 16.0, "int8": 8.5, "nf4": 4.5, "int4": 4.5}
 """About how many bits a weight takes, to choose a model that fits."""

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 
 import typer
 
-from swarm.openmp import set_waiting
+from swarm.compute.openmp import set_waiting
 
 set_waiting()
 

@@ -26,7 +26,7 @@ from typing import Annotated, Any
 
 import typer
 
-from swarm.openmp import set_waiting
+from swarm.compute.openmp import set_waiting
 
 set_waiting()
 
@@ -34,16 +34,16 @@ import torch
 from bench import make_model, run_nodes
 from hivemind.proto import runtime_pb2
 
-from swarm.codec import encode
 from swarm.errors import PeerLostError
+from swarm.model.skeleton import load_span
+from swarm.model.source import resolve
+from swarm.network.peer import Peer, PeerOptions
 from swarm.node.engine import executor
-from swarm.node.engine.batch import pack
-from swarm.node.engine.kv_cache import KVCache, Sequence
-from swarm.node.engine.quantization import finish_block
-from swarm.peer import Peer, PeerOptions
-from swarm.skeleton import load_span
-from swarm.source import resolve
-from swarm.stream import MessageStream
+from swarm.node.engine.attention.batch import pack
+from swarm.node.engine.blocks.quantization import finish_block
+from swarm.node.engine.cache.kv_cache import KVCache, Sequence
+from swarm.wire.codec import encode
+from swarm.wire.stream import MessageStream
 
 PROTOCOL = "bench.echo"
 LIMIT = 2**20

@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from swarm.openmp import set_waiting
+from swarm.compute.openmp import set_waiting
 
 ROOT = Path(__file__).parents[1]
 PREFIX = "bench-hf"

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from swarm.openmp import set_waiting
+from swarm.compute.openmp import set_waiting
 
 set_waiting()
 

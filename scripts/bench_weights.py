@@ -25,7 +25,7 @@ from typing import Annotated, Any
 
 import typer
 
-from swarm.openmp import set_waiting
+from swarm.compute.openmp import set_waiting
 
 set_waiting()
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -33,12 +33,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 from make_checkpoint import make_checkpoint, make_config
 
 import swarm.node.cli
-import swarm.node.weights_commands
-from swarm.manifest import make_manifest
-from swarm.peer import Peer, PeerOptions
-from swarm.sharing.holders import Holder, announce_holder
-from swarm.sharing.seeder import Seeder
-from swarm.sharing.store import WeightStore
+import swarm.node.commands.weights
+from swarm.network.peer import Peer, PeerOptions
+from swarm.weights.sharing.holders import Holder, announce_holder
+from swarm.weights.sharing.manifest import make_manifest
+from swarm.weights.sharing.seeder import Seeder
+from swarm.weights.sharing.store import WeightStore
 
 CHUNK = 32 << 10
 LATE_SECONDS = 0.05

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from swarm.client.local_swarm import LocalNode, LocalSwarm
+from swarm.client.commands.local_swarm import LocalNode, LocalSwarm
 from swarm.errors import SwarmError
 
 if TYPE_CHECKING:
-    from swarm.client.model_session import ModelSession
+    from swarm.client.model.model_session import ModelSession
 
 MODEL = "demo"
 SPANS = ("0:3", "3:6", "6:8")
@@ -66,15 +66,15 @@ def _wait(swarm: LocalSwarm, nodes: list[LocalNode]) -> None:
 
 def _import_client() -> None:
     """Takes seconds, so it goes on while the nodes start."""
-    import swarm.client.terminal  # noqa: F401
+    import swarm.client.commands.terminal  # noqa: F401
 
 
 def _generate(swarm: LocalSwarm, prompt: str, max_new_tokens: int, *, chat: bool, kill_one: bool) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from swarm.client import SwarmModelForCausalLM
-    from swarm.client.terminal import generate_text
-    from swarm.source import resolve
+    from swarm.client.commands.terminal import generate_text
+    from swarm.model.source import resolve
 
     path = resolve(MODEL).path
     tokenizer = AutoTokenizer.from_pretrained(path)

@@ -41,12 +41,12 @@ from block_reference import PROMPT, ROWS, STEPS, Reference, compute
 from make_checkpoint import LARGE, SHARD_BYTES, large_config, make_checkpoint
 from transformers import PreTrainedConfig
 
+from swarm.client.session.swarm_connection import SwarmConnection
 from swarm.client.settings import ClientSettings
-from swarm.client.swarm_connection import SwarmConnection
-from swarm.node.engine.quantization import quantized_bytes, schemes_on
-from swarm.node.hardware import free_memory
-from swarm.skeleton import build_skeleton
-from swarm.source import ModelSource, resolve
+from swarm.model.skeleton import build_skeleton
+from swarm.model.source import ModelSource, resolve
+from swarm.node.engine.blocks.quantization import quantized_bytes, schemes_on
+from swarm.node.hosting.hardware import free_memory
 
 BLOCKS = {
     "llama-2-70b": 40, "llama-3.1-405b": 63, "falcon-180b": 40, "bloom-176b": 35, "mixtral-8x22b": 28, "deepseek-v3": 1,

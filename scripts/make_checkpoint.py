@@ -25,7 +25,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from swarm.compat.whole import saved_tensors
-from swarm.families.random_weights import random_weight
+from swarm.model.family_check.random_weights import random_weight
 
 
 @dataclass(frozen=True)

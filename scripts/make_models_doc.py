@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write docs/models.md from the table that the tests of families run over.
 
-python scripts/make_models_doc.py          # after a change of swarm/families/table.py
+python scripts/make_models_doc.py          # after a change of swarm/model/family_check/table.py
 python scripts/make_models_doc.py --check  # exit code 1 if the page is not what the table says
 """
 
@@ -15,9 +15,9 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "models.md"
 sys.path.insert(0, str(ROOT))
 
-from swarm.families import REFUSED, family_of  # noqa: E402
-from swarm.families.base import Family  # noqa: E402
-from swarm.families.table import CASES  # noqa: E402
+from swarm.model.families import REFUSED, family_of  # noqa: E402
+from swarm.model.families.base import Family  # noqa: E402
+from swarm.model.family_check.table import CASES  # noqa: E402
 from tests.families.over_nodes import OVER_NODES  # noqa: E402
 from tests.families.test_multimodal import OPTIONS as MULTIMODAL  # noqa: E402
 from tests.families.test_refused import REFUSED as TRIED  # noqa: E402
@@ -25,7 +25,7 @@ from tests.families.test_refused import REFUSED as TRIED  # noqa: E402
 HEAD = """\
 # Models
 
-<!-- Made by scripts/make_models_doc.py from swarm/families/table.py: change that, not this. -->
+<!-- Made by scripts/make_models_doc.py from swarm/model/family_check/table.py: change that, not this. -->
 
 Every row is tested with a tiny model of the true architecture and random weights, against transformers on the whole
 model: logits of whole sequences (`forward`), greedy text and beam search over three uneven spans with prompts prefilled

@@ -24,8 +24,8 @@ import typer
 from make_checkpoint import make_checkpoint, make_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from swarm.node.engine.quantization import SCHEMES, find_scheme, finish_block
-from swarm.source import resolve
+from swarm.model.source import resolve
+from swarm.node.engine.blocks.quantization import SCHEMES, find_scheme, finish_block
 
 PACKAGES = ("torch.nn.modules", "transformers.generation", "safetensors", "typer")
 WINDOW = 512

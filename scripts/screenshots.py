@@ -18,8 +18,8 @@ from playwright.sync_api import Browser, Page, Route, expect
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from swarm.client.commands.local_swarm import LocalSwarm  # noqa: E402
 from swarm.client.gateway.server import GatewaySettings, running  # noqa: E402
-from swarm.client.local_swarm import LocalSwarm  # noqa: E402
 from tests.pages.browser import chromium  # noqa: E402
 
 SPANS = ("0:3", "3:6", "5:8", "0:4", "4:8", "2:6")

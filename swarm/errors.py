@@ -22,8 +22,8 @@ SwarmError                 node      the root
     PeerLostError          network   a peer can't be reached, its stream ended, or it stopped answering
 ========================== ========= ===============================================================================
 
-The owner says what a client does about an error (:mod:`swarm.client.failures`): a peer is left out for a while only for
-errors of the node or of the network to it; the caller's are raised as they are.
+The owner says what a client does about an error (``client/session/failures.py``): a peer is left out for a while only
+for errors of the node or of the network to it; the caller's are raised as they are.
 
 An RPC of hivemind carries an error as text only. Ours starts with a code in brackets, so that the other side can raise
 the same class again; text without a code (from Petals, or from hivemind itself) becomes a plain :class:`RemoteError`,

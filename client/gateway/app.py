@@ -17,24 +17,24 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 
-from swarm.client.gateway.access import Access
-from swarm.client.gateway.api_chat import chat
-from swarm.client.gateway.api_completions import complete
-from swarm.client.gateway.api_embeddings import embed
-from swarm.client.gateway.api_responses import respond
-from swarm.client.gateway.api_swarm import ROUTES as SWARM_ROUTES
-from swarm.client.gateway.call import Call
-from swarm.client.gateway.errors import ApiError, as_api_error
-from swarm.client.gateway.guard import Guard
-from swarm.client.gateway.metrics import Metrics
-from swarm.client.gateway.openapi import describe_api
-from swarm.client.gateway.parse import parse
-from swarm.client.gateway.rate_limits import RateLimits
-from swarm.client.gateway.reply import Answer, Reply
-from swarm.client.gateway.schemas import ChatRequest, CompletionRequest, EmbeddingRequest, ResponsesRequest
-from swarm.client.gateway.served_model import ServedModel
-from swarm.client.gateway.static import Pages
-from swarm.client.gateway.swarm_watch import SwarmWatch
+from .access.access import Access
+from .access.guard import Guard
+from .access.rate_limits import RateLimits
+from .api.call import Call
+from .api.chat import chat
+from .api.completions import complete
+from .api.embeddings import embed
+from .api.openapi import describe_api
+from .api.reply import Answer, Reply
+from .api.responses import respond
+from .api.swarm import ROUTES as SWARM_ROUTES
+from .errors import ApiError, as_api_error
+from .metrics import Metrics
+from .requests.parse import parse
+from .requests.schemas import ChatRequest, CompletionRequest, EmbeddingRequest, ResponsesRequest
+from .served_model import ServedModel
+from .static import Pages
+from .swarm_watch import SwarmWatch
 
 PAGES = Path(__file__).with_name("pages")
 _MAX_BODY_BYTES = 16 * 2**20

@@ -10,10 +10,11 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from swarm.client.cli import WaitTimeout, Weights, errors
+from swarm.commands.options import NETWORK, CacheDir, DhtPrefix, InitialPeers, Manifest, split_list
+from swarm.commands.terminal import outlive_readers
 from swarm.errors import UsageError
-from swarm.options import NETWORK, CacheDir, DhtPrefix, InitialPeers, Manifest, split_list
-from swarm.terminal import outlive_readers
+
+from ..cli import WaitTimeout, Weights, errors
 
 _LIMITS, _ACCESS = "Limits", "Access"
 INSTALL = "the gateway needs more packages: pip install 'swarm-llm[gateway]'"
@@ -103,7 +104,7 @@ def serve(
         if manifest is not None and len(models) > 1:
             raise UsageError("--manifest is of one model's weights: leave it out, or start a gateway for each model")
         try:
-            from swarm.client.gateway.server import GatewaySettings, run
+            from .server import GatewaySettings, run
         except ModuleNotFoundError as error:
             if (error.name or "").startswith(("swarm", "torch", "transformers")):
                 raise
@@ -138,7 +139,7 @@ def add_key(
     keys_file: KeysFile = _KEYS_FILE,
 ) -> None:
     """Make a key and print it, this once. A gateway that runs knows it at once."""
-    from swarm.client.gateway.keys import KeyStore
+    from .access.keys import KeyStore
 
     with errors():
         store = KeyStore(keys_file.expanduser())
@@ -152,7 +153,7 @@ def list_keys(keys_file: KeysFile = _KEYS_FILE) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from swarm.client.gateway.keys import KeyStore
+    from .access.keys import KeyStore
 
     with errors():
         table = Table()
@@ -174,7 +175,7 @@ def list_keys(keys_file: KeysFile = _KEYS_FILE) -> None:
 @keys.command("remove")
 def remove_key(name: str, keys_file: KeysFile = _KEYS_FILE) -> None:
     """End a key. A gateway that runs refuses it at once."""
-    from swarm.client.gateway.keys import KeyStore
+    from .access.keys import KeyStore
 
     with errors():
         KeyStore(keys_file.expanduser()).remove(name)

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from swarm.client.gateway.admission import Admission
+from .decode.admission import Admission
 
 if TYPE_CHECKING:
-    from swarm.client.gateway.call import Call
+    from .api.call import Call
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 

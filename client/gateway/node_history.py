@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from swarm.overview import Meter, Overview, rates
+from swarm.network.overview import Meter, Overview, rates
 
 COLUMNS = ("time", "decode", "prefill", "busy", "sessions", "waiting", "cache_used", "rtt_ms")
 """Unix seconds; tokens a second; shares of the time and of the KV cache (0 to 1); numbers; milliseconds."""

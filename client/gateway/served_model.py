@@ -12,13 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from swarm.client.gateway.admission import Admission
-from swarm.client.gateway.engine import GatewayEngine
-from swarm.client.gateway.errors import invalid
-from swarm.client.gateway.grammar import GrammarFactory
-from swarm.client.gateway.model_ends import ModelEnds
-from swarm.client.gateway.sampling import SamplingParams
-from swarm.overview import Overview
+from swarm.network.overview import Overview
+
+from .decode.admission import Admission
+from .decode.engine import GatewayEngine
+from .decode.model_ends import ModelEnds
+from .decode.sampling import SamplingParams
+from .errors import invalid
+from .text.grammar import GrammarFactory
 
 T = TypeVar("T")
 

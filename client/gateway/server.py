@@ -20,19 +20,20 @@ import llguidance  # noqa: F401  # what is missing of the extra is to be known a
 import starlette  # noqa: F401
 import uvicorn
 
-from swarm.client.gateway.access import LOOPBACK, Access
-from swarm.client.gateway.admission import Admission
-from swarm.client.gateway.event_log import EventLog
-from swarm.client.gateway.key_desk import KeyDesk
-from swarm.client.gateway.keys import KeyStore
-from swarm.client.gateway.metrics import Metrics
-from swarm.client.local_swarm import LocalNode, LocalSwarm
 from swarm.compat.late_imports import importing
 from swarm.errors import ConnectError, UsageError
 
+from ..commands.local_swarm import LocalNode, LocalSwarm
+from .access.access import LOOPBACK, Access
+from .access.key_desk import KeyDesk
+from .access.keys import KeyStore
+from .decode.admission import Admission
+from .event_log import EventLog
+from .metrics import Metrics
+
 if TYPE_CHECKING:
-    from swarm.client.gateway.served_model import ServedModel
-    from swarm.client.gateway.swarm_watch import SwarmWatch
+    from .served_model import ServedModel
+    from .swarm_watch import SwarmWatch
 
 _STOP_SECONDS = 5
 
@@ -126,9 +127,9 @@ def running(settings: GatewaySettings, log: Callable[[dict[str, Any]], None]) ->
         listening = stack.enter_context(_listen(settings.host, settings.port))
         finish_swarm = _start_swarm(settings, stack) if settings.local_nodes else None
         # Takes seconds, in which the first node of a local swarm starts.
-        from swarm.client.gateway.app import Gateway, make_app
-        from swarm.client.gateway.swarm_watch import SwarmWatch
-        from swarm.client.runtime import Runtime
+        from ..runtime import Runtime
+        from .app import Gateway, make_app
+        from .swarm_watch import SwarmWatch
 
         peers = settings.initial_peers if finish_swarm is None else finish_swarm()
         admission = Admission(settings.max_sessions, settings.max_queue)
@@ -172,7 +173,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def _start_swarm(settings: GatewaySettings, stack: ExitStack) -> Callable[[], tuple[str, ...]]:
     """Starts the first node; the rest by the function returned, which waits for all and gives the initial peers."""
-    from swarm.source import resolve
+    from swarm.model.source import resolve
 
     (name,) = settings.models
     blocks = resolve(name).num_blocks
@@ -203,9 +204,9 @@ def _load(
     stack: ExitStack,
 ) -> list[ServedModel]:
     with importing():
-        from swarm.client.gateway.served_model import ServedModel
-        from swarm.client.model import SwarmModelForCausalLM
-        from swarm.client.tokenizer import load_tokenizer
+        from ..model.facade import SwarmModelForCausalLM
+        from ..model.tokenizer import load_tokenizer
+        from .served_model import ServedModel
 
     models = []
     for name in settings.models:

@@ -8,10 +8,11 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 
-from swarm.client.gateway.errors import ApiError
-from swarm.client.gateway.node_history import NodeHistory
-from swarm.client.gateway.served_model import ServedModel
-from swarm.overview import Overview
+from swarm.network.overview import Overview
+
+from .errors import ApiError
+from .node_history import NodeHistory
+from .served_model import ServedModel
 
 logger = logging.getLogger(__name__)
 _LIVELY_SECONDS, _QUIET_SECONDS = 1.0, 10.0

@@ -8,11 +8,12 @@ from typing import Protocol
 import torch
 
 from swarm.errors import ModelError
-from swarm.families.mixers import in_mixer
-from swarm.node.engine.batch import pack_dense
-from swarm.node.engine.executor import run_blocks
-from swarm.node.engine.lora import LayerAdapters, Lora
-from swarm.span import Span
+from swarm.model.families.mixers import in_mixer
+from swarm.model.span import Span
+
+from .attention.batch import pack_dense
+from .blocks.lora import LayerAdapters, Lora
+from .executor import run_blocks
 
 _TRIAL = 3  # tokens
 

@@ -7,9 +7,10 @@ from collections.abc import Container
 import torch
 
 from swarm.errors import BadRequestError, OutOfOrderError, UsageError
-from swarm.layout import check_range
-from swarm.node.engine.session import EngineSession, StepWork
-from swarm.span import Span
+from swarm.model.layout import check_range
+from swarm.model.span import Span
+
+from .scheduling.session import EngineSession, StepWork
 
 
 def check_blocks(span: Span, first: int, last: int) -> None:

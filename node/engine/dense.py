@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from swarm.errors import BadRequestError
-from swarm.node.engine import executor
-from swarm.node.engine.checks import check_blocks, check_hidden, check_prompts
-from swarm.node.engine.session import DenseWork
-from swarm.span import Span
+from swarm.model.span import Span
+
+from . import executor
+from .checks import check_blocks, check_hidden, check_prompts
+from .scheduling.session import DenseWork
 
 
 def advance(span: Span, work: DenseWork, *, max_tokens: int) -> int:

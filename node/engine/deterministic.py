@@ -1,9 +1,9 @@
 """Blocks that give a token the same bits whoever else is in the batch.
 
-Four things of a block depend on the batch's size. Matrix products: :mod:`swarm.tiles`. Activations: on a CPU, what is
-left over when a tensor is cut into vectors, or into parts for threads, goes through other code, which rounds
-differently. Experts: how many tokens each gets. Attention: :func:`swarm.node.engine.batch.pack` gives each row a call
-of its own, cut at fixed columns. The rest computes each row by itself, which :func:`check` makes sure of.
+Four things of a block depend on the batch's size. Matrix products: :mod:`swarm.compute.tiles`. Activations: on a CPU,
+what is left over when a tensor is cut into vectors, or into parts for threads, goes through other code, which rounds
+differently. Experts: how many tokens each gets. Attention: ``pack`` in ``attention/batch.py`` gives each row a call of
+its own, cut at fixed columns. The rest computes each row by itself, which :func:`check` makes sure of.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from swarm.compute.tiles import tile_linear, tiled
 from swarm.errors import UsageError
-from swarm.node.engine.batch import pack
-from swarm.node.engine.executor import run_blocks
-from swarm.node.engine.kv_cache import KVCache, Sequence
-from swarm.node.engine.lora import adapter_tokens
-from swarm.span import Span
-from swarm.tiles import tile_linear, tiled
+from swarm.model.span import Span
+
+from .attention.batch import pack
+from .blocks.lora import adapter_tokens
+from .cache.kv_cache import KVCache, Sequence
+from .executor import run_blocks
 
 PIECE_TOKENS = 64
 """Tokens of a session in a call of attention at most; columns are cut at multiples of this, divided by its rows."""

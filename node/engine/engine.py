@@ -15,22 +15,23 @@ from typing import Any
 import torch
 
 from swarm.errors import BadRequestError, LeavingError, OutOfCacheError, RemoteError
-from swarm.node.engine import dense
-from swarm.node.engine.acceleration import Acceleration
-from swarm.node.engine.admission import Admissions
-from swarm.node.engine.checks import check_adapter, check_blocks, check_hidden, check_step
-from swarm.node.engine.deterministic import PIECE_TOKENS, columns_per_piece
-from swarm.node.engine.gathering import Gatherer
-from swarm.node.engine.kv_cache import KVCache, Sequence
-from swarm.node.engine.pacing import Pacer
-from swarm.node.engine.scheduler import DECODE_COLUMNS, Waiting, plan_turn
-from swarm.node.engine.session import Admission, DenseWork, EngineSession, Prefix, StepTimes, StepWork
-from swarm.node.engine.states import StateStore
-from swarm.node.engine.static_decode import StaticDecode
-from swarm.node.engine.stats import EngineStats
-from swarm.node.engine.turn import TurnRunner
-from swarm.node.engine.turnstile import Turnstile
-from swarm.span import Span
+from swarm.model.span import Span
+
+from . import dense
+from .cache.kv_cache import KVCache, Sequence
+from .cache.states import StateStore
+from .checks import check_adapter, check_blocks, check_hidden, check_step
+from .deterministic import PIECE_TOKENS, columns_per_piece
+from .gpu.acceleration import Acceleration
+from .gpu.static_decode import StaticDecode
+from .scheduling.admission import Admissions
+from .scheduling.gathering import Gatherer
+from .scheduling.pacing import Pacer
+from .scheduling.scheduler import DECODE_COLUMNS, Waiting, plan_turn
+from .scheduling.session import Admission, DenseWork, EngineSession, Prefix, StepTimes, StepWork
+from .scheduling.turnstile import Turnstile
+from .stats import EngineStats
+from .turn import TurnRunner
 
 logger = logging.getLogger(__name__)
 

@@ -6,10 +6,11 @@ import itertools
 
 import torch
 
-import swarm.node.engine.attention  # noqa: F401  registers the function that the blocks call
-from swarm.node.engine.batch import Batch, DenseBatch, pack_dense
-from swarm.node.engine.lora import using
-from swarm.span import Span
+from swarm.model.span import Span
+
+from .attention import attention as _registered  # noqa: F401  (registers the function)
+from .attention.batch import Batch, DenseBatch, pack_dense
+from .blocks.lora import using
 
 
 class PlacedPrompts:

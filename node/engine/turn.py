@@ -6,18 +6,19 @@ from collections.abc import Sequence as Listing
 
 import torch
 
-from swarm.node.engine import executor
-from swarm.node.engine.batch import pack
-from swarm.node.engine.deterministic import columns_per_piece
-from swarm.node.engine.executor import PlacedPrompts
-from swarm.node.engine.kv_cache import KVCache, Sequence
-from swarm.node.engine.lora import adapter_tokens
-from swarm.node.engine.scheduler import DECODE_COLUMNS
-from swarm.node.engine.session import EngineSession, StepWork
-from swarm.node.engine.states import StateStore
-from swarm.node.engine.static_decode import StaticDecode
-from swarm.node.engine.transfer import to_device, to_host
-from swarm.span import Span
+from swarm.model.span import Span
+
+from . import executor
+from .attention.batch import pack
+from .blocks.lora import adapter_tokens
+from .cache.kv_cache import KVCache, Sequence
+from .cache.states import StateStore
+from .deterministic import columns_per_piece
+from .executor import PlacedPrompts
+from .gpu.static_decode import StaticDecode
+from .gpu.transfer import to_device, to_host
+from .scheduling.scheduler import DECODE_COLUMNS
+from .scheduling.session import EngineSession, StepWork
 
 
 class TurnRunner:

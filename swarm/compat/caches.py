@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from swarm.compat.keywords import cache_keyword
+from .keywords import cache_keyword
 
 
 class HollowCache(Cache):

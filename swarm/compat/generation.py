@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
-from swarm.compat.keywords import GENERATE_KEYWORD
+from .keywords import GENERATE_KEYWORD
 
 ASSISTED = GenerationMode.ASSISTED_GENERATION
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from swarm.compat.attention import choose_attention
-from swarm.compat.building import LAYER_LISTS
-from swarm.compat.caches import HollowCache
-from swarm.compat.keywords import cache_keyword, with_cache
+from .attention import choose_attention
+from .building import LAYER_LISTS
+from .caches import HollowCache
+from .keywords import cache_keyword, with_cache
 
 _NO_ATTENTION = "swarm_client"
 """transformers builds no masks for an attention that it doesn't know."""

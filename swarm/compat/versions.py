@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-from swarm import __version__
+from .. import __version__
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from swarm.compat.building import LAYER_LISTS, tied_names
-from swarm.compat.loading import quiet
+from .building import LAYER_LISTS, tied_names
+from .loading import quiet
 
 
 def saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:

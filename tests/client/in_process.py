@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from swarm.model.skeleton import load_span
+from swarm.model.source import resolve
+from swarm.node.engine.blocks.quantization import finish_block
 from swarm.node.engine.engine import Engine
-from swarm.node.engine.quantization import finish_block
-from swarm.node.engine.session import EngineSession
-from swarm.skeleton import load_span
-from swarm.source import resolve
+from swarm.node.engine.scheduling.session import EngineSession
 
 
 class InProcessSession:
-    """What ``swarm.client.session.Session`` promises, one ``Engine.open`` and ``Engine.step`` per half."""
+    """What ``swarm.client.session.session.Session`` promises, one ``Engine.open`` and ``Engine.step`` per half."""
 
     def __init__(self, connection: InProcessConnection, max_length: int, adapter: str | None) -> None:
         assert adapter is None
@@ -70,7 +70,7 @@ class InProcessSession:
 
 
 class InProcessConnection:
-    """What ``swarm.client.swarm_connection.SwarmConnection`` promises."""
+    """What ``swarm.client.session.swarm_connection.SwarmConnection`` promises."""
 
     def __init__(self, path: Path, spans: Sequence[tuple[int, int]] = (), *, max_batch_tokens: int = 512) -> None:
         source = resolve(str(path))

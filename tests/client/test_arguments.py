@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from swarm.client.arguments import device_of, dtype_of, peers_of, settings_of
+from swarm.client.model.arguments import device_of, dtype_of, peers_of, settings_of
 from swarm.errors import UsageError
 
 

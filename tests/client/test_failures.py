@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 
 from swarm import errors
 from swarm.client.checks import check_hidden, check_hypo_ids
-from swarm.client.divided import _divide_order
-from swarm.client.failures import Course, Failures, course
-from swarm.client.left_out import LeftOut, Needs, Seen, explain
+from swarm.client.routing.left_out import LeftOut, Needs, Seen, explain
+from swarm.client.routing.swarm_view import SwarmView
+from swarm.client.session.divided import _divide_order
+from swarm.client.session.failures import Course, Failures, course
 from swarm.client.settings import ClientSettings
-from swarm.client.swarm_view import SwarmView
 from swarm.errors import Owner, SwarmError
-from swarm.limits import divide_rows
-from swarm.records import Offer, ServerInfo, ServerState
+from swarm.wire.limits import divide_rows
+from swarm.wire.records import Offer, ServerInfo, ServerState
 from tests.client.test_routing import peer, span
 
 CALLER, NODE = errors.BadRequestError("not for anybody"), errors.RemoteError("answered nonsense")

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from swarm import skeleton
 from swarm.client import SwarmModelForCausalLM
-from swarm.client.family_check import require_right_ends
+from swarm.client.model.family_check import require_right_ends
 from swarm.compat import versions
 from swarm.compat.versions import Versions
 from swarm.errors import ConnectError, ModelError
+from swarm.model import skeleton
 from tests.models import tiny_model
 
 NOBODY = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWLmKfRzFrKg5fmyAZbGSDiXQMSFGwPQ4YNBSqWXGCUFpJ"
@@ -79,7 +79,7 @@ def test_text_that_is_computed_again_at_each_token_is_refused(monkeypatch: pytes
 def test_a_model_is_checked_before_a_swarm_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     path = tiny_model("llama-gqa")
     with monkeypatch.context() as wrong:
-        wrong.setattr("swarm.client.family_check.check_ends", lambda tiny: "logits are off by 3")
+        wrong.setattr("swarm.client.model.family_check.check_ends", lambda tiny: "logits are off by 3")
         with pytest.raises(ModelError, match=r"ends of llama .* llama-2: logits are off by 3\. Install a tested one"):
             SwarmModelForCausalLM.from_pretrained(path, initial_peers=NOBODY, startup_timeout=2)
     monkeypatch.setenv("SWARM_UNTESTED", "1")

@@ -8,8 +8,8 @@ import pytest
 from huggingface_hub import constants
 from transformers import AutoTokenizer
 
-from swarm.client.find_model import find_model
-from swarm.source import resolve
+from swarm.client.model.find_model import find_model
+from swarm.model.source import resolve
 from tests.swarm.hub_server import HubServer
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from swarm.client.gateway.conversation import turn_of, write_out
 from swarm.client.gateway.errors import ApiError
-from swarm.client.gateway.schemas import Message, Tool
-from swarm.client.gateway.templates import render
-from swarm.source import resolve
+from swarm.client.gateway.requests.schemas import Message, Tool
+from swarm.client.gateway.text.conversation import turn_of, write_out
+from swarm.client.gateway.text.templates import render
+from swarm.model.source import resolve
 
 WEATHER = Tool(
     type="function",

@@ -9,13 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from swarm.client import SwarmModelForCausalLM
-from swarm.client.gateway.admission import Admission
-from swarm.client.gateway.engine import GatewayEngine
-from swarm.client.gateway.generation import Generation, Job, Sampled, Timing
-from swarm.client.gateway.model_ends import ModelEnds
-from swarm.client.gateway.sampling import SamplingParams
-from swarm.skeleton import load_ends
-from swarm.source import resolve
+from swarm.client.gateway.decode.admission import Admission
+from swarm.client.gateway.decode.engine import GatewayEngine
+from swarm.client.gateway.decode.generation import Generation, Job, Sampled, Timing
+from swarm.client.gateway.decode.model_ends import ModelEnds
+from swarm.client.gateway.decode.sampling import SamplingParams
+from swarm.model.skeleton import load_ends
+from swarm.model.source import resolve
 from tests.client.in_process import InProcessConnection
 from tests.models import PRESETS, tiny_model
 

@@ -7,8 +7,8 @@ import sqlite3
 import threading
 from pathlib import Path
 
-from swarm.client.gateway.key_desk import KeyDesk
-from swarm.client.gateway.keys import Key, KeyStore, Usage
+from swarm.client.gateway.access.key_desk import KeyDesk
+from swarm.client.gateway.access.keys import Key, KeyStore, Usage
 
 
 def test_a_file_that_others_write_holds_up_nobody(tmp_path: Path) -> None:

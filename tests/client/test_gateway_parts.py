@@ -13,19 +13,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from swarm.client.gateway.access import LOOPBACK, Access
-from swarm.client.gateway.admission import Admission
-from swarm.client.gateway.chat import may_be_call, parse_call, plan_tools
+from swarm.client.gateway.access.access import LOOPBACK, Access
+from swarm.client.gateway.access.guard import Guard
+from swarm.client.gateway.access.key_desk import KeyDesk
+from swarm.client.gateway.access.keys import Key, KeyStore, Usage
+from swarm.client.gateway.access.rate_limits import RateLimits, Window
+from swarm.client.gateway.decode.admission import Admission
 from swarm.client.gateway.errors import ApiError, as_api_error
-from swarm.client.gateway.grammar import GrammarFactory
-from swarm.client.gateway.guard import Guard
-from swarm.client.gateway.key_desk import KeyDesk
-from swarm.client.gateway.keys import Key, KeyStore, Usage
-from swarm.client.gateway.rate_limits import RateLimits, Window
-from swarm.client.gateway.schemas import Message, NamedTool, Tool
-from swarm.client.gateway.templates import PLAIN_TEMPLATE, render
+from swarm.client.gateway.requests.schemas import Message, NamedTool, Tool
+from swarm.client.gateway.text.grammar import GrammarFactory
+from swarm.client.gateway.text.templates import PLAIN_TEMPLATE, render
+from swarm.client.gateway.text.tool_calls import may_be_call, parse_call, plan_tools
 from swarm.errors import MissingBlocksError, OutOfCacheError, UsageError
-from swarm.source import resolve
+from swarm.model.source import resolve
 
 WEATHER = {
     "type": "function",

@@ -8,13 +8,19 @@ from typing import Any
 
 import pytest
 
-from swarm.client.gateway.admission import Admission
-from swarm.client.gateway.chat import plan_tools
+from swarm.client.gateway.decode.admission import Admission
+from swarm.client.gateway.decode.sampling import SamplingParams
 from swarm.client.gateway.errors import ApiError
 from swarm.client.gateway.event_log import EventLog
-from swarm.client.gateway.parse import parse
-from swarm.client.gateway.sampling import SamplingParams
-from swarm.client.gateway.schemas import ChatRequest, CompletionRequest, EmbeddingRequest, ResponsesRequest, Tool
+from swarm.client.gateway.requests.parse import parse
+from swarm.client.gateway.requests.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    ResponsesRequest,
+    Tool,
+)
+from swarm.client.gateway.text.tool_calls import plan_tools
 
 HI = [{"role": "user", "content": "Hi"}]
 KINDS = "has to be a string, a list of strings, a list of token ids, or a list of such lists"

@@ -18,7 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from swarm.client.gateway.sampling import Row, SamplingParams, adjust, distribution, invert, sample, top_logprobs
+from swarm.client.gateway.decode.sampling import Row, SamplingParams, adjust, distribution, invert, sample, top_logprobs
 
 VOCABULARY = 600  # more than what top-p looks at first
 

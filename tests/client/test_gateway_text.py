@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from swarm.client.gateway.text import Detokenizer, StopStrings
-from swarm.source import resolve
+from swarm.client.gateway.text.text import Detokenizer, StopStrings
+from swarm.model.source import resolve
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from transformers.utils import ModelOutput
 
 from swarm.client import SwarmModelForCausalLM
 from swarm.compat.keywords import GENERATE_KEYWORD, OLDEST_KEYWORD
-from swarm.skeleton import load_ends
-from swarm.source import resolve
+from swarm.model.skeleton import load_ends
+from swarm.model.source import resolve
 from tests.client.generation_table import (
     EXACT,
     FIELDS,

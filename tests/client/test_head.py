@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from swarm.client.head import CombinedForward, PackedForward
+from swarm.client.ends.head import CombinedForward, PackedForward
 
 
 def test_threads_get_their_own_rows_and_wait_together() -> None:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarm.client.history import History
+from swarm.client.session.history import History
 
 ROWS = 3
 

@@ -7,11 +7,11 @@ from hivemind.p2p import PeerID
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swarm.client.prefix import PageNames, column_digests, describe_context
-from swarm.client.routing import Leg
-from swarm.dht import RemoteSpan
-from swarm.records import ServerInfo, ServerState
-from swarm.rpc import MAX_NAMES, NAME_BYTES, NAMED_TOKENS
+from swarm.client.routing.route import Leg
+from swarm.client.session.prefix import PageNames, column_digests, describe_context
+from swarm.network.dht import RemoteSpan
+from swarm.wire.records import ServerInfo, ServerState
+from swarm.wire.rpc import MAX_NAMES, NAME_BYTES, NAMED_TOKENS
 
 ROWS = 3
 PADDING = (0, 5, 17)

@@ -9,11 +9,11 @@ from hivemind.p2p import PeerID
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarm.client.bans import Bans
-from swarm.client.routing import find_route
-from swarm.dht import RemoteSpan
+from swarm.client.routing.bans import Bans
+from swarm.client.routing.route import find_route
 from swarm.errors import MissingBlocksError, UsageError
-from swarm.records import Offer, ServerInfo, ServerState
+from swarm.network.dht import RemoteSpan
+from swarm.wire.records import Offer, ServerInfo, ServerState
 
 
 def peer(name: str) -> PeerID:

@@ -23,7 +23,7 @@ PRIVATE = {
     "original_max_seq_len",
 }
 """Names in transformers (and torch's modules) that only that package may use: attributes, keywords and functions."""
-ALLOWED = {"swarm/families/bloom.py": {"layer_past"}, "swarm/families/falcon.py": {"layer_past"}}
+ALLOWED = {"swarm/model/families/bloom.py": {"layer_past"}, "swarm/model/families/falcon.py": {"layer_past"}}
 """Those two families compute attention themselves, and their adapters take the place of just that module."""
 
 

@@ -16,7 +16,7 @@ from transformers import Cache, GenerationMixin, PreTrainedModel, conversion_map
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, LoadStateDictConfig
 
 from swarm.compat import attention, building, caches, generation, keywords, loading, rotary, trunk, whole
-from swarm.families.table import CASES, Case
+from swarm.model.family_check.table import CASES, Case
 
 BY_LABEL = {case.label: case for case in CASES}
 KINDS = [
@@ -186,7 +186,7 @@ def test_models_can_be_built_without_memory_and_have_a_list_of_blocks(case: Case
 
 @pytest.mark.parametrize("label", ["llama-3.1", "gemma3_text", "falcon_h1", "gptj", "phi3"])
 def test_buffers_are_computed_when_a_module_is_initialized(label: str) -> None:
-    from swarm.families import family_of
+    from swarm.model.families import family_of
 
     case = BY_LABEL[label]
     model, whole = built(case), build_tiny(label)
@@ -239,8 +239,8 @@ def flatten(embeddings: Any) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("case", KINDS, ids=lambda case: case.label)
 def test_a_trunk_calls_one_layer_in_place_of_all(case: Case) -> None:
-    from swarm.client.ends import Echo, StackOfBlocks
-    from swarm.families import family_of
+    from swarm.client.ends.ends import Echo, StackOfBlocks
+    from swarm.model.families import family_of
 
     model = build_tiny(case.label)
     base = layers_parent(model)

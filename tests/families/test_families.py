@@ -16,13 +16,13 @@ import pytest
 import torch
 
 from swarm.client import SwarmModelForCausalLM
-from swarm.client.gateway.model_ends import ModelEnds
+from swarm.client.gateway.decode.model_ends import ModelEnds
 from swarm.compat.whole import load_whole, run_whole
-from swarm.families import family_of
-from swarm.families.table import CASES, Case
+from swarm.model.families import family_of
+from swarm.model.family_check.table import CASES, Case
+from swarm.model.skeleton import load_ends
+from swarm.model.source import resolve
 from swarm.node.engine.engine import Engine
-from swarm.skeleton import load_ends
-from swarm.source import resolve
 from tests.client.in_process import InProcessConnection
 from tests.models import make_checkpoint
 

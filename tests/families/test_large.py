@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from swarm.node.engine.quantization import quantized_bytes
-from swarm.skeleton import block_caches, build_skeleton
-from swarm.source import ModelSource
+from swarm.model.skeleton import block_caches, build_skeleton
+from swarm.model.source import ModelSource
+from swarm.node.engine.blocks.quantization import quantized_bytes
 from tests.models import large_config
 
 # parameters of a block, in millions, and KV bytes a token in bfloat16

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from swarm.families.table import CASES
+from swarm.model.family_check.table import CASES
+from swarm.model.probe import KVGeometry
+from swarm.model.skeleton import block_caches, load_span
+from swarm.model.source import resolve
 from swarm.node.engine.engine import Engine
-from swarm.probe import KVGeometry
-from swarm.skeleton import block_caches, load_span
-from swarm.source import resolve
 from tests.models import make_checkpoint
 
 

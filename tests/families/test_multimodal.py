@@ -10,9 +10,9 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from swarm.client import SwarmModelForCausalLM
-from swarm.families.table import CASES
-from swarm.skeleton import load_ends
-from swarm.source import resolve
+from swarm.model.family_check.table import CASES
+from swarm.model.skeleton import load_ends
+from swarm.model.source import resolve
 from tests.client.in_process import InProcessConnection
 
 _VISION: dict[str, Any] = {

@@ -12,9 +12,9 @@ import torch
 from transformers import AutoConfig
 
 from swarm.errors import ModelError
-from swarm.families.table import SIZES
-from swarm.skeleton import load_span
-from swarm.source import resolve
+from swarm.model.family_check.table import SIZES
+from swarm.model.skeleton import load_span
+from swarm.model.source import resolve
 from tests.models import make_checkpoint
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -20,7 +20,7 @@ import httpx
 import openai
 import pytest
 
-from swarm.client.gateway.keys import KeyStore
+from swarm.client.gateway.access.keys import KeyStore
 from swarm.client.gateway.server import GatewaySettings, running
 from tests.gateway.conftest import Api, Whole
 from tests.swarm_e2e.nodes import Swarm, figures, free_port, run_swarm

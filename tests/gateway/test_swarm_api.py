@@ -12,11 +12,11 @@ from typing import Any
 import httpx
 import pytest
 
-from swarm.client.gateway.keys import KeyStore
+from swarm.client.gateway.access.keys import KeyStore
 from swarm.client.gateway.node_history import COLUMNS, NodeHistory
 from swarm.client.gateway.server import GatewaySettings, running
-from swarm.client.trace import Answered, HopName, split_time
-from swarm.overview import Meter, NodeView, Overview
+from swarm.client.session.trace import Answered, HopName, split_time
+from swarm.network.overview import Meter, NodeView, Overview
 from tests.gateway.conftest import Api, Whole
 from tests.swarm_e2e.nodes import Swarm
 

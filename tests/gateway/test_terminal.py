@@ -67,7 +67,7 @@ def test_tokens_that_the_model_has_not_learned(tmp_path: Path) -> None:
     """A tokenizer may know more tokens than the model has embeddings for."""
     from transformers import AutoTokenizer
 
-    from swarm.source import resolve
+    from swarm.model.source import resolve
 
     path = tiny_model("llama-gqa")
     for file in path.iterdir():

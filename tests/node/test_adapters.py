@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from swarm.errors import ModelError, UsageError
-from swarm.families.table import CASES
-from swarm.node.adapter_checkpoint import CONFIG, WEIGHTS, AdapterCheckpoint, open_adapter
-from swarm.node.adapter_config import AdapterSpec, parse_spec, parse_specs, read_config
-from swarm.skeleton import build_skeleton
-from swarm.source import resolve
+from swarm.model.family_check.table import CASES
+from swarm.model.skeleton import build_skeleton
+from swarm.model.source import resolve
+from swarm.node.adapters.checkpoint import CONFIG, WEIGHTS, AdapterCheckpoint, open_adapter
+from swarm.node.adapters.config import AdapterSpec, parse_spec, parse_specs, read_config
 from tests.adapters import make_adapter
 from tests.models import make_checkpoint, tiny_model
 from tests.swarm.hub_server import HubServer

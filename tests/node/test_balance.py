@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarm.node.balance import better_start, covered_by_others
-from swarm.records import ServerInfo, ServerState
+from swarm.node.hosting.balance import better_start, covered_by_others
+from swarm.wire.records import ServerInfo, ServerState
 
 COUNT = 8
 Node = tuple[int, int, float]  # first block, number of blocks, throughput

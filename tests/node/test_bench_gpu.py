@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from swarm.node.engine.quantization import quantized_bytes
-from swarm.skeleton import build_skeleton
+from swarm.model.skeleton import build_skeleton
+from swarm.node.engine.blocks.quantization import quantized_bytes
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 

@@ -13,10 +13,10 @@ import pytest
 from swarm.compat import versions
 from swarm.compat.versions import Versions, installed, set_name
 from swarm.errors import ModelError
-from swarm.node.engine import attention
-from swarm.node.family_check import require_right_blocks
+from swarm.model.family_check.verdicts import keep_verdict
+from swarm.node.engine.attention import attention
+from swarm.node.hosting.family_check import require_right_blocks
 from swarm.node.output import JsonOutput
-from swarm.verdicts import keep_verdict
 from tests.models import tiny_model
 from tests.swarm_e2e.nodes import START_TIMEOUT
 
@@ -57,7 +57,7 @@ def test_blocks_that_are_called_otherwise_are_refused(output: JsonOutput, monkey
     def run(*args: Any) -> Any:
         raise TypeError("forward() got an unexpected keyword")
 
-    monkeypatch.setattr("swarm.families.base.Family.run", run)
+    monkeypatch.setattr("swarm.model.families.base.Family.run", run)
     with pytest.raises(ModelError, match=r"blocks of gemma2 .*TypeError: .*an unexpected keyword"):
         require_right_blocks("gemma2", output)
 

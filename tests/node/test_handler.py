@@ -18,17 +18,17 @@ from hivemind.proto import runtime_pb2
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from swarm import rpc
-from swarm.codec import decode, encode
 from swarm.errors import BadRequestError, PeerLostError, SwarmError
+from swarm.model.skeleton import load_span
+from swarm.model.source import resolve
 from swarm.node.engine.engine import Engine
-from swarm.node.handler import Handler
-from swarm.node.limits import Limits
-from swarm.node.requests import Served
-from swarm.records import span_uid
-from swarm.skeleton import load_span
-from swarm.source import resolve
-from swarm.stream import MessageStream
+from swarm.node.rpc.handler import Handler
+from swarm.node.rpc.limits import Limits
+from swarm.node.rpc.requests import Served
+from swarm.wire import rpc
+from swarm.wire.codec import decode, encode
+from swarm.wire.records import span_uid
+from swarm.wire.stream import MessageStream
 from tests.models import tiny_model
 
 Request, Response = runtime_pb2.ExpertRequest, runtime_pb2.ExpertResponse

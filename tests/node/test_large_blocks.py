@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from swarm.errors import UsageError
-from swarm.node import server
+from swarm.model.source import ModelSource
+from swarm.network.peer import PeerOptions
+from swarm.node.hosting import server
 from swarm.node.settings import NodeSettings
-from swarm.peer import PeerOptions
-from swarm.source import ModelSource
 from tests.models import large_config
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"

@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from swarm.errors import UsageError
-from swarm.node.placement import (
+from swarm.node.hosting.placement import (
     Plan,
     Sizes,
     Wish,

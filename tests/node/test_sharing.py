@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from swarm.manifest import make_manifest
+from swarm.model.source import resolve
+from swarm.node.hosting.sharing import make_whole, whole_here
 from swarm.node.settings import NodeSettings
-from swarm.node.sharing import make_whole, whole_here
-from swarm.source import resolve
+from swarm.weights.sharing.manifest import make_manifest
 from tests.models import tiny_model
 from tests.swarm.hub_server import HubServer
 

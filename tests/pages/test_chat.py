@@ -12,7 +12,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from swarm.client.gateway.keys import KeyStore
+from swarm.client.gateway.access.keys import KeyStore
 from swarm.client.gateway.server import running
 from tests.pages.conftest import Site, ask_for, axe_findings
 

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from playwright.sync_api import Page, expect
 
-from swarm.overview import Meter, NodeView, Overview, Rates
+from swarm.network.overview import Meter, NodeView, Overview, Rates
 from tests.pages.conftest import Site, axe_findings
 
 

@@ -12,15 +12,15 @@ import torch
 from hivemind.proto import runtime_pb2
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
-from swarm import rpc
 from swarm.client import SwarmModelForCausalLM
-from swarm.client.hop import Hop
-from swarm.client.routing import Leg
-from swarm.codec import encode
+from swarm.client.routing.route import Leg
+from swarm.client.session.hop import Hop
 from swarm.errors import MissingBlocksError, OutOfCacheError
-from swarm.records import span_uid
-from swarm.source import default_dht_prefix
-from swarm.stream import MessageStream
+from swarm.model.source import default_dht_prefix
+from swarm.wire import rpc
+from swarm.wire.codec import encode
+from swarm.wire.records import span_uid
+from swarm.wire.stream import MessageStream
 from tests.petals.models import shared_model
 from tests.petals.peers import Petals, Server, closing
 from tests.swarm_e2e.nodes import Swarm, run_swarm

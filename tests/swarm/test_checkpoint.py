@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from swarm import checkpoint as checkpoint_module
-from swarm.checkpoint import INDEX, Checkpoint
 from swarm.errors import ModelError
-from swarm.source import resolve
+from swarm.model.source import resolve
+from swarm.weights import checkpoint as checkpoint_module
+from swarm.weights.checkpoint import INDEX, Checkpoint
 from tests.models import tiny_model
 
 NAME = "model.layers.3.mlp.up_proj.weight"

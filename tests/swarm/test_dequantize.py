@@ -20,12 +20,12 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.quantizers import quantizer_finegrained_fp8
 
-from swarm.checkpoint import SINGLE, Checkpoint
-from swarm.dequantize import quantization_of
-from swarm.dequantize.packing import by_blocks, unpack_words
 from swarm.errors import ModelError
-from swarm.skeleton import load_ends, load_span
-from swarm.source import resolve
+from swarm.model.skeleton import load_ends, load_span
+from swarm.model.source import resolve
+from swarm.weights.checkpoint import SINGLE, Checkpoint
+from swarm.weights.dequantize import quantization_of
+from swarm.weights.dequantize.packing import by_blocks, unpack_words
 from tests.models import tiny_model
 
 Tensors = dict[str, torch.Tensor]

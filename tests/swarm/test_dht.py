@@ -8,8 +8,8 @@ from hivemind.p2p import PeerID
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarm.dht import spans_of
-from swarm.records import ServerInfo, ServerState
+from swarm.network.dht import spans_of
+from swarm.wire.records import ServerInfo, ServerState
 
 PEER = PeerID(b"a peer")
 

@@ -11,8 +11,8 @@ import torch
 from swarm.compat import versions
 from swarm.compat.versions import Versions
 from swarm.errors import ModelError
-from swarm.families.tiny import TinyModel, difference
-from swarm.family_check import check_family
+from swarm.model.family_check.check import check_family
+from swarm.model.family_check.tiny import TinyModel, difference
 
 TESTED = (Versions("5.24.0", "2.13.0"),)
 
@@ -21,7 +21,7 @@ TESTED = (Versions("5.24.0", "2.13.0"),)
 def _untested(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("SWARM_UNTESTED", raising=False)
-    monkeypatch.setattr("swarm.family_check._warned", set())
+    monkeypatch.setattr("swarm.model.family_check.check._warned", set())
     monkeypatch.setattr(versions, "installed", lambda: Versions("5.22.2", "2.13.0"))
     monkeypatch.setattr(versions, "TESTED", TESTED)
 

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, modeling_utils
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from swarm import gguf_file
-from swarm.checkpoint import SINGLE
 from swarm.errors import ModelError
-from swarm.skeleton import load_ends, load_span
-from swarm.source import resolve
+from swarm.model.skeleton import load_ends, load_span
+from swarm.model.source import resolve
+from swarm.weights import gguf_file
+from swarm.weights.checkpoint import SINGLE
 from tests.models import tiny_model
 
 gguf = pytest.importorskip("gguf")

@@ -19,12 +19,12 @@ import torch
 from huggingface_hub import constants, scan_cache_dir
 from safetensors.torch import load_file, save_file
 
-from swarm import range_download
-from swarm.byte_ranges import GAP
-from swarm.checkpoint import INDEX, SINGLE, Checkpoint
 from swarm.errors import ModelError
-from swarm.skeleton import fetch_span, load_ends, load_span
-from swarm.source import ModelSource, resolve
+from swarm.model.skeleton import fetch_span, load_ends, load_span
+from swarm.model.source import ModelSource, resolve
+from swarm.weights.byte_ranges import GAP
+from swarm.weights.checkpoint import INDEX, SINGLE, Checkpoint
+from swarm.weights.hub import range_download
 from tests.models import tiny_model
 from tests.swarm.hub_server import COMMIT, TOKEN, HubServer, cut, fine, mislabeled, status
 

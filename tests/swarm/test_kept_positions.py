@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from swarm.kept_positions import TOGETHER, KeptPositions
+from swarm.compute.kept_positions import TOGETHER, KeptPositions
 
 
 def positions(start: int, count: int = 1) -> torch.Tensor:

@@ -13,7 +13,7 @@ def run(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
 
 
-@pytest.mark.parametrize("module", ["swarm.node.server", "swarm.client.model"])
+@pytest.mark.parametrize("module", ["swarm.node.hosting.server", "swarm.client.model.facade"])
 def test_what_is_not_imported(module: str) -> None:
     code = f"with importing():\n    import {module}, sys\nprint([name for name in {HEAVY} if name in sys.modules])"
     assert run(BEGIN + code) == "[]\n"
@@ -78,4 +78,4 @@ assert not hasattr(torch._dynamo, "nothing_of_the_kind")
 def test_a_program_that_has_torch_is_left_alone() -> None:
     code = "import torch, sys\nbefore = sys.meta_path[:]\n" + BEGIN + "print(sys.meta_path == before)"
     assert run(code) == "True\n"
-    assert run("import swarm.client.model, sys\nprint('torch._dynamo.eval_frame' in sys.modules)") == "True\n"
+    assert run("import swarm.client.model.facade, sys\nprint('torch._dynamo.eval_frame' in sys.modules)") == "True\n"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarm.errors import UsageError
-from swarm.layout import carried_size, check_range, group_of, inner_boundaries, kv_sources
+from swarm.model.layout import carried_size, check_range, group_of, inner_boundaries, kv_sources
 
 
 def config(kinds: str, shared: int, **fields: Any) -> SimpleNamespace:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from swarm.errors import ModelError
-from swarm.skeleton import load_span
-from swarm.source import resolve
+from swarm.model.skeleton import load_span
+from swarm.model.source import resolve
 from tests.models import make_checkpoint, make_config
 
 

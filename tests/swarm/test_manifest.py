@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from swarm import manifest as manifest_module
 from swarm.errors import ModelError
-from swarm.manifest import PIECE_BYTES, Manifest, make_manifest, manifest_of
-from swarm.merkle import is_proven, leaf_hash, proof_of, root_of
+from swarm.weights.sharing import manifest as manifest_module
+from swarm.weights.sharing.manifest import PIECE_BYTES, Manifest, make_manifest, manifest_of
+from swarm.weights.sharing.merkle import is_proven, leaf_hash, proof_of, root_of
 from tests.models import tiny_model
 
 pieces = st.lists(st.binary(max_size=4), min_size=1, max_size=40)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from swarm.openmp import set_waiting
+from swarm.compute.openmp import set_waiting
 
 
 @pytest.mark.parametrize("theirs", [{"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}])
@@ -20,7 +20,10 @@ def test_what_the_user_says_holds(theirs: dict[str, str]) -> None:
 
 def test_it_comes_before_torch() -> None:
     """The library reads it when it is loaded, and says what it read."""
-    code = "import sys, swarm.openmp; swarm.openmp.set_waiting(); assert 'torch' not in sys.modules; import torch"
+    code = (
+        "import sys; from swarm.compute.openmp import set_waiting; set_waiting(); "
+        "assert 'torch' not in sys.modules; import torch"
+    )
     plain = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     done = subprocess.run(
         [sys.executable, "-c", code], env={**plain, "OMP_DISPLAY_ENV": "VERBOSE"}, capture_output=True, text=True

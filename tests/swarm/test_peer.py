@@ -6,7 +6,7 @@ import asyncio
 import os
 import subprocess
 
-from swarm.peer import Peer, PeerOptions
+from swarm.network.peer import Peer, PeerOptions
 
 
 def test_the_daemon_alone_is_in_a_session_of_its_own() -> None:

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarm import errors
-from swarm.clock import describe_skew, skew_told
-from swarm.reach import call_failed, describe_dialing
+from swarm.network.clock import describe_skew, skew_told
+from swarm.network.reach import call_failed, describe_dialing
 
 DIALED = """Connect failed. msg=failed to dial: failed to dial 12D3KooWFeaq: all dials failed
   * [/ip4/10.0.0.1/tcp/9] dial tcp4 0.0.0.0:4001->10.0.0.1:9: i/o timeout

@@ -15,15 +15,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swarm import rpc
 from swarm.errors import BadRequestError, ModelError
-from swarm.manifest import Manifest, make_manifest
+from swarm.model.skeleton import SpanLoader, block_tensors, load_span
+from swarm.model.source import default_dht_prefix, resolve, resolve_store
 from swarm.node.engine import executor
-from swarm.node.engine.packing import pack_block
-from swarm.sharing.checkpoint import StoreCheckpoint
-from swarm.sharing.holders import Holder, as_ranges, possible_prefixes
-from swarm.sharing.picker import PATIENCE_SECONDS, Picker, next_depth, rarest
-from swarm.sharing.protocol import (
+from swarm.node.engine.blocks.packing import pack_block
+from swarm.weights.sharing.checkpoint import StoreCheckpoint
+from swarm.weights.sharing.holders import Holder, as_ranges, possible_prefixes
+from swarm.weights.sharing.manifest import Manifest, make_manifest
+from swarm.weights.sharing.picker import PATIENCE_SECONDS, Picker, next_depth, rarest
+from swarm.weights.sharing.protocol import (
     MAX_PIECES,
     PiecesRequest,
     dump_have,
@@ -32,10 +33,9 @@ from swarm.sharing.protocol import (
     load_have,
     manifest_parts,
 )
-from swarm.sharing.seeder import UploadLimit
-from swarm.sharing.store import WeightStore, find_root
-from swarm.skeleton import SpanLoader, block_tensors, load_span
-from swarm.source import default_dht_prefix, resolve, resolve_store
+from swarm.weights.sharing.seeder import UploadLimit
+from swarm.weights.sharing.store import WeightStore, find_root
+from swarm.wire import rpc
 from tests.models import tiny_model
 from tests.swarm.test_dequantize import FORMATS, quantized
 from tests.swarm.test_manifest import JSON

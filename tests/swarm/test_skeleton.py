@@ -14,12 +14,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from swarm.checkpoint import INDEX
 from swarm.errors import ModelError, UsageError
-from swarm.families import ATTENTION
-from swarm.probe import KVGeometry
-from swarm.skeleton import Span, build_skeleton, load_ends, load_span
-from swarm.source import resolve
+from swarm.model.families import ATTENTION
+from swarm.model.probe import KVGeometry
+from swarm.model.skeleton import Span, build_skeleton, load_ends, load_span
+from swarm.model.source import resolve
+from swarm.weights.checkpoint import INDEX
 from tests.models import PRESETS, make_checkpoint, make_config, tiny_model
 
 LENGTH = 24

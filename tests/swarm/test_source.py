@@ -10,9 +10,9 @@ import pytest
 import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from swarm import hub
 from swarm.errors import ModelError, UsageError
-from swarm.source import default_dht_prefix, resolve
+from swarm.model.source import default_dht_prefix, resolve
+from swarm.weights.hub import one_file as hub
 from tests.models import tiny_model
 
 

@@ -7,8 +7,8 @@ import os
 
 import pytest
 
+from swarm.commands.terminal import Failure, _unread, explain, require_text
 from swarm.errors import ConnectError, OutOfCacheError, UsageError
-from swarm.terminal import Failure, _unread, explain, require_text
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarm.verdicts import SETS, keep_verdict, read_verdict, verdicts_file
+from swarm.model.family_check.verdicts import SETS, keep_verdict, read_verdict, verdicts_file
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.floats() | st.text(max_size=5),

@@ -15,9 +15,10 @@ from hivemind.utils import MSGPackSerializer
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from swarm import errors, rpc
-from swarm.codec import DTYPES, FLOAT16, all_finite, decode, encode, join, split
-from swarm.records import Offer, ServerInfo, ServerState, parse_span_uid, span_uid
+from swarm import errors
+from swarm.wire import rpc
+from swarm.wire.codec import DTYPES, FLOAT16, all_finite, decode, encode, join, split
+from swarm.wire.records import Offer, ServerInfo, ServerState, parse_span_uid, span_uid
 
 junk = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.binary(max_size=9),

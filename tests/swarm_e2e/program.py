@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from swarm.client import SwarmModelForCausalLM
-from swarm.source import resolve
+from swarm.model.source import resolve
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 2}
 IDS = torch.tensor([[0, 659, 628, 306]])

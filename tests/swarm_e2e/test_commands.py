@@ -131,7 +131,7 @@ def test_a_port_that_is_taken(swarm: Swarm, path: Path, tmp_path: Path) -> None:
 
 
 def test_a_model_of_another_shape(swarm: Swarm, path: Path, tmp_path: Path) -> None:
-    from swarm.source import resolve
+    from swarm.model.source import resolve
 
     other = tiny_model("llama-gqa", hidden=32)
     prefix = resolve(str(path)).dht_prefix
@@ -229,7 +229,7 @@ def test_ctrl_c_reaches_the_whole_terminal_and_the_node_still_says_goodbye(path:
 def test_generate_and_status_with_the_built_in_model(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from swarm.source import resolve
+    from swarm.model.source import resolve
 
     with run_swarm("demo", ("0:4", "4:8")) as swarm:
         peers = ["--initial-peers", ",".join(swarm.initial_peers)]

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from swarm.client import SwarmModelForCausalLM
-from swarm.families.table import CASES
+from swarm.model.family_check.table import CASES
 from tests.families.over_nodes import OVER_NODES
 from tests.models import make_checkpoint
 from tests.swarm_e2e.nodes import run_swarm

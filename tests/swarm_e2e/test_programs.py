@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LogitsProcessorList, PreTrainedModel
 
 from swarm.client import SwarmModelForCausalLM
-from swarm.source import resolve
+from swarm.model.source import resolve
 from tests.swarm_e2e.nodes import Swarm, run_swarm
 
 QUIET: dict[str, Any] = {"eos_token_id": None, "pad_token_id": 2}

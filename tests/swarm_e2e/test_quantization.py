@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from swarm.client import SwarmModelForCausalLM
-from swarm.node.engine.quantization import SCHEMES, find_scheme
+from swarm.node.engine.blocks.quantization import SCHEMES, find_scheme
 from tests.models import tiny_model
 from tests.swarm_e2e.nodes import run_swarm, run_to_end
 

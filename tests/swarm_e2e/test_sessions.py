@@ -153,7 +153,7 @@ def test_several_models_in_one_process(model: Any, whole: PreTrainedModel) -> No
 
 def test_a_model_of_another_shape_under_the_same_name(swarm: Swarm, path: Path) -> None:
     other = tiny_model("llama-gqa", hidden=32, positions=2048)
-    from swarm.source import resolve
+    from swarm.model.source import resolve
 
     prefix = resolve(str(path)).dht_prefix
     with pytest.raises(UsageError, match="another shape"):

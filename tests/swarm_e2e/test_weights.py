@@ -16,20 +16,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from swarm import dht
 from swarm.client import SwarmModelForCausalLM
 from swarm.errors import BadRequestError, ModelError, RemoteError, UsageError
-from swarm.manifest import make_manifest
-from swarm.peer import Peer, PeerOptions
-from swarm.records import ServerInfo, ServerState
-from swarm.rpc import Response
-from swarm.sharing.holders import Holder, announce_holder, fetch_holders, fetch_manifest
-from swarm.sharing.protocol import MAX_REPLY_BYTES, PIECES, PiecesRequest, load_have
-from swarm.sharing.seeder import Seeder
-from swarm.sharing.store import WeightStore
-from swarm.skeleton import block_tensors, end_tensors
-from swarm.source import resolve
-from swarm.stream import MessageStream
+from swarm.model.skeleton import block_tensors, end_tensors
+from swarm.model.source import resolve
+from swarm.network import dht
+from swarm.network.peer import Peer, PeerOptions
+from swarm.weights.sharing.holders import Holder, announce_holder, fetch_holders, fetch_manifest
+from swarm.weights.sharing.manifest import make_manifest
+from swarm.weights.sharing.protocol import MAX_REPLY_BYTES, PIECES, PiecesRequest, load_have
+from swarm.weights.sharing.seeder import Seeder
+from swarm.weights.sharing.store import WeightStore
+from swarm.wire.records import ServerInfo, ServerState
+from swarm.wire.rpc import Response
+from swarm.wire.stream import MessageStream
 from tests.models import tiny_model
 from tests.swarm_e2e.nodes import Node, run_command, run_to_end
 

@@ -17,12 +17,12 @@ def main() -> None:
 
     defer_imports()  # as the commands do
     import swarm.client.cli
-    import swarm.client.model
-    import swarm.client.talk
+    import swarm.client.commands.talk
+    import swarm.client.model.facade
+    import swarm.commands.status
     import swarm.node.cli
+    import swarm.node.hosting.server
     import swarm.node.output
-    import swarm.node.server
-    import swarm.status
     from tests.swarm_e2e import modeling  # noqa: F401
 
     commands = {"swarm": swarm.client.cli.main, "swarm-node": swarm.node.cli.main}

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from swarm.model.skeleton import load_span
+from swarm.model.source import resolve
+from swarm.model.span import Span
+from swarm.node.engine.blocks.quantization import finish_block
 from swarm.node.engine.engine import Engine
-from swarm.node.engine.quantization import finish_block
-from swarm.skeleton import load_span
-from swarm.source import resolve
-from swarm.span import Span
 from tests.models import tiny_model
 
 

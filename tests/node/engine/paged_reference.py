@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from swarm.node.engine.paged_attention import PagedKernel
+from swarm.node.engine.attention.paged_attention import PagedKernel
 
 
 def varlen_attn(

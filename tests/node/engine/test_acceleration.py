@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from swarm.node.engine import static_decode
-from swarm.node.engine.acceleration import Acceleration, accelerate, find_trouble, why_unrecorded
+from swarm.model.probe import KVGeometry
+from swarm.model.skeleton import load_span
+from swarm.model.source import resolve
+from swarm.node.engine.attention.paged_attention import describe_rows, torch_kernel
+from swarm.node.engine.cache.kv_cache import KVCache, Sequence
 from swarm.node.engine.engine import Engine
-from swarm.node.engine.kv_cache import KVCache, Sequence
-from swarm.node.engine.paged_attention import describe_rows, torch_kernel
-from swarm.node.engine.static_decode import StaticDecode, Step, fitting
-from swarm.probe import KVGeometry
-from swarm.skeleton import load_span
-from swarm.source import resolve
+from swarm.node.engine.gpu import static_decode
+from swarm.node.engine.gpu.acceleration import Acceleration, accelerate, find_trouble, why_unrecorded
+from swarm.node.engine.gpu.static_decode import StaticDecode, Step, fitting
 from tests.models import tiny_model
 from tests.node.engine.paged_reference import KERNEL, varlen_attn
 from tests.node.engine.test_exact import close, tokens

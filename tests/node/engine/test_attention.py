@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from swarm.node.engine import attention as attention_module
-from swarm.node.engine.attention import attention
-from swarm.node.engine.batch import pack, pack_dense
-from swarm.node.engine.kv_cache import KVCache, Sequence
-from swarm.node.engine.paged_attention import PagedKernel
-from swarm.probe import KVGeometry
+from swarm.model.probe import KVGeometry
+from swarm.node.engine.attention import attention as attention_module
+from swarm.node.engine.attention.attention import attention
+from swarm.node.engine.attention.batch import pack, pack_dense
+from swarm.node.engine.attention.paged_attention import PagedKernel
+from swarm.node.engine.cache.kv_cache import KVCache, Sequence
 from tests.node.engine.paged_reference import KERNEL
 
 DIM = 8

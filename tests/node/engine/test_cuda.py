@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from swarm.node.engine.acceleration import accelerate
+from swarm.model.skeleton import load_span
+from swarm.model.source import resolve
 from swarm.node.engine.engine import Engine
-from swarm.skeleton import load_span
-from swarm.source import resolve
+from swarm.node.engine.gpu.acceleration import accelerate
 from tests.models import tiny_model
 from tests.node.engine.test_exact import tokens
 

@@ -14,19 +14,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from swarm.compute.tiles import agreeing_sizes, split_rows, tiled
 from swarm.errors import UsageError
+from swarm.model.probe import KVGeometry
+from swarm.model.skeleton import load_span
+from swarm.model.source import resolve
+from swarm.model.span import Span
 from swarm.node.engine import deterministic
-from swarm.node.engine.batch import pack
+from swarm.node.engine.attention.batch import pack
+from swarm.node.engine.blocks.packing import pack_block
+from swarm.node.engine.cache.kv_cache import KVCache, Sequence
 from swarm.node.engine.deterministic import check, make_deterministic
 from swarm.node.engine.engine import Engine
-from swarm.node.engine.kv_cache import KVCache, Sequence
-from swarm.node.engine.packing import pack_block
-from swarm.node.engine.scheduler import Waiting, plan_turn
-from swarm.probe import KVGeometry
-from swarm.skeleton import load_span
-from swarm.source import resolve
-from swarm.span import Span
-from swarm.tiles import agreeing_sizes, split_rows, tiled
+from swarm.node.engine.scheduling.scheduler import Waiting, plan_turn
 from tests.models import tiny_model
 
 MODELS = [

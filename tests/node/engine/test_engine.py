@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarm.errors import BadRequestError, LeavingError, OutOfCacheError, RemoteError
-from swarm.node.engine.acceleration import Acceleration
 from swarm.node.engine.engine import Engine
-from swarm.node.engine.session import Prefix
+from swarm.node.engine.gpu.acceleration import Acceleration
+from swarm.node.engine.scheduling.session import Prefix
 from tests.node.engine.paged_reference import KERNEL
 
 Get = Callable[[str], Any]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarm.node.engine.gathering import BatchCosts, Gatherer, group_size
+from swarm.node.engine.scheduling.gathering import BatchCosts, Gatherer, group_size
 
 
 def test_others_are_waited_for_where_that_saves_more_than_it_costs() -> None:

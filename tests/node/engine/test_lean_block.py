@@ -15,14 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from swarm.families.table import CASES
+from swarm.model.family_check.table import CASES
+from swarm.model.skeleton import load_span
+from swarm.model.source import resolve
+from swarm.model.span import Span
+from swarm.node.engine.blocks.joined_linear import JoinedLinear
+from swarm.node.engine.blocks.lean_block import LeanBlock
+from swarm.node.engine.blocks.quantization import find_scheme, finish_block
 from swarm.node.engine.engine import Engine
-from swarm.node.engine.joined_linear import JoinedLinear
-from swarm.node.engine.lean_block import LeanBlock
-from swarm.node.engine.quantization import find_scheme, finish_block
-from swarm.skeleton import load_span
-from swarm.source import resolve
-from swarm.span import Span
 from tests.models import make_checkpoint, tiny_model
 
 LIKE_LLAMA = ("llama-gqa", "mistral-window", "qwen2", "qwen3")

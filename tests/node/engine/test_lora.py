@@ -17,20 +17,20 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from swarm.errors import BadRequestError, ModelError
-from swarm.families.table import CASES
-from swarm.node.adapter_checkpoint import AdapterCheckpoint, open_adapter
-from swarm.node.adapter_config import AdapterSpec
-from swarm.node.engine.acceleration import Acceleration
+from swarm.model.family_check.table import CASES
+from swarm.model.skeleton import build_skeleton, load_span
+from swarm.model.source import resolve
+from swarm.model.span import Span
+from swarm.node.adapters.checkpoint import AdapterCheckpoint, open_adapter
+from swarm.node.adapters.config import AdapterSpec
 from swarm.node.engine.adapters import put_adapters
+from swarm.node.engine.blocks.lora import adapter_tokens
+from swarm.node.engine.blocks.quantization import find_scheme, finish_block
+from swarm.node.engine.blocks.quantization.blocks import QuantizedLinear
 from swarm.node.engine.deterministic import check, make_deterministic
 from swarm.node.engine.engine import Engine
-from swarm.node.engine.lora import adapter_tokens
-from swarm.node.engine.quantization import find_scheme, finish_block
-from swarm.node.engine.quantization.blocks import QuantizedLinear
-from swarm.node.engine.session import Prefix
-from swarm.skeleton import build_skeleton, load_span
-from swarm.source import resolve
-from swarm.span import Span
+from swarm.node.engine.gpu.acceleration import Acceleration
+from swarm.node.engine.scheduling.session import Prefix
 from tests.adapters import make_adapter, whole_with
 from tests.models import make_checkpoint, tiny_model
 from tests.node.engine.paged_reference import KERNEL

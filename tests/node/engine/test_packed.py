@@ -18,17 +18,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from swarm.checkpoint import SINGLE
 from swarm.errors import ModelError
-from swarm.node.engine.quantization import Keep, Use, describe
-from swarm.node.engine.quantization.blocks import QuantizedLinear
-from swarm.node.engine.quantization.exact import ExactInt4Matrix, ExactInt8Matrix
-from swarm.node.engine.quantization.experts import QuantizedExperts
-from swarm.node.engine.quantization.matrix import QuantizedMatrix
-from swarm.node.engine.quantization.nf4 import NF4Matrix
-from swarm.node.engine.quantization.stored import JoinedMatrix, StoredMatrix
-from swarm.skeleton import Span, build_skeleton, load_span, packed_blocks
-from swarm.source import resolve
+from swarm.model.skeleton import Span, build_skeleton, load_span, packed_blocks
+from swarm.model.source import resolve
+from swarm.node.engine.blocks.quantization import Keep, Use, describe
+from swarm.node.engine.blocks.quantization.blocks import QuantizedLinear
+from swarm.node.engine.blocks.quantization.exact import ExactInt4Matrix, ExactInt8Matrix
+from swarm.node.engine.blocks.quantization.experts import QuantizedExperts
+from swarm.node.engine.blocks.quantization.matrix import QuantizedMatrix
+from swarm.node.engine.blocks.quantization.nf4 import NF4Matrix
+from swarm.node.engine.blocks.quantization.stored import JoinedMatrix, StoredMatrix
+from swarm.weights.checkpoint import SINGLE
 from tests.models import make_checkpoint, make_config, tiny_model
 from tests.swarm.test_dequantize import FORMATS, INT, Packer, Tensors, _ct_config, compressed, pack_words, quantized
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from swarm import packed_linear
-from swarm.node.engine.packing import pack_block
-from swarm.packed_linear import PackedLinear
+from swarm.compute import packed_linear
+from swarm.compute.packed_linear import PackedLinear
+from swarm.node.engine.blocks.packing import pack_block
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarm.errors import OutOfCacheError
-from swarm.node.engine.kv_cache import KVCache, Sequence
-from swarm.node.engine.pages import OutOfPages, PageAllocator
-from swarm.probe import KVGeometry
+from swarm.model.probe import KVGeometry
+from swarm.node.engine.cache.kv_cache import KVCache, Sequence
+from swarm.node.engine.cache.pages import OutOfPages, PageAllocator
 
 
 def make_cache(pages: int, page_size: int) -> KVCache:

@@ -15,13 +15,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from swarm.errors import UsageError
-from swarm.node.engine.quantization import SCHEMES, find_scheme, finish_block, quantized_bytes, schemes_on
-from swarm.node.engine.quantization.blocks import QuantizedLinear
-from swarm.node.engine.quantization.experts import QuantizedExperts
-from swarm.node.engine.quantization.int4 import _interleaved_rows, _multiply_identity
-from swarm.node.engine.quantization.matrix import QuantizedMatrix
-from swarm.skeleton import build_skeleton, load_span
-from swarm.source import resolve
+from swarm.model.skeleton import build_skeleton, load_span
+from swarm.model.source import resolve
+from swarm.node.engine.blocks.quantization import SCHEMES, find_scheme, finish_block, quantized_bytes, schemes_on
+from swarm.node.engine.blocks.quantization.blocks import QuantizedLinear
+from swarm.node.engine.blocks.quantization.experts import QuantizedExperts
+from swarm.node.engine.blocks.quantization.int4 import _interleaved_rows, _multiply_identity
+from swarm.node.engine.blocks.quantization.matrix import QuantizedMatrix
 from tests.models import make_checkpoint, make_config, tiny_model
 
 CPU = torch.device("cpu")
@@ -172,7 +172,7 @@ def test_what_can_not_be_done_is_said() -> None:
         find_scheme("int8", torch.device("mps"), torch.float32)
     wrong = next(scheme for scheme in schemes_on(CPU) if scheme.name == "int8")
     with pytest.raises(UsageError, match=r"int4 can't be computed .*wrong results"):
-        from swarm.node.engine.quantization import schemes
+        from swarm.node.engine.blocks.quantization import schemes
 
         schemes._check(schemes.Scheme("int4", wrong.make, wrong.size, wrong.fits, error=1e-6), CPU, torch.float32)
 

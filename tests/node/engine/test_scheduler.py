@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarm.node.engine.pacing import Pacer
-from swarm.node.engine.scheduler import Waiting, plan_turn
+from swarm.node.engine.scheduling.pacing import Pacer
+from swarm.node.engine.scheduling.scheduler import Waiting, plan_turn
 
 ALL = (0, 4)
 WORK = st.builds(

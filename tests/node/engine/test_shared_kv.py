@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from swarm.errors import BadRequestError, UsageError
-from swarm.families.table import CASES
+from swarm.model.family_check.table import CASES
+from swarm.model.probe import KVGeometry
+from swarm.model.skeleton import load_span
+from swarm.model.source import ModelSource, resolve
+from swarm.model.span import Span
 from swarm.node.engine import executor
-from swarm.node.engine.acceleration import Acceleration
+from swarm.node.engine.cache.kv_cache import KVCache
 from swarm.node.engine.deterministic import check, make_deterministic
 from swarm.node.engine.engine import Engine
-from swarm.node.engine.kv_cache import KVCache
-from swarm.node.engine.session import Prefix
-from swarm.probe import KVGeometry
-from swarm.skeleton import load_span
-from swarm.source import ModelSource, resolve
-from swarm.span import Span
+from swarm.node.engine.gpu.acceleration import Acceleration
+from swarm.node.engine.scheduling.session import Prefix
 from tests.models import make_checkpoint
 from tests.node.engine.paged_reference import KERNEL
 from tests.node.engine.test_acceleration import Recorder

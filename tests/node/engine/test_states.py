@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from swarm.errors import BadRequestError, OutOfCacheError, RemoteError
-from swarm.families.mixers import MixerStates
-from swarm.families.table import CASES
+from swarm.model.families.mixers import MixerStates
+from swarm.model.family_check.table import CASES
+from swarm.model.probe import KVGeometry
+from swarm.model.skeleton import load_span
+from swarm.model.source import resolve
+from swarm.model.span import Span
+from swarm.node.engine.cache.kv_cache import Sequence
+from swarm.node.engine.cache.states import StateStore, join, split
 from swarm.node.engine.engine import Engine
-from swarm.node.engine.kv_cache import Sequence
-from swarm.node.engine.states import StateStore, join, split
-from swarm.probe import KVGeometry
-from swarm.skeleton import load_span
-from swarm.source import resolve
-from swarm.span import Span
 from tests.models import make_checkpoint
 
 Start = Callable[..., Engine]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from swarm.node.engine import turnstile
-from swarm.node.engine.turnstile import Turnstile, open_turnstile
+from swarm.node.engine.scheduling import turnstile
+from swarm.node.engine.scheduling.turnstile import Turnstile, open_turnstile
 
 _GO_THROUGH = """
 import sys, time

@@ -1,0 +1,1 @@
+"""Between text and tokens: templates, stop strings, tool calls, grammars."""

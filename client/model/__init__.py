@@ -1,0 +1,1 @@
+"""The model as transformers knows it, computed by a swarm."""

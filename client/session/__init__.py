@@ -1,0 +1,1 @@
+"""A session along a route of nodes, and passes without one."""

@@ -1,0 +1,1 @@
+"""Whose work runs next, and how much of it."""

@@ -1,0 +1,97 @@
+"""Keeps a node's records in the DHT fresh."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+
+from swarm.chance import CHANCE
+from swarm.network import dht
+from swarm.network.peer import Peer, ping
+from swarm.wire.records import ServerInfo, ServerState
+
+from ..engine.engine import Engine
+
+logger = logging.getLogger(__name__)
+_MAX_PINGED = 5
+
+
+class Announcer:
+    """Announces a span every ``period`` seconds, at once when something changes, with what is free at that time.
+
+    Blocks of it that aren't ready yet are announced as joining, so that other nodes choose others.
+    """
+
+    def __init__(
+        self,
+        peer: Peer,
+        prefix: str,
+        num_blocks: int,
+        repository: str | None,
+        info: ServerInfo,
+        *,
+        period: float,
+    ) -> None:
+        assert info.start_block is not None
+        assert info.end_block is not None
+        self._peer, self._prefix, self._num_blocks, self._repository = peer, prefix, num_blocks, repository
+        self._start, self._end = self._ready = info.start_block, info.end_block
+        self._info, self._period = info, period
+        self._engine: Engine | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def watch(self, engine: Engine) -> None:
+        """From now on the records tell the engine's free KV cache and its sessions."""
+        self._engine = engine
+
+    async def announce(self, state: ServerState, *, ready: tuple[int, int] | None = None, **changes: object) -> None:
+        """Announces ``state`` and the changed fields of the record now, and keeps it fresh from then on. ``ready``:
+        the blocks to which an online state applies, if not to all."""
+        self._ready = ready or self._ready
+        self._info = dataclasses.replace(self._info, state=state, **changes)  # type: ignore[arg-type]
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
+        await self._store()
+        if state != ServerState.OFFLINE:
+            self._task = asyncio.create_task(self._repeat())
+
+    async def _repeat(self) -> None:
+        while True:
+            await asyncio.sleep(self._period)
+            try:
+                self._info = dataclasses.replace(self._info, next_pings=await self._ping_next())
+                await self._store()
+            except Exception as error:
+                logger.warning("could not announce the blocks, will try again: %s", error)
+
+    async def _store(self) -> None:
+        info = self._info
+        if self._engine is not None and info.offer is not None:
+            stats = self._engine.stats()
+            offer = dataclasses.replace(info.offer, sessions=stats.sessions)
+            info = dataclasses.replace(info, cache_tokens_left=stats.cache_tokens_free, offer=offer)
+        ttl = max(60.0, 3 * self._period)  # outlives two lost announcements
+        records = [(self._start, self._end, info)]
+        if info.state == ServerState.ONLINE:
+            first, last = self._ready
+            coming = dataclasses.replace(info, state=ServerState.JOINING)
+            records = [(first, last, dataclasses.replace(info, start_block=first, end_block=last))]
+            records += [(self._start, first, coming), (last, self._end, coming)]
+        for first, last, record in records:
+            if first < last:
+                await dht.announce(self._peer.dht, self._prefix, first, last, record, ttl=ttl)
+        if info.state == ServerState.ONLINE and not self._prefix.startswith("_"):
+            await dht.announce_model(self._peer.dht, self._prefix, self._num_blocks, self._repository, ttl=ttl)
+
+    async def _ping_next(self) -> dict[str, float]:
+        """Round-trip seconds to some of the peers that may follow this one on a route."""
+        blocks = await dht.fetch(self._peer.dht, self._prefix, self._num_blocks)
+        following = blocks[self._ready[0] + 1 : self._ready[1] + 1]
+        peers = {peer_id for servers in following for peer_id in servers if peer_id != self._peer.peer_id}
+        chosen = CHANCE.sample(sorted(peers), min(_MAX_PINGED, len(peers)))
+        times = await asyncio.gather(*(ping(self._peer, peer_id, 3.0) for peer_id in chosen))
+        return {
+            peer_id.to_base58(): seconds for peer_id, seconds in zip(chosen, times, strict=True) if seconds is not None
+        }

@@ -1,0 +1,60 @@
+"""A node's figures for Prometheus."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from swarm.errors import ConnectError
+
+from ..engine.stats import EngineStats
+
+
+class EngineCollector:
+    """Reads the engine's figures when Prometheus asks. Counters begin anew when a node moves to other blocks."""
+
+    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics; called by the Prometheus client."""
+        stats = self._stats()
+        used = stats.cache_tokens - stats.cache_tokens_free
+        yield GaugeMetricFamily("swarm_sessions", "Sessions that are open", stats.sessions)
+        yield GaugeMetricFamily("swarm_cache_tokens_used", "Tokens in the KV cache", used)
+        yield GaugeMetricFamily("swarm_cache_tokens_total", "Size of the KV cache in tokens", stats.cache_tokens)
+        yield GaugeMetricFamily("swarm_cache_bytes", "Memory of the KV cache, used or not", stats.cache_bytes)
+        yield GaugeMetricFamily("swarm_sessions_queued", "Sessions that wait for KV cache", stats.queued)
+        yield GaugeMetricFamily("swarm_queue_depth", "Steps and requests that wait for the engine", stats.waiting)
+        tokens = CounterMetricFamily(
+            "swarm_tokens", "Tokens computed, or reused from another session's cache", labels=["phase"]
+        )
+        tokens.add_metric(["prefill"], stats.prefill_tokens)
+        tokens.add_metric(["decode"], stats.decode_tokens)
+        tokens.add_metric(["reused"], stats.reused_tokens)
+        yield tokens
+        yield CounterMetricFamily("swarm_batches", "Turns of the engine", stats.batches)
+        yield CounterMetricFamily("swarm_busy_seconds", "Seconds that the engine computed", stats.busy_s)
+        times = GaugeMetricFamily("swarm_step_seconds", "Recent turns of the engine in seconds", labels=["quantile"])
+        recent = sorted(stats.recent_step_s)
+        for quantile in (0.5, 0.9, 0.99) if recent else ():
+            times.add_metric([str(quantile)], recent[min(len(recent) - 1, int(quantile * len(recent)))])
+        yield times
+
+
+def serve_metrics(stats: Callable[[], EngineStats], port: int) -> None:
+    """Serves ``/metrics`` on ``port`` of every address, in a thread of its own.
+
+    Raises:
+        ConnectError: the port is taken.
+    """
+    registry = CollectorRegistry()
+    registry.register(EngineCollector(stats))
+    try:
+        start_http_server(port, registry=registry)
+    except OSError as error:
+        raise ConnectError(
+            f"can't serve metrics on port {port} ({error.strerror}): choose another --metrics-port"
+        ) from error

@@ -1,0 +1,1 @@
+"""How this machine computes: layers packed for its processor, its threads and its memory."""

@@ -1,0 +1,1 @@
+"""Joining the peer-to-peer network, and its directory: who is there, and what they serve."""

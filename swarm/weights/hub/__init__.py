@@ -1,0 +1,1 @@
+"""Files of Hugging Face Hub repositories, whole or in part."""
