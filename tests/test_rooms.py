@@ -1,4 +1,4 @@
-"""The layout: rooms keep to themselves, imports inside one are relative, folders are small and nothing goes in circles."""
+"""The layout: who may import whom and how, how large folders are, and that nothing goes in circles."""
 
 from __future__ import annotations
 
