@@ -46,7 +46,7 @@ from swarm.node.engine.blocks.quantization import find_scheme, finish_block
 from swarm.node.engine.engine import Engine
 from swarm.node.engine.gpu.acceleration import accelerate
 from swarm.node.engine.gpu.static_decode import Record, Step
-from swarm.node.engine.scheduling.session import EngineSession
+from swarm.node.engine.scheduling.session import RowGroup
 from swarm.node.hosting.hardware import free_memory
 
 BITS = {"none": 16.0, "int8": 8.5, "nf4": 4.5, "int4": 4.5}
@@ -162,7 +162,7 @@ class Stream:
 
     def __init__(self, engines: Sequence[Engine]) -> None:
         self._engines = engines
-        self._handles: list[EngineSession] = [
+        self._handles: list[RowGroup] = [
             engine.open(rows=1, first=engine.span.start, last=engine.span.end) for engine in engines
         ]
         self._position = 0

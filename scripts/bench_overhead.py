@@ -41,7 +41,7 @@ from swarm.network.peer import Peer, PeerOptions
 from swarm.node.engine import executor
 from swarm.node.engine.attention.batch import pack
 from swarm.node.engine.blocks.quantization import finish_block
-from swarm.node.engine.cache.kv_cache import KVCache, Sequence
+from swarm.node.engine.cache.kv_cache import KVCache, Row
 from swarm.wire.codec import encode
 from swarm.wire.stream import MessageStream
 
@@ -79,7 +79,7 @@ def arithmetic_ms(path: Path, hidden: torch.Tensor, steps: int, pause: float) ->
         dtype=span.dtype,
         device=span.device,
     )
-    rows = [Sequence()]
+    rows = [Row()]
     taken = []
     with torch.inference_mode():
         for position in range(steps):

@@ -13,23 +13,23 @@ from swarm.wire.limits import divide_rows
 
 from ..checks import check_hidden, check_hypo_ids
 from .hop import Hop
-from .inference import Inference
 from .prefix import Digests
+from .route_session import RouteSession
 
 T = TypeVar("T")
 
 
 class DividedInference:
-    """As :class:`Inference`, for any number of rows. Each part has its own route and its own place in the KV cache.
+    """As :class:`RouteSession`, for any number of rows. Each part has its own route and its own place in the KV cache.
 
     Args:
-        make: a new :class:`Inference`.
+        make: a new :class:`RouteSession`.
         most: tells how many rows one of them can have.
     """
 
-    def __init__(self, make: Callable[[], Inference], most: Callable[[], int], hidden_size: int) -> None:
+    def __init__(self, make: Callable[[], RouteSession], most: Callable[[], int], hidden_size: int) -> None:
         self._make, self._most, self._hidden_size = make, most, hidden_size
-        self._parts: list[tuple[slice, Inference]] = []
+        self._parts: list[tuple[slice, RouteSession]] = []
 
     @property
     def position(self) -> int:
@@ -56,8 +56,8 @@ class DividedInference:
         digests: Digests | None = None,
         together: int = 1,
     ) -> torch.Tensor:
-        """See :meth:`Inference.step`; first call :meth:`check`. ``together``, with the first step: that many rows, such
-        as the beams of a prompt, may become copies of each other.
+        """See :meth:`RouteSession.step`; first call :meth:`check`. ``together``, with the first step: that many rows,
+        such as the beams of a prompt, may become copies of each other.
 
         Raises:
             InputError: a row is to become a copy of one in another part.
@@ -85,18 +85,18 @@ class DividedInference:
         return torch.cat(outputs)
 
     def take_back(self, start: int) -> None:
-        """See :meth:`Inference.take_back`: of a step from ``start`` on, in the parts that have done it."""
+        """See :meth:`RouteSession.take_back`: of a step from ``start`` on, in the parts that have done it."""
         for _, part in self._parts:
             if part.position > start:
                 part.take_back()
 
     def crop(self, position: int) -> None:
-        """See :meth:`Inference.crop`."""
+        """See :meth:`RouteSession.crop`."""
         for _, part in self._parts:
             part.crop(position)
 
     async def close(self) -> None:
-        """See :meth:`Inference.close`."""
+        """See :meth:`RouteSession.close`."""
         await asyncio.gather(*(part.close() for _, part in self._parts))
 
     def _divide(self, rows: int, together: int) -> list[slice]:

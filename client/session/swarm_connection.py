@@ -19,7 +19,7 @@ from ..runtime import Runtime
 from ..settings import ClientSettings
 from . import parallel
 from .divided import DividedInference
-from .inference import Inference
+from .route_session import RouteSession
 from .session import Session
 
 
@@ -97,7 +97,7 @@ class SwarmConnection:
 
     def inference(
         self, *, max_length: int, first: int = 0, last: int | None = None, adapter: str | None = None
-    ) -> Inference:
+    ) -> RouteSession:
         """The asynchronous side of :meth:`session`, for work in the runtime's event loop.
 
         Raises:
@@ -105,7 +105,7 @@ class SwarmConnection:
         """
         self._check_length(max_length)
         end = self.num_blocks if last is None else last
-        return Inference(
+        return RouteSession(
             self._view,
             self._settings,
             first=first,

@@ -10,7 +10,7 @@ from swarm.errors import BadRequestError, OutOfOrderError, UsageError
 from swarm.model.layout import check_range
 from swarm.model.span import Span
 
-from .scheduling.session import EngineSession, StepWork
+from .scheduling.session import RowGroup, StepWork
 
 
 def check_blocks(span: Span, first: int, last: int) -> None:
@@ -48,7 +48,7 @@ def check_prompts(span: Span, prompts: torch.Tensor | None, blocks: int, rows: i
         raise BadRequestError(f"prompts have shape {list(prompts.shape)}, not {wanted}")
 
 
-def check_step(span: Span, session: EngineSession, work: StepWork) -> None:
+def check_step(span: Span, session: RowGroup, work: StepWork) -> None:
     """``work`` fits ``session``: its rows, prompts and position."""
     rows = len(session.rows)
     if work.hypo_ids is not None:

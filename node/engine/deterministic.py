@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
-from collections.abc import Sequence as Listing
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +24,7 @@ from swarm.model.span import Span
 
 from .attention.batch import pack
 from .blocks.lora import adapter_tokens
-from .cache.kv_cache import KVCache, Sequence
+from .cache.kv_cache import KVCache, Row
 from .executor import run_blocks
 
 PIECE_TOKENS = 64
@@ -121,7 +120,7 @@ _FUNCTIONS: dict[Any, Callable[..., torch.Tensor]] = {
 
 
 @torch.inference_mode()
-def check(span: Span, adapters: Listing[str] = ()) -> None:
+def check(span: Span, adapters: Sequence[str] = ()) -> None:
     """Runs one session alone and again among others, and compares the bits; with an adapter too, if there are any.
 
     Raises:
@@ -157,7 +156,7 @@ def _watch(span: Span, others: tuple[int, ...], adapter: str) -> list[torch.Tens
     lengths = [*others[: len(others) // 2], 70, *others[len(others) // 2 :]]
     watched = len(others) // 2
     rows = cache.arrange(
-        [Sequence() for _ in lengths],
+        [Row() for _ in lengths],
         sources=None,
         keep=[0] * len(lengths),
         grow=[length + 3 for length in lengths],

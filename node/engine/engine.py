@@ -6,8 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Collection
-from collections.abc import Sequence as Listing
+from collections.abc import Collection, Sequence
 from concurrent.futures import CancelledError, Future
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -18,7 +17,7 @@ from swarm.errors import BadRequestError, LeavingError, OutOfCacheError, RemoteE
 from swarm.model.span import Span
 
 from . import dense
-from .cache.kv_cache import KVCache, Sequence
+from .cache.kv_cache import KVCache, Row
 from .cache.states import StateStore
 from .checks import check_adapter, check_blocks, check_hidden, check_step
 from .deterministic import PIECE_TOKENS, columns_per_piece
@@ -28,7 +27,7 @@ from .scheduling.admission import Admissions
 from .scheduling.gathering import Gatherer
 from .scheduling.pacing import Pacer
 from .scheduling.scheduler import DECODE_COLUMNS, Waiting, plan_turn
-from .scheduling.session import Admission, DenseWork, EngineSession, Prefix, StepTimes, StepWork
+from .scheduling.session import Admission, DenseWork, Prefix, RowGroup, StepTimes, StepWork
 from .scheduling.turnstile import Turnstile
 from .stats import EngineStats
 from .turn import TurnRunner
@@ -97,11 +96,11 @@ class Engine:
         )
         self._pacer = Pacer(max_batch_tokens)
         self._gatherer = Gatherer()
-        self._away: set[EngineSession] = set()  # sessions that decode, are answered and not back yet
+        self._away: set[RowGroup] = set()  # sessions that decode, are answered and not back yet
         self._waiting_since = 0.0
         self._inbox: SimpleQueue[_Message] = SimpleQueue()
-        self._sessions: set[EngineSession] = set()
-        self._ready: deque[EngineSession] = deque()  # sessions with waiting work, who waits longest first
+        self._sessions: set[RowGroup] = set()
+        self._ready: deque[RowGroup] = deque()  # sessions with waiting work, who waits longest first
         self._dense: deque[DenseWork] = deque()
         self._admissions = Admissions(self._cache, self._sessions)
         self._turnstile = turnstile
@@ -132,8 +131,8 @@ class Engine:
         self._thread.join()
 
     def open(
-        self, *, rows: int, first: int, last: int, left_padding: Listing[int] = (), adapter: str = ""
-    ) -> EngineSession:
+        self, *, rows: int, first: int, last: int, left_padding: Sequence[int] = (), adapter: str = ""
+    ) -> RowGroup:
         """A session of ``rows`` rows through the blocks ``first:last`` and an adapter, if any. It takes no cache until
         tokens come, and none is promised to it until it is admitted.
 
@@ -152,13 +151,13 @@ class Engine:
             raise OutOfCacheError(
                 f"the KV cache has {self._cache.pages.count} pages, which are too few for {rows} rows"
             )
-        sequences = [Sequence() for _ in range(rows)]
-        session = EngineSession(first, last, sequences, list(left_padding) or [0] * rows, adapter)
+        sequences = [Row() for _ in range(rows)]
+        session = RowGroup(first, last, sequences, list(left_padding) or [0] * rows, adapter)
         self._sessions.add(session)
         return session
 
     def admit(
-        self, session: EngineSession, columns: int, *, prefix: Prefix | None = None, wait: bool = False
+        self, session: RowGroup, columns: int, *, prefix: Prefix | None = None, wait: bool = False
     ) -> Future[int]:
         """Promise ``session``, which is new, cache for ``columns``; it begins with what is there of ``prefix``.
 
@@ -186,7 +185,7 @@ class Engine:
         """Tokens per page of the KV cache: the names of a :class:`Prefix` are of so many tokens each."""
         return self._cache.page_size
 
-    def close(self, session: EngineSession) -> None:
+    def close(self, session: RowGroup) -> None:
         """Free what ``session`` holds and cancel its waiting work. Closing twice is fine."""
         session.closed = True
         if not self._put(("close", session)):
@@ -194,11 +193,11 @@ class Engine:
 
     def step(
         self,
-        session: EngineSession,
+        session: RowGroup,
         hidden: torch.Tensor,
         *,
         start: int,
-        hypo_ids: torch.Tensor | Listing[int] | None = None,
+        hypo_ids: torch.Tensor | Sequence[int] | None = None,
         prompts: torch.Tensor | None = None,
         names: list[list[bytes]] | None = None,
         times: StepTimes | None = None,
@@ -398,7 +397,7 @@ class Engine:
             return
         self._previous = turn.blocks
         began = time.perf_counter()
-        chosen: list[tuple[EngineSession, StepWork, int]] = []
+        chosen: list[tuple[RowGroup, StepWork, int]] = []
         for index, columns in turn.takes:
             session = ready[index]
             work = session.waiting[0]
@@ -436,7 +435,7 @@ class Engine:
             work.times.compute_s += seconds
             self._advance(session, work, columns, output)
 
-    def _begin(self, session: EngineSession, work: StepWork) -> bool:
+    def _begin(self, session: RowGroup, work: StepWork) -> bool:
         """Make ``session`` ready for ``work`` as a whole: rows reordered, cut, and with pages. False: cancelled."""
         if not work.future.set_running_or_notify_cancel():
             return False
@@ -470,7 +469,7 @@ class Engine:
         work.begun = True
         return True
 
-    def _advance(self, session: EngineSession, work: StepWork, columns: int, output: torch.Tensor) -> None:
+    def _advance(self, session: RowGroup, work: StepWork, columns: int, output: torch.Tensor) -> None:
         if columns < work.columns:
             if work.output is None:
                 work.output = torch.empty(work.rows, work.columns, self.span.hidden_size, dtype=self.span.dtype)
@@ -491,7 +490,7 @@ class Engine:
             self._away.add(session)
         work.future.set_result(output)
 
-    def _undo(self, session: EngineSession, work: StepWork) -> None:
+    def _undo(self, session: RowGroup, work: StepWork) -> None:
         """Forget what ``work`` put into the cache, after its batch failed."""
         session.position = work.start
         for row, sequence in enumerate(session.rows):
@@ -500,11 +499,11 @@ class Engine:
             session.broken = True  # the rows that it left out are gone, and to reorder again would be wrong
         session.broken |= self._states is not None  # some blocks' states are ahead now
 
-    def _end(self, session: EngineSession, work: StepWork, error: Exception) -> None:
+    def _end(self, session: RowGroup, work: StepWork, error: Exception) -> None:
         self._drop_first(session)
         work.future.set_exception(error)
 
-    def _drop_first(self, session: EngineSession) -> None:
+    def _drop_first(self, session: RowGroup) -> None:
         """The session's first work is over; the next one queues behind everybody else's."""
         session.waiting.popleft()
         self._ready.remove(session)
@@ -532,7 +531,7 @@ class Engine:
         else:
             work.future.set_result((work.output, work.prompt_grad))  # type: ignore[arg-type]
 
-    def _close(self, session: EngineSession) -> None:
+    def _close(self, session: RowGroup) -> None:
         if session in self._sessions:
             self._sessions.discard(session)
             if self._states is not None:

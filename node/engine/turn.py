@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Listing
+from collections.abc import Sequence
 
 import torch
 
@@ -11,14 +11,14 @@ from swarm.model.span import Span
 from . import executor
 from .attention.batch import pack
 from .blocks.lora import adapter_tokens
-from .cache.kv_cache import KVCache, Sequence
+from .cache.kv_cache import KVCache, Row
 from .cache.states import StateStore
 from .deterministic import columns_per_piece
 from .executor import PlacedPrompts
 from .gpu.static_decode import StaticDecode
 from .gpu.transfer import to_device, to_host
 from .scheduling.scheduler import DECODE_COLUMNS
-from .scheduling.session import EngineSession, StepWork
+from .scheduling.session import RowGroup, StepWork
 
 
 class TurnRunner:
@@ -40,14 +40,14 @@ class TurnRunner:
         self._deterministic = deterministic
 
     def run(
-        self, chosen: Listing[tuple[EngineSession, StepWork, int]], first: int, last: int
+        self, chosen: Sequence[tuple[RowGroup, StepWork, int]], first: int, last: int
     ) -> tuple[list[torch.Tensor], int, int]:
         """The next ``columns`` of each of ``chosen`` through the blocks ``first:last``.
 
         Returns the outputs ``[rows, columns, H]`` of each, and how many tokens of prefill and of decode there were.
         """
         span = self._span
-        rows: list[tuple[Sequence, int]] = []
+        rows: list[tuple[Row, int]] = []
         inputs: list[torch.Tensor] = []  # [1, tokens, H] each
         cuts: list[list[int]] = []  # tokens of each row of each work
         pieces: list[tuple[int, int]] = []
@@ -108,7 +108,7 @@ class TurnRunner:
             sequence.length += count
         return outputs, prefill, decode
 
-    def _place(self, work: StepWork, columns: int, new: Listing[int]) -> PlacedPrompts | None:
+    def _place(self, work: StepWork, columns: int, new: Sequence[int]) -> PlacedPrompts | None:
         """The prompts of ``work``, which runs alone, for its columns in this turn."""
         if work.prompts is None:
             return None

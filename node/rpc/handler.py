@@ -34,7 +34,7 @@ from swarm.wire.rpc import Request, Response
 from swarm.wire.stream import MessageStream
 
 from ..engine.engine import Engine
-from ..engine.scheduling.session import EngineSession, StepTimes
+from ..engine.scheduling.session import RowGroup, StepTimes
 from .limits import Limits
 from .pusher import Pusher
 from .requests import Opening, Served, check_opening, read_backward, read_forward, read_step
@@ -65,7 +65,7 @@ class _Session:
 
     stream: MessageStream
     opening: Opening
-    engine_session: EngineSession
+    engine_session: RowGroup
     over: asyncio.Future[None]
     done: deque[str]
     waiting: deque[_Arrived | SwarmError | None] = field(default_factory=deque)

@@ -12,7 +12,7 @@ from swarm.model.skeleton import load_span
 from swarm.model.source import resolve
 from swarm.node.engine.blocks.quantization import finish_block
 from swarm.node.engine.engine import Engine
-from swarm.node.engine.scheduling.session import EngineSession
+from swarm.node.engine.scheduling.session import RowGroup
 
 
 class InProcessSession:
@@ -25,7 +25,7 @@ class InProcessSession:
         self.closed = False
         self.steps: list[tuple[int, ...]] = []
         self._connection = connection
-        self._halves: list[EngineSession] = []
+        self._halves: list[RowGroup] = []
 
     @property
     def route(self) -> list[tuple[int, int]]:

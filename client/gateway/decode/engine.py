@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ...session.inference import Inference
+from ...session.route_session import RouteSession
 from ...session.swarm_connection import SwarmConnection
 from ...session.trace import RouteEvent
 from .admission import Admission
@@ -140,7 +140,7 @@ class GatewayEngine:
 
     async def _embed_text(self, prompt: tuple[int, ...], route: list[str], adapter: str | None) -> Tensor:
         await self._admission.acquire()
-        inference: Inference | None = None
+        inference: RouteSession | None = None
         try:
             inference = self._connection.inference(max_length=len(prompt), adapter=adapter)
             hidden = await self.compute(partial(self._embed_prompt, prompt))
@@ -153,7 +153,7 @@ class GatewayEngine:
             else:
                 self._admission.release()
 
-    async def _end(self, inference: Inference, step: asyncio.Task[Tensor] | None) -> None:
+    async def _end(self, inference: RouteSession, step: asyncio.Task[Tensor] | None) -> None:
         try:
             if step is not None:
                 step.cancel()
@@ -284,6 +284,6 @@ def _attempt(work: Callable[[], T]) -> T | Exception:
         return error
 
 
-def _describe(inference: Inference, route: list[str]) -> None:
+def _describe(inference: RouteSession, route: list[str]) -> None:
     if not route:
         route += [f"{hop.peer_id}[{hop.start}:{hop.end}]" for hop in inference.hops]

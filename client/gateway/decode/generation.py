@@ -15,7 +15,7 @@ from ...session.trace import HopTime, RouteEvent
 from .sampling import Row, SamplingParams
 
 if TYPE_CHECKING:
-    from ...session.inference import Inference
+    from ...session.route_session import RouteSession
 
 
 class Grammar(Protocol):
@@ -110,7 +110,7 @@ class Generation:
     """A job's state. Its fields belong to the engine's loop, its methods are called in the torch thread."""
 
     job: Job
-    inference: Inference
+    inference: RouteSession
     timing: Timing
     tokens: list[int] = field(default_factory=list)
     results: asyncio.Queue[Sampled | RouteEvent | BaseException] = field(default_factory=asyncio.Queue)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence as Listing
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,7 +13,7 @@ from swarm.model.families.mixers import Mixer
 from swarm.model.probe import SharedKV
 
 from ..blocks.lora import AdapterTokens, adapter_tokens
-from ..cache.kv_cache import KVCache, Sequence
+from ..cache.kv_cache import KVCache, Row
 from ..cache.states import RowStates, mix
 from ..gpu.transfer import to_device
 from .paged_attention import PagedRows, describe_rows
@@ -76,7 +76,7 @@ class Batch:
     positions: torch.Tensor
     slots: torch.Tensor | None
     run: int | None
-    rows: tuple[tuple[Sequence, int], ...]
+    rows: tuple[tuple[Row, int], ...]
     pieces: tuple[tuple[int, int], ...] | None = None
     paged: PagedRows | None = None
     masks: Masks = field(default_factory=dict)
@@ -148,10 +148,10 @@ def _moved(shared_kv: SharedKV, device: torch.device) -> SharedKV:
 
 def pack(
     cache: KVCache,
-    rows: Listing[tuple[Sequence, int]],
+    rows: Sequence[tuple[Row, int]],
     device: torch.device,
     *,
-    pieces: Listing[tuple[int, int]] | None = None,
+    pieces: Sequence[tuple[int, int]] | None = None,
     states: tuple[RowStates, ...] = (),
     adapters: tuple[AdapterTokens, ...] = (),
 ) -> Batch:
@@ -200,8 +200,8 @@ def _counted(size: int, device: torch.device) -> torch.Tensor:
 
 def _segments(
     cache: KVCache,
-    rows: Listing[tuple[Sequence, int]],
-    pieces: Listing[tuple[int, int]] | None,
+    rows: Sequence[tuple[Row, int]],
+    pieces: Sequence[tuple[int, int]] | None,
     device: torch.device,
 ) -> tuple[Segment, ...]:
     segments: list[Segment] = []
@@ -222,7 +222,7 @@ def _segments(
     return tuple(segments)
 
 
-def _short_rows(segments: Listing[Segment], device: torch.device) -> ShortRows | None:
+def _short_rows(segments: Sequence[Segment], device: torch.device) -> ShortRows | None:
     short = list(itertools.takewhile(_is_short, segments))  # decode comes first, so prefill may follow
     if len(short) < SHORT_ROWS:
         return None

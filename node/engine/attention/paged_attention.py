@@ -10,8 +10,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import logging
-from collections.abc import Callable
-from collections.abc import Sequence as Listing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -72,7 +71,7 @@ class PagedRows:
 
 
 def describe_rows(
-    queries: Listing[int], lengths: Listing[int], pages: Listing[Listing[int]], device: torch.device
+    queries: Sequence[int], lengths: Sequence[int], pages: Sequence[Sequence[int]], device: torch.device
 ) -> PagedRows:
     """Rows with ``queries`` new tokens each and ``lengths`` keys, in ``pages``, for the kernel."""
     width = max(len(row) for row in pages)

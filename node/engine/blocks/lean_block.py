@@ -21,7 +21,7 @@ from swarm.model.probe import KVGeometry
 
 from ..attention.attention import attention
 from ..attention.batch import pack
-from ..cache.kv_cache import KVCache, Sequence
+from ..cache.kv_cache import KVCache, Row
 from .joined_linear import joined
 
 _ALIKE = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
@@ -175,7 +175,7 @@ def _agree(block: Any, lean: LeanBlock, dtype: torch.dtype) -> bool:
     kv = KVGeometry(heads.config.num_key_value_heads, heads.head_dim, heads.head_dim)
     cache = KVCache(start=heads.layer_idx, tokens=16, page_size=16, kv=[kv], dtype=dtype, device=torch.device("cpu"))
     blocks = range(heads.layer_idx, heads.layer_idx + 1)
-    (row,) = cache.arrange([Sequence()], sources=None, keep=[0], grow=[4], blocks=blocks)
+    (row,) = cache.arrange([Row()], sources=None, keep=[0], grow=[4], blocks=blocks)
     for tokens in (3, 1):
         hidden = torch.randn(1, tokens, heads.config.hidden_size, generator=generator).to(dtype)
         cos, sin = torch.randn(2, 1, tokens, heads.head_dim, generator=generator).to(dtype)

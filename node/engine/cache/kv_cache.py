@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterable, Mapping
-from collections.abc import Sequence as Listing
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -18,7 +17,7 @@ from .pages import OutOfPages, PageAllocator
 
 
 @dataclass(eq=False)
-class Sequence:
+class Row:
     """One row of a session: ``length`` cached tokens in ``pages``, in order. Changed by :class:`KVCache` only."""
 
     length: int = 0
@@ -57,9 +56,9 @@ class KVCache:
         start: int,
         tokens: int,
         page_size: int,
-        kv: Listing[KVGeometry | None],
+        kv: Sequence[KVGeometry | None],
         dtype: torch.dtype,
-        device: torch.device | Listing[torch.device],
+        device: torch.device | Sequence[torch.device],
         kernel: PagedKernel | None = None,
         sources: Mapping[int, int] = MappingProxyType({}),
     ) -> None:
@@ -108,13 +107,13 @@ class KVCache:
         """How many tokens fit into the free pages."""
         return self.pages.free * self.page_size
 
-    def release(self, rows: Listing[Sequence]) -> None:
+    def release(self, rows: Sequence[Row]) -> None:
         """Free what ``rows`` hold; they are empty afterwards."""
         for row in rows:
             self.pages.release(row.pages)
             row.pages, row.length, row.contiguous = [], 0, True
 
-    def truncate(self, row: Sequence, length: int) -> None:
+    def truncate(self, row: Row, length: int) -> None:
         """Forget the tokens of ``row`` from ``length`` on, and free every page that is empty then."""
         kept = -(-length // self.page_size)
         self.pages.release(row.pages[kept:])
@@ -122,7 +121,7 @@ class KVCache:
         row.length = length
         row.contiguous = row.contiguous or _side_by_side(row.pages)
 
-    def find(self, names: Listing[Hashable]) -> list[int]:
+    def find(self, names: Sequence[Hashable]) -> list[int]:
         """The pages that have the first of ``names``, as far as all of them are there."""
         pages = [self.pages.find(name) for name in names]
         found = pages.index(None) if None in pages else len(pages)
@@ -130,9 +129,9 @@ class KVCache:
 
     def adopt(
         self,
-        rows: Listing[Sequence],
-        pages: Listing[Listing[int]],
-        lengths: Listing[int],
+        rows: Sequence[Row],
+        pages: Sequence[Sequence[int]],
+        lengths: Sequence[int],
         *,
         blocks: range,
         may_copy: bool,
@@ -154,20 +153,20 @@ class KVCache:
                 self.pages.release(table)
             row.contiguous = _side_by_side(row.pages)
 
-    def name_pages(self, row: Sequence, first: int, names: Listing[Hashable]) -> None:
+    def name_pages(self, row: Row, first: int, names: Sequence[Hashable]) -> None:
         """Let others find the pages ``first:first + len(names)`` of ``row``, which are full."""
         for page, name in zip(row.pages[first : first + len(names)], names, strict=True):
             self.pages.name(page, name)
 
     def arrange(
         self,
-        rows: Listing[Sequence],
+        rows: Sequence[Row],
         *,
-        sources: Listing[int] | None,
-        keep: Listing[int],
-        grow: Listing[int],
+        sources: Sequence[int] | None,
+        keep: Sequence[int],
+        grow: Sequence[int],
         blocks: range,
-    ) -> list[Sequence]:
+    ) -> list[Row]:
         """Rows for the next step: new row ``i`` continues ``rows[sources[i]]`` (``None``: ``rows[i]``), cut to
         ``keep[i]`` tokens, with pages for ``grow[i]`` more.
 
@@ -211,9 +210,9 @@ class KVCache:
             raise OutOfCacheError(f"the KV cache is full: {error}") from None
         for source, target in copies:
             self._copy_page(source, target, blocks)
-        return [Sequence(kept, table, _side_by_side(table)) for table, kept in zip(tables, keep, strict=True)]
+        return [Row(kept, table, _side_by_side(table)) for table, kept in zip(tables, keep, strict=True)]
 
-    def _has_room(self, rows: Listing[Sequence], keep: Listing[int], grow: Listing[int]) -> bool:
+    def _has_room(self, rows: Sequence[Row], keep: Sequence[int], grow: Sequence[int]) -> bool:
         """Whether the rows can go on in the pages that they have: what nearly every decode step finds."""
         size = self.page_size
         for row, kept, more in zip(rows, keep, grow, strict=True):
@@ -233,5 +232,5 @@ class KVCache:
             pool.narrow(2, target * size, size).copy_(pool.narrow(2, source * size, size))
 
 
-def _side_by_side(pages: Listing[int]) -> bool:
+def _side_by_side(pages: Sequence[int]) -> bool:
     return all(right == left + 1 for left, right in itertools.pairwise(pages))

@@ -6,14 +6,14 @@ it never changes, so rows that continue the same one share it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Listing
+from collections.abc import Sequence
 
 import torch
 
 from swarm.errors import BadRequestError, OutOfCacheError
 from swarm.model.families.mixers import Mixer, MixerStates
 
-from .kv_cache import Sequence
+from .kv_cache import Row
 
 RowStates = dict[int, MixerStates]
 """One row's, by block."""
@@ -24,9 +24,9 @@ class StateStore:
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
-        self._states: dict[Sequence, RowStates] = {}
+        self._states: dict[Row, RowStates] = {}
 
-    def check(self, rows: Listing[Sequence], sources: Listing[int] | None, keep: Listing[int]) -> None:
+    def check(self, rows: Sequence[Row], sources: Sequence[int] | None, keep: Sequence[int]) -> None:
         """Whether :meth:`arrange` can follow.
 
         Raises:
@@ -40,7 +40,7 @@ class StateStore:
             raise OutOfCacheError(f"the states of {self.rows} rows are all that fit, and all are taken")
 
     def arrange(
-        self, before: Listing[Sequence], after: Listing[Sequence], sources: Listing[int] | None, keep: Listing[int]
+        self, before: Sequence[Row], after: Sequence[Row], sources: Sequence[int] | None, keep: Sequence[int]
     ) -> None:
         """Rows ``after`` continue rows ``before``, as in :meth:`KVCache.arrange`."""
         old = [self._states.pop(row, {}) for row in before]
@@ -48,11 +48,11 @@ class StateStore:
         for row, states, kept in zip(after, picked, keep, strict=True):
             self._states[row] = dict(states) if kept else {}
 
-    def of(self, row: Sequence) -> RowStates:
+    def of(self, row: Row) -> RowStates:
         """The states of a row that was arranged."""
         return self._states[row]
 
-    def release(self, rows: Listing[Sequence]) -> None:
+    def release(self, rows: Sequence[Row]) -> None:
         """Forget ``rows``."""
         for row in rows:
             self._states.pop(row, None)
@@ -60,7 +60,7 @@ class StateStore:
 
 def mix(
     hidden: torch.Tensor,
-    rows: Listing[tuple[int, int, RowStates]],
+    rows: Sequence[tuple[int, int, RowStates]],
     block: int,
     mixer: Mixer,
 ) -> torch.Tensor:
@@ -82,7 +82,7 @@ def mix(
     return torch.cat(parts)[None]
 
 
-def join(several: Listing[MixerStates]) -> MixerStates:
+def join(several: Sequence[MixerStates]) -> MixerStates:
     """One for all rows, in tensors of its own: what is done to them in place doesn't reach the rows'."""
     return MixerStates(
         {index: torch.cat([states.conv[index] for states in several]) for index in several[0].conv},

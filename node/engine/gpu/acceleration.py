@@ -17,7 +17,7 @@ from swarm.model.span import Span
 from ..attention.attention import attention
 from ..attention.batch import pack
 from ..attention.paged_attention import PagedKernel, torch_kernel
-from ..cache.kv_cache import KVCache, Sequence
+from ..cache.kv_cache import KVCache, Row
 from .static_decode import Record, Step
 
 logger = logging.getLogger(__name__)
@@ -81,9 +81,9 @@ def find_trouble(
 
     for pool in (cache.keys[0], cache.values[0]):
         pool.copy_(random(*pool.shape))
-    long = Sequence(9 * size - 7, [15, 3, 9, 1, 12, 6, 0, 10, 4], contiguous=False)
-    rows = [(Sequence(0, [2]), 1), (long, 1), (Sequence(size + 5, [7, 8]), 1)]
-    mixed = [(Sequence(0, [5]), 3), (long, 5), (Sequence(size - 1, [13]), 1)]
+    long = Row(9 * size - 7, [15, 3, 9, 1, 12, 6, 0, 10, 4], contiguous=False)
+    rows = [(Row(0, [2]), 1), (long, 1), (Row(size + 5, [7, 8]), 1)]
+    mixed = [(Row(0, [5]), 3), (long, 5), (Row(size - 1, [13]), 1)]
     module: Any = SimpleNamespace(layer_idx=0)
     try:
         for chosen, window in ((rows, None), (rows[:1], None), (rows, size), (mixed, None), (mixed, size // 2)):

@@ -10,8 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
-from collections.abc import Sequence as Listing
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -19,7 +18,7 @@ from swarm.model.span import Span
 
 from ..attention.batch import Batch
 from ..attention.paged_attention import PagedRows
-from ..cache.kv_cache import KVCache, Sequence
+from ..cache.kv_cache import KVCache, Row
 from ..executor import run_blocks
 from .transfer import staged, to_host
 
@@ -48,9 +47,7 @@ class StaticDecode:
         self._recordings: OrderedDict[tuple[int, int, int, int], Step] = OrderedDict()
         self._refused: set[tuple[int, int]] = set()
 
-    def run(
-        self, rows: Listing[tuple[Sequence, int]], hidden: torch.Tensor, first: int, last: int
-    ) -> torch.Tensor | None:
+    def run(self, rows: Sequence[tuple[Row, int]], hidden: torch.Tensor, first: int, last: int) -> torch.Tensor | None:
         """``hidden`` ``[N, H]`` on the CPU, one token for each of ``rows`` that has new ones, through ``first:last``.
 
         Returns the same shape, on the CPU; None if this can't be done here, with nothing changed.
@@ -107,7 +104,7 @@ def fitting(rows: int, longest: int, cache: KVCache) -> tuple[int, int]:
     return next(height for height in HEIGHTS if height >= rows), min(1 << (pages - 1).bit_length(), cache.pages.count)
 
 
-def _inputs(rows: Listing[Sequence], height: int, width: int, cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
+def _inputs(rows: Sequence[Row], height: int, width: int, cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
     """What changes from step to step, on the CPU: ``[2, height]`` int64 positions and slots; and int32, one behind the
     other, ends of keys ``[height + 1]``, lengths ``[height]`` and the table of pages ``[height, width]``.
 

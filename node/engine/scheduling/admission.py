@@ -9,7 +9,7 @@ from collections.abc import Set as AbstractSet
 from swarm.errors import OutOfCacheError
 
 from ..cache.kv_cache import KVCache
-from .session import Admission, EngineSession, Prefix, StepWork
+from .session import Admission, Prefix, RowGroup, StepWork
 
 
 class Admissions:
@@ -18,7 +18,7 @@ class Admissions:
     All of it runs in the engine's thread, but for :attr:`free_tokens`, :meth:`free_block_tokens` and the length.
     """
 
-    def __init__(self, cache: KVCache, sessions: AbstractSet[EngineSession]) -> None:
+    def __init__(self, cache: KVCache, sessions: AbstractSet[RowGroup]) -> None:
         self._cache = cache
         self._sessions = sessions
         self._queue: deque[Admission] = deque()
@@ -74,7 +74,7 @@ class Admissions:
         """Forget who waits."""
         self._queue.clear()
 
-    def name_pages(self, session: EngineSession, work: StepWork) -> None:
+    def name_pages(self, session: RowGroup, work: StepWork) -> None:
         """Let other sessions find the pages that ``work``, which is done, has completed."""
         if work.prompts is not None:
             session.context = None  # from here on nothing follows from the inputs alone
@@ -106,12 +106,12 @@ class Admissions:
             session.position = session.reused = columns
         admission.future.set_result(session.position)
 
-    def _found(self, session: EngineSession, prefix: Prefix | None) -> list[list[int]]:
+    def _found(self, session: RowGroup, prefix: Prefix | None) -> list[list[int]]:
         """Of each row the first pages that are in the cache."""
         if prefix is None or len(prefix.names) != len(session.rows):
             return [[] for _ in session.rows]
         return [self._cache.find(_full_names(session, prefix.context, names)) for names in prefix.names]
 
 
-def _full_names(session: EngineSession, context: bytes, names: list[bytes] | tuple[bytes, ...]) -> list[Hashable]:
+def _full_names(session: RowGroup, context: bytes, names: list[bytes] | tuple[bytes, ...]) -> list[Hashable]:
     return [(context, session.adapter, session.first, session.last, name) for name in names]

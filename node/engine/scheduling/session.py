@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..cache.kv_cache import Sequence
+from ..cache.kv_cache import Row
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Prefix:
 class Admission:
     """A session of ``columns`` that waits for ``pages``; the result is how many of its columns are there already."""
 
-    session: EngineSession
+    session: RowGroup
     columns: int
     pages: int
     prefix: Prefix | None
@@ -68,7 +68,7 @@ class Admission:
 
 
 @dataclass(eq=False)
-class EngineSession:
+class RowGroup:
     """Handle of one session; only the engine changes it. ``position`` counts the columns done. ``pages`` is what it was
     promised, for ``tokens`` in all of its rows, ``context`` that of its :class:`Prefix`, and ``reused`` what it found
     in the cache, until its first step. All of it goes through one ``adapter``, or none.
@@ -76,7 +76,7 @@ class EngineSession:
 
     first: int
     last: int
-    rows: list[Sequence]
+    rows: list[Row]
     padding: list[int]
     adapter: str = ""
     position: int = 0

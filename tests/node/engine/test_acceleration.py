@@ -16,7 +16,7 @@ from swarm.model.probe import KVGeometry
 from swarm.model.skeleton import load_span
 from swarm.model.source import resolve
 from swarm.node.engine.attention.paged_attention import describe_rows, torch_kernel
-from swarm.node.engine.cache.kv_cache import KVCache, Sequence
+from swarm.node.engine.cache.kv_cache import KVCache, Row
 from swarm.node.engine.engine import Engine
 from swarm.node.engine.gpu import static_decode
 from swarm.node.engine.gpu.acceleration import Acceleration, accelerate, find_trouble, why_unrecorded
@@ -204,7 +204,7 @@ def test_recordings_are_bounded(
     options: Any = {"kernel": acceleration.kernel, "dtype": torch.float32, "device": CPU}
     cache = KVCache(start=0, tokens=400, page_size=4, kv=[KVGeometry(2, 16, 16)] * 4, **options)
     decode = StaticDecode(span, cache, recorder)
-    rows = [Sequence(0, [page]) for page in range(65)]
+    rows = [Row(0, [page]) for page in range(65)]
     assert decode.run([(row, 1) for row in rows], torch.zeros(65, 64), 0, 4) is None
     assert decode.run([(rows[0], 2)], torch.zeros(2, 64), 0, 4) is None
     sizes = (1, 2, 1, 4, 1, 2)

@@ -17,7 +17,7 @@ from swarm.node.engine.attention import attention as attention_module
 from swarm.node.engine.attention.attention import attention
 from swarm.node.engine.attention.batch import pack, pack_dense
 from swarm.node.engine.attention.paged_attention import PagedKernel
-from swarm.node.engine.cache.kv_cache import KVCache, Sequence
+from swarm.node.engine.cache.kv_cache import KVCache, Row
 from tests.node.engine.paged_reference import KERNEL
 
 DIM = 8
@@ -106,7 +106,7 @@ def test_rows_of_a_batch_see_their_own_past_only(
         cache.pages.release(cache.pages.take(200)[::2])
     options = with_tensors(RULES[rule], query_heads)
     module = SimpleNamespace(layer_idx=3)
-    rows = [Sequence() for _ in lengths]
+    rows = [Row() for _ in lengths]
     keys = [torch.empty(kv_heads, 0, DIM) for _ in lengths]
     values = [torch.empty(kv_heads, 0, DIM) for _ in lengths]
     limit = attention_module._LARGEST_SCORES

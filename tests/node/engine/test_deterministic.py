@@ -23,7 +23,7 @@ from swarm.model.span import Span
 from swarm.node.engine import deterministic
 from swarm.node.engine.attention.batch import pack
 from swarm.node.engine.blocks.packing import pack_block
-from swarm.node.engine.cache.kv_cache import KVCache, Sequence
+from swarm.node.engine.cache.kv_cache import KVCache, Row
 from swarm.node.engine.deterministic import check, make_deterministic
 from swarm.node.engine.engine import Engine
 from swarm.node.engine.scheduling.scheduler import Waiting, plan_turn
@@ -213,7 +213,7 @@ def test_steps_are_cut_at_fixed_columns(data: st.DataObject) -> None:
 
 def test_segments_end_at_fixed_columns_of_a_row_with_padding() -> None:
     cache = KVCache(start=0, tokens=512, page_size=16, kv=[KVGeometry(1, 4, 4)], dtype=torch.float32, device=CPU)
-    rows = cache.arrange([Sequence(), Sequence()], sources=None, keep=[0, 0], grow=[100, 97], blocks=range(1))
+    rows = cache.arrange([Row(), Row()], sources=None, keep=[0, 0], grow=[100, 97], blocks=range(1))
     whole = pack(cache, [(rows[0], 100), (rows[1], 97)], CPU, pieces=[(0, 32), (3, 32)])
     assert [(segment.begin, segment.end, segment.past) for segment in whole.segments] == [
         *[(0, 32, 0), (32, 64, 32), (64, 96, 64), (96, 100, 96)],

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from swarm.errors import OutOfCacheError
 from swarm.model.probe import KVGeometry
-from swarm.node.engine.cache.kv_cache import KVCache, Sequence
+from swarm.node.engine.cache.kv_cache import KVCache, Row
 from swarm.node.engine.cache.pages import OutOfPages, PageAllocator
 
 
@@ -24,13 +24,13 @@ def make_cache(pages: int, page_size: int) -> KVCache:
     )
 
 
-def write(cache: KVCache, row: Sequence, values: list[int]) -> None:
+def write(cache: KVCache, row: Row, values: list[int]) -> None:
     slots = row.slots(row.length, row.length + len(values), cache.page_size)
     cache.keys[0][0, 0, slots, 0] = torch.tensor(values, dtype=torch.int64)
     row.length += len(values)
 
 
-def read(cache: KVCache, row: Sequence) -> list[int]:
+def read(cache: KVCache, row: Row) -> list[int]:
     found: list[int] = cache.keys[0][0, 0, row.slots(0, row.length, cache.page_size), 0].tolist()
     return found
 
@@ -40,7 +40,7 @@ def names_of(values: list[int], page_size: int) -> list[tuple[int, ...]]:
     return [tuple(values[:end]) for end in range(page_size, len(values) + 1, page_size)]
 
 
-def check_owners(cache: KVCache, sessions: list[list[Sequence]]) -> None:
+def check_owners(cache: KVCache, sessions: list[list[Row]]) -> None:
     owners = [0] * cache.pages.count
     for rows in sessions:
         for row in rows:
@@ -59,7 +59,7 @@ def check_owners(cache: KVCache, sessions: list[list[Sequence]]) -> None:
 @given(st.data())
 def test_random_steps_keep_every_rows_tokens_and_every_page(data: st.DataObject) -> None:
     cache = make_cache(data.draw(st.integers(1, 24)), data.draw(st.integers(1, 4)))
-    sessions: list[list[Sequence]] = []
+    sessions: list[list[Row]] = []
     contents: list[list[list[int]]] = []
     token = 0
     seen: list[list[int]] = []
@@ -68,7 +68,7 @@ def test_random_steps_keep_every_rows_tokens_and_every_page(data: st.DataObject)
         action = data.draw(st.sampled_from(actions))
         if action == "open":
             count = data.draw(st.integers(1, 3))
-            sessions.append([Sequence() for _ in range(count)])
+            sessions.append([Row() for _ in range(count)])
             contents.append([[] for _ in range(count)])
         elif action == "adopt" and seen:
             prompts = [data.draw(st.sampled_from(seen)) for _ in range(data.draw(st.integers(1, 2)))]
@@ -76,7 +76,7 @@ def test_random_steps_keep_every_rows_tokens_and_every_page(data: st.DataObject)
             shortest = min(len(pages) for pages in found) * cache.page_size
             lengths = [data.draw(st.integers(0, shortest)) for _ in prompts]
             tables = [pages[: -(-n // cache.page_size)] for pages, n in zip(found, lengths, strict=True)]
-            rows = [Sequence() for _ in prompts]
+            rows = [Row() for _ in prompts]
             cache.adopt(rows, tables, lengths, blocks=range(1), may_copy=data.draw(st.booleans()))
             sessions.append(rows)
             contents.append([prompt[:n] for prompt, n in zip(prompts, lengths, strict=True)])
@@ -126,12 +126,12 @@ def test_named_pages_stay_until_room_is_needed_and_the_least_recently_used_go_fi
     cache = make_cache(16, 1)
     prompts = [[10 * number + at for at in range(4)] for number in range(3)]
     for prompt in prompts:
-        [row] = cache.arrange([Sequence()], sources=None, keep=[0], grow=[4], blocks=range(1))
+        [row] = cache.arrange([Row()], sources=None, keep=[0], grow=[4], blocks=range(1))
         write(cache, row, prompt)
         cache.name_pages(row, 0, names_of(prompt, 1))
         cache.release([row])
     assert cache.pages.free == 16
-    again = Sequence()
+    again = Row()
     cache.adopt([again], [cache.find(names_of(prompts[0], 1))], [4], blocks=range(1), may_copy=False)
     assert read(cache, again) == prompts[0]
     assert cache.pages.free == 12
@@ -145,11 +145,11 @@ def test_named_pages_stay_until_room_is_needed_and_the_least_recently_used_go_fi
 
 def test_what_others_may_find_is_not_written_to() -> None:
     cache = make_cache(16, 4)
-    [row] = cache.arrange([Sequence()], sources=None, keep=[0], grow=[8], blocks=range(1))
+    [row] = cache.arrange([Row()], sources=None, keep=[0], grow=[8], blocks=range(1))
     write(cache, row, list(range(8)))
     names = names_of(list(range(8)), 4)
     cache.name_pages(row, 0, names)
-    other = Sequence()
+    other = Row()
     cache.adopt([other], [cache.find(names)], [8], blocks=range(1), may_copy=False)
     [row] = cache.arrange([row], sources=None, keep=[6], grow=[1], blocks=range(1))  # the other has it: copied
     row.length = 6
@@ -176,7 +176,7 @@ def test_releasing_a_free_page_is_refused() -> None:
 
 def test_sequences_that_grow_in_turn_stay_in_one_piece() -> None:
     cache = make_cache(256, 4)
-    rows = [Sequence() for _ in range(8)]
+    rows = [Row() for _ in range(8)]
     for _ in range(100):
         for at, row in enumerate(rows):
             [rows[at]] = cache.arrange([row], sources=None, keep=[row.length], grow=[1], blocks=range(1))
@@ -187,7 +187,7 @@ def test_sequences_that_grow_in_turn_stay_in_one_piece() -> None:
 
 def test_a_fork_shares_full_pages_and_copies_only_the_last() -> None:
     cache = make_cache(16, 4)
-    [row] = cache.arrange([Sequence()], sources=None, keep=[0], grow=[10], blocks=range(1))
+    [row] = cache.arrange([Row()], sources=None, keep=[0], grow=[10], blocks=range(1))
     write(cache, row, list(range(10)))
     forks = cache.arrange([row], sources=[0, 0, 0], keep=[10] * 3, grow=[1] * 3, blocks=range(1))
     assert cache.pages.count - cache.pages.free == 2 + 3

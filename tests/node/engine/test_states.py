@@ -15,7 +15,7 @@ from swarm.model.probe import KVGeometry
 from swarm.model.skeleton import load_span
 from swarm.model.source import resolve
 from swarm.model.span import Span
-from swarm.node.engine.cache.kv_cache import Sequence
+from swarm.node.engine.cache.kv_cache import Row
 from swarm.node.engine.cache.states import StateStore, join, split
 from swarm.node.engine.engine import Engine
 from tests.models import make_checkpoint
@@ -97,11 +97,11 @@ def test_left_padding(span: Span, start_engine: Start) -> None:
 
 
 def test_store_shares_and_forgets() -> None:
-    store, one = StateStore(2), Sequence(length=4)
+    store, one = StateStore(2), Row(length=4)
     store.arrange([one], [one], None, [0])
     assert store.of(one) == {}
     store.of(one)[7] = MixerStates({0: torch.zeros(1, 2, 3)})
-    left, right = Sequence(length=4), Sequence(length=4)
+    left, right = Row(length=4), Row(length=4)
     store.check([one], [0, 0], [4, 4])
     store.arrange([one], [left, right], [0, 0], [4, 4])
     store.of(left)[7] = MixerStates()

@@ -57,7 +57,7 @@ class _InputsMissing(Exception):
     """A hop has to be replaced that began with columns that it had already: nobody knows what it was sent for them."""
 
 
-class Inference:
+class RouteSession:
     """The asynchronous side of :class:`swarm.client.session.session.Session`.
 
     When a hop fails, other nodes take over just its blocks: what was sent to the hop is sent to them again as one
