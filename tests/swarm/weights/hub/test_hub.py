@@ -26,7 +26,7 @@ from swarm.weights.byte_ranges import GAP
 from swarm.weights.checkpoint import INDEX, SINGLE, Checkpoint
 from swarm.weights.hub import range_download
 from tests.models import tiny_model
-from tests.swarm.hub_server import COMMIT, TOKEN, HubServer, cut, fine, mislabeled, status
+from tests.swarm.weights.hub.hub_server import COMMIT, TOKEN, HubServer, cut, fine, mislabeled, status
 
 MIB = 1 << 20
 
