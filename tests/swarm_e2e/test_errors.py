@@ -184,7 +184,7 @@ def test_a_clock_that_is_off_is_named_as_the_cause(swarm: Swarm) -> None:
 import asyncio, time
 right = time.time
 time.time = lambda: right() + 10
-from swarm.peer import Peer, PeerOptions
+from swarm.network.peer import Peer, PeerOptions
 asyncio.run(Peer.start(PeerOptions(initial_peers={swarm.initial_peers!r}, client=True)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

@@ -330,9 +330,9 @@ def test_without_safetensors(hub: HubServer, source: ModelSource, file: str, mes
 
 PROGRAM = """
 import hashlib, json
-from swarm import partial
-from swarm.hub import HubRepo
-from swarm.hub_file import HubFile
+from swarm.weights import partial
+from swarm.weights.hub.one_file import HubRepo
+from swarm.weights.hub.remote_file import HubFile
 partial.COMMIT_SECONDS = 0
 config = HubRepo("some/model").fetch("config.json")
 file = HubFile(HubRepo("some/model", config.parent.name), config.parent, "model.safetensors")

@@ -179,10 +179,10 @@ def test_what_can_not_be_done_is_said() -> None:
 
 PROGRAM = """
 import gc, json, sys, torch
-from swarm.memory import trim
-from swarm.node.engine.quantization import find_scheme, finish_block, quantized_bytes
-from swarm.skeleton import build_skeleton, load_span
-from swarm.source import resolve
+from swarm.compute.memory import trim
+from swarm.node.engine.blocks.quantization import find_scheme, finish_block, quantized_bytes
+from swarm.model.skeleton import build_skeleton, load_span
+from swarm.model.source import resolve
 
 def memory(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) * 1024
