@@ -6,8 +6,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ -n "${SWARM_SKIP_VERSIONS:-}" ]; then exit 0; fi
 
-tests="tests/compat tests/families tests/client tests/node/engine tests/node/test_handler.py tests/swarm/test_skeleton.py
-  tests/swarm/test_hub.py tests/gateway/test_api.py tests/swarm_e2e/test_families.py"
+tests="tests/swarm/compat tests/families tests/client tests/node/engine tests/node/rpc/test_handler.py tests/swarm/model/test_skeleton.py
+  tests/swarm/weights/hub/test_hub.py tests/gateway/test_api.py tests/swarm_e2e/test_families.py"
 
 install() { # environment, options for pip and what to install
   local name=$1
@@ -30,7 +30,7 @@ try() { # environment
   echo "== the tests with the $1 versions" >&2
   # the bounds of the peak of memory are those of the pinned versions
   ".venv-$1/bin/python" -m pytest -p no:cacheprovider $tests --deselect \
-    tests/node/engine/test_quantization.py::test_the_peak_of_loading_is_one_block_above_what_is_loaded
+    tests/node/engine/blocks/quantization/test_quantization.py::test_the_peak_of_loading_is_one_block_above_what_is_loaded
   ".venv-$1/bin/python" scripts/try_install.py ".venv-$1/bin" # serve, generate and gateway, as commands
 }
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from swarm.client import SwarmModelForCausalLM
 from tests.models import tiny_model
-from tests.swarm.hub_server import HubServer
-from tests.swarm.test_dequantize import FORMATS, quantized
+from tests.swarm.weights.hub.hub_server import HubServer
+from tests.swarm.weights.test_dequantize import FORMATS, quantized
 from tests.swarm_e2e.nodes import run_swarm
 
 

@@ -16,7 +16,7 @@ from swarm.errors import BadRequestError, LeavingError, OutOfCacheError, RemoteE
 from swarm.node.engine.engine import Engine
 from swarm.node.engine.gpu.acceleration import Acceleration
 from swarm.node.engine.scheduling.session import Prefix
-from tests.node.engine.paged_reference import KERNEL
+from tests.node.engine.attention.paged_reference import KERNEL
 
 Get = Callable[[str], Any]
 Start = Callable[..., Engine]

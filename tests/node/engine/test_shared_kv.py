@@ -20,9 +20,9 @@ from swarm.node.engine.engine import Engine
 from swarm.node.engine.gpu.acceleration import Acceleration
 from swarm.node.engine.scheduling.session import Prefix
 from tests.models import make_checkpoint
-from tests.node.engine.paged_reference import KERNEL
-from tests.node.engine.test_acceleration import Recorder
-from tests.node.engine.test_exact import close
+from tests.node.engine.attention.paged_reference import KERNEL
+from tests.node.engine.blocks.quantization.test_exact import close
+from tests.node.engine.gpu.test_acceleration import Recorder
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ from swarm.node.engine.gpu.acceleration import Acceleration
 from swarm.node.engine.scheduling.session import Prefix
 from tests.adapters import make_adapter, whole_with
 from tests.models import make_checkpoint, tiny_model
-from tests.node.engine.paged_reference import KERNEL
+from tests.node.engine.attention.paged_reference import KERNEL
 
 Start = Callable[..., Engine]
 CPU = torch.device("cpu")

@@ -18,7 +18,8 @@ from swarm.client import SwarmModelForCausalLM
 from swarm.compat.keywords import GENERATE_KEYWORD, OLDEST_KEYWORD
 from swarm.model.skeleton import load_ends
 from swarm.model.source import resolve
-from tests.client.generation_table import (
+from tests.client.in_process import InProcessConnection
+from tests.client.model.generation_table import (
     EXACT,
     FIELDS,
     HANDLED_ELSEWHERE,
@@ -27,7 +28,6 @@ from tests.client.generation_table import (
     Row,
     arguments,
 )
-from tests.client.in_process import InProcessConnection
 
 IDS = torch.tensor([[0, 659, 628, 306, 431, 1264], [0, 431, 1264, 16, 431, 1264]])
 QUIET: dict[str, Any] = {"max_new_tokens": 7, "eos_token_id": None, "pad_token_id": 2}

@@ -24,7 +24,7 @@ from swarm.client.settings import ClientSettings
 from swarm.errors import Owner, SwarmError
 from swarm.wire.limits import divide_rows
 from swarm.wire.records import Offer, ServerInfo, ServerState
-from tests.client.test_routing import peer, span
+from tests.client.routing.test_routing import peer, span
 
 CALLER, NODE = errors.BadRequestError("not for anybody"), errors.RemoteError("answered nonsense")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import transformers
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PRIVATE = {
     "_attn_implementation",
     "_get_dtype_plan",

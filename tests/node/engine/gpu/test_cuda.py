@@ -14,7 +14,7 @@ from swarm.model.source import resolve
 from swarm.node.engine.engine import Engine
 from swarm.node.engine.gpu.acceleration import accelerate
 from tests.models import tiny_model
-from tests.node.engine.test_exact import tokens
+from tests.node.engine.blocks.quantization.test_exact import tokens
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 Get = Callable[[str], Any]

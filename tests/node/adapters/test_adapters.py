@@ -22,7 +22,7 @@ from swarm.node.adapters.checkpoint import CONFIG, WEIGHTS, AdapterCheckpoint, o
 from swarm.node.adapters.config import AdapterSpec, parse_spec, parse_specs, read_config
 from tests.adapters import make_adapter
 from tests.models import make_checkpoint, tiny_model
-from tests.swarm.hub_server import HubServer
+from tests.swarm.weights.hub.hub_server import HubServer
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}

@@ -26,7 +26,7 @@ from swarm.weights.byte_ranges import GAP
 from swarm.weights.checkpoint import INDEX, SINGLE, Checkpoint
 from swarm.weights.hub import range_download
 from tests.models import tiny_model
-from tests.swarm.hub_server import COMMIT, TOKEN, HubServer, cut, fine, mislabeled, status
+from tests.swarm.weights.hub.hub_server import COMMIT, TOKEN, HubServer, cut, fine, mislabeled, status
 
 MIB = 1 << 20
 
@@ -330,7 +330,7 @@ def test_without_safetensors(hub: HubServer, source: ModelSource, file: str, mes
 
 PROGRAM = """
 import hashlib, json
-from swarm import partial
+from swarm.weights import partial
 from swarm.weights.hub.one_file import HubRepo
 from swarm.weights.hub.remote_file import HubFile
 partial.COMMIT_SECONDS = 0

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from swarm.client.model.find_model import find_model
 from swarm.model.source import resolve
-from tests.swarm.hub_server import HubServer
+from tests.swarm.weights.hub.hub_server import HubServer
 
 
 def test_the_tokenizer_comes_along_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -37,8 +37,8 @@ from swarm.weights.sharing.seeder import UploadLimit
 from swarm.weights.sharing.store import WeightStore, find_root
 from swarm.wire import rpc
 from tests.models import tiny_model
-from tests.swarm.test_dequantize import FORMATS, quantized
-from tests.swarm.test_manifest import JSON
+from tests.swarm.weights.sharing.test_manifest import JSON
+from tests.swarm.weights.test_dequantize import FORMATS, quantized
 
 COUNT = 12
 bits = st.lists(st.booleans(), min_size=COUNT, max_size=COUNT).map(lambda found: np.array(found, np.bool_))

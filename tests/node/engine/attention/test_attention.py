@@ -18,7 +18,7 @@ from swarm.node.engine.attention.attention import attention
 from swarm.node.engine.attention.batch import pack, pack_dense
 from swarm.node.engine.attention.paged_attention import PagedKernel
 from swarm.node.engine.cache.kv_cache import KVCache, Row
-from tests.node.engine.paged_reference import KERNEL
+from tests.node.engine.attention.paged_reference import KERNEL
 
 DIM = 8
 RULES: dict[str, dict[str, Any]] = {

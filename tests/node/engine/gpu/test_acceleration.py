@@ -22,8 +22,8 @@ from swarm.node.engine.gpu import static_decode
 from swarm.node.engine.gpu.acceleration import Acceleration, accelerate, find_trouble, why_unrecorded
 from swarm.node.engine.gpu.static_decode import StaticDecode, Step, fitting
 from tests.models import tiny_model
-from tests.node.engine.paged_reference import KERNEL, varlen_attn
-from tests.node.engine.test_exact import close, tokens
+from tests.node.engine.attention.paged_reference import KERNEL, varlen_attn
+from tests.node.engine.blocks.quantization.test_exact import close, tokens
 
 CPU = torch.device("cpu")
 Get = Callable[[str], Any]

@@ -30,7 +30,16 @@ from swarm.node.engine.blocks.quantization.nf4 import NF4Matrix
 from swarm.node.engine.blocks.quantization.stored import JoinedMatrix, StoredMatrix
 from swarm.weights.checkpoint import SINGLE
 from tests.models import make_checkpoint, make_config, tiny_model
-from tests.swarm.test_dequantize import FORMATS, INT, Packer, Tensors, _ct_config, compressed, pack_words, quantized
+from tests.swarm.weights.test_dequantize import (
+    FORMATS,
+    INT,
+    Packer,
+    Tensors,
+    _ct_config,
+    compressed,
+    pack_words,
+    quantized,
+)
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ from swarm.node.hosting.sharing import make_whole, whole_here
 from swarm.node.settings import NodeSettings
 from swarm.weights.sharing.manifest import make_manifest
 from tests.models import tiny_model
-from tests.swarm.hub_server import HubServer
+from tests.swarm.weights.hub.hub_server import HubServer
 
 
 def test_a_hub_model_is_made_whole_before_it_is_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
