@@ -32,7 +32,7 @@ def test_what_is_kept(model_type: str, tmp_path: Path) -> None:
 def test_what_hybrids_keep(tmp_path: Path) -> None:
     config = next(case for case in CASES if case.model_type == "qwen3_next").config()
     source = resolve(str(make_checkpoint(tmp_path, config)))
-    states = 4 * (4 * 80 + 4 * 8 * 12)  # see tests/node/engine/test_states.py
+    states = 4 * (4 * 80 + 4 * 8 * 12)  # see tests/node/engine/cache/test_states.py
     caches = block_caches(source, torch.float32)
     assert [each.bytes(tokens=0, rows=3, itemsize=4) for each in caches] == [3 * states] * 3 + [0, 3 * states]
     assert caches[3].bytes(tokens=1000, rows=3, itemsize=4) == 1000 * 2 * (16 + 16) * 4
