@@ -46,7 +46,7 @@ from swarm.node.engine.blocks.quantization import find_scheme, finish_block
 from swarm.node.engine.engine import Engine
 from swarm.node.engine.gpu.acceleration import accelerate
 from swarm.node.engine.gpu.static_decode import Record, Step
-from swarm.node.engine.scheduling.session import RowGroup
+from swarm.node.engine.scheduling.row_group import RowGroup
 from swarm.node.hosting.hardware import free_memory
 
 BITS = {"none": 16.0, "int8": 8.5, "nf4": 4.5, "int4": 4.5}

@@ -10,7 +10,8 @@ from swarm.errors import BadRequestError, OutOfOrderError, UsageError
 from swarm.model.layout import check_range
 from swarm.model.span import Span
 
-from .scheduling.session import RowGroup, StepWork
+from .scheduling.row_group import RowGroup
+from .scheduling.work import StepWork
 
 
 def check_blocks(span: Span, first: int, last: int) -> None:

@@ -2,14 +2,54 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Collection
+
 import torch
 
 from swarm.errors import BadRequestError
 from swarm.model.span import Span
 
 from . import executor
-from .checks import check_blocks, check_hidden, check_prompts
-from .scheduling.session import DenseWork
+from .checks import check_adapter, check_blocks, check_hidden, check_prompts
+from .scheduling.work import DenseWork, fail
+from .stats import Counters
+
+
+class DenseTurns:
+    """Turns of the engine over ``waiting``: some rows of one work, and what is left of it queues behind the others."""
+
+    def __init__(self, span: Span, counters: Counters, *, max_tokens: int, adapters: Collection[str] = ()) -> None:
+        self.waiting: deque[DenseWork] = deque()
+        self._span = span
+        self._counters = counters
+        self._max_tokens = max_tokens
+        self._adapters = adapters
+
+    def choose(self) -> DenseWork | None:
+        """What runs next, which doesn't wait then; None if there is nothing, or it is cancelled."""
+        work = self.waiting.popleft() if self.waiting else None
+        return work if work and (work.done or work.future.set_running_or_notify_cancel()) else None
+
+    def run(self, work: DenseWork) -> int:
+        """Compute the next rows of ``work``, and return how many tokens. Raises what the blocks raise, and as
+        :func:`advance`."""
+        check_adapter(self._adapters, work.adapter)
+        return advance(self._span, work, max_tokens=self._max_tokens)
+
+    def deliver(self, work: DenseWork, tokens: int, seconds: float, waited_s: float) -> None:
+        """Tell the result, if all rows are done."""
+        self._counters.dense_tokens += tokens
+        if work.done < work.hidden.shape[0]:
+            self.waiting.append(work)
+        elif work.grad is None:
+            work.future.set_result(work.output)  # type: ignore[arg-type]
+        else:
+            work.future.set_result((work.output, work.prompt_grad))  # type: ignore[arg-type]
+
+    def fail(self, work: DenseWork, error: Exception) -> None:
+        """``work`` failed, and ends."""
+        fail(work.future, error)
 
 
 def advance(span: Span, work: DenseWork, *, max_tokens: int) -> int:

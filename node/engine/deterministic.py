@@ -26,9 +26,7 @@ from .attention.batch import pack
 from .blocks.lora import adapter_tokens
 from .cache.kv_cache import KVCache, Row
 from .executor import run_blocks
-
-PIECE_TOKENS = 64
-"""Tokens of a session in a call of attention at most; columns are cut at multiples of this, divided by its rows."""
+from .scheduling.scheduler import PIECE_TOKENS
 
 _GRAIN = 32768  # elements that torch never divides among threads
 _VECTORS = 64  # elements that are a whole number of its vectors, in any dtype
@@ -49,11 +47,6 @@ def make_deterministic(block: nn.Module) -> None:
             config._experts_implementation = "eager"  # one expert after the other, by functions that _Tiled knows
     if functional:
         block.forward = functools.partial(_within, block.forward)  # type: ignore[method-assign, assignment]
-
-
-def columns_per_piece(rows: int) -> int:
-    """At multiples of so many columns a session of ``rows`` rows is cut, whatever else waits."""
-    return max(1, PIECE_TOKENS // rows)
 
 
 def _is_activation(module: nn.Module) -> bool:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+_RECENT = 64
 
 
 @dataclass(frozen=True)
@@ -31,3 +35,27 @@ class EngineStats:
     failures: int
     busy_s: float
     recent_step_s: tuple[float, ...]
+
+
+@dataclass
+class Counters:
+    """The part of :class:`EngineStats` that is counted. The engine's thread counts, any thread may look."""
+
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    dense_tokens: int = 0
+    reused_tokens: int = 0
+    batches: int = 0
+    failures: int = 0
+    busy_s: float = 0.0
+    recent_step_s: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT))
+
+    def ran(self, seconds: float) -> None:
+        """A batch took ``seconds``."""
+        self.batches += 1
+        self.busy_s += seconds
+        self.recent_step_s.append(seconds)
+
+    def stats(self, **now: Any) -> EngineStats:
+        """All of it, with the figures of the moment, which are not counted."""
+        return EngineStats(**(vars(self) | {"recent_step_s": tuple(self.recent_step_s)}), **now)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -13,12 +14,20 @@ from .attention.batch import pack
 from .blocks.lora import adapter_tokens
 from .cache.kv_cache import KVCache, Row
 from .cache.states import StateStore
-from .deterministic import columns_per_piece
 from .executor import PlacedPrompts
 from .gpu.static_decode import StaticDecode
 from .gpu.transfer import to_device, to_host
-from .scheduling.scheduler import DECODE_COLUMNS
-from .scheduling.session import RowGroup, StepWork
+from .scheduling.scheduler import columns_per_piece
+from .scheduling.step_queue import Take
+
+
+@dataclass(frozen=True)
+class TurnOutput:
+    """``outputs`` ``[rows, columns, H]`` of each take, and how many tokens of prefill and of decode were in them."""
+
+    outputs: list[torch.Tensor]
+    prefill: int
+    decode: int
 
 
 class TurnRunner:
@@ -39,77 +48,66 @@ class TurnRunner:
         self._decode = decode
         self._deterministic = deterministic
 
-    def run(
-        self, chosen: Sequence[tuple[RowGroup, StepWork, int]], first: int, last: int
-    ) -> tuple[list[torch.Tensor], int, int]:
-        """The next ``columns`` of each of ``chosen`` through the blocks ``first:last``.
+    def run(self, takes: Sequence[Take]) -> TurnOutput:
+        """``takes`` through the blocks that all of them are for. If it fails, their rows are as long as before."""
+        cuts = [_new_tokens(take) for take in takes]
+        totals = [sum(new) for new in cuts]
+        decode = sum(total for take, total in zip(takes, totals, strict=True) if take.work.decodes)
+        if not any(totals):
+            return TurnOutput([self._empty(take) for take in takes], 0, 0)
+        rows = [
+            pair for take, new in zip(takes, cuts, strict=True) for pair in zip(take.session.rows, new, strict=True)
+        ]
+        outputs = self._divide(self._compute(takes, cuts, rows), takes, cuts)
+        for row, count in rows:
+            row.length += count
+        return TurnOutput(outputs, sum(totals) - decode, decode)
 
-        Returns the outputs ``[rows, columns, H]`` of each, and how many tokens of prefill and of decode there were.
-        """
-        span = self._span
-        rows: list[tuple[Row, int]] = []
-        inputs: list[torch.Tensor] = []  # [1, tokens, H] each
-        cuts: list[list[int]] = []  # tokens of each row of each work
-        pieces: list[tuple[int, int]] = []
-        prefill = decode = 0
-        for session, work, columns in chosen:
-            begin = work.start + work.done
-            part = work.hidden if columns == work.columns else work.hidden[:, work.done : work.done + columns]
-            new = [
-                session.row_length(row, begin + columns) - sequence.length for row, sequence in enumerate(session.rows)
-            ]
-            rows.extend(zip(session.rows, new, strict=True))
-            pieces.extend((padding, columns_per_piece(len(new))) for padding in session.padding)
-            cuts.append(new)
-            total = sum(new)
-            if total == columns * len(new):
-                inputs.append(part if len(new) == 1 else part.reshape(1, total, span.hidden_size))
-            else:
-                inputs.extend(part[row : row + 1, columns - count :] for row, count in enumerate(new))
-            if work.columns <= DECODE_COLUMNS:
-                decode += total
-            else:
-                prefill += total
-        if not prefill + decode:
-            return [self._empty(len(new), columns) for new, (_, _, columns) in zip(cuts, chosen, strict=True)], 0, 0
-        flat = inputs[0] if len(inputs) == 1 else torch.cat([part.to(span.dtype) for part in inputs], 1)
-        prompts = self._place(*chosen[0][1:], cuts[0])
-        adapters = adapter_tokens((one[0].adapter, sum(new)) for one, new in zip(chosen, cuts, strict=True))
-        output = None
+    def _compute(
+        self, takes: Sequence[Take], cuts: Sequence[Sequence[int]], rows: list[tuple[Row, int]]
+    ) -> torch.Tensor:
+        """The output ``[1, tokens, H]`` of all takes, on the CPU; ``rows`` with how many new tokens each has."""
+        span, session = self._span, takes[0].session
+        parts = [part for take, new in zip(takes, cuts, strict=True) for part in _inputs(take, new)]
+        flat = parts[0] if len(parts) == 1 else torch.cat([part.to(span.dtype) for part in parts], 1)
+        prompts = self._place(takes[0], cuts[0])
+        adapters = adapter_tokens((take.session.adapter, sum(new)) for take, new in zip(takes, cuts, strict=True))
         if self._decode is not None and prompts is None and not adapters:
-            decoded = self._decode.run(rows, flat[0], first, last)
-            output = None if decoded is None else decoded[None]
-        if output is None:
-            batch = pack(
-                self._cache,
-                rows,
-                span.device,
-                pieces=pieces if self._deterministic else None,
-                states=tuple(self._states.of(row) for row, count in rows if count) if self._states is not None else (),
-                adapters=adapters,
-            )
-            hidden = to_device(flat, span.device, span.dtype)
-            output = executor.run_blocks(span, hidden, batch, first=first, last=last, prompts=prompts)
-            output = output if output.is_cpu else to_host(output)
+            decoded = self._decode.run(rows, flat[0], session.first, session.last)
+            if decoded is not None:
+                return decoded[None]
+        batch = pack(
+            self._cache,
+            rows,
+            span.device,
+            pieces=_pieces(takes) if self._deterministic else None,
+            states=tuple(self._states.of(row) for row, count in rows if count) if self._states is not None else (),
+            adapters=adapters,
+        )
+        hidden = to_device(flat, span.device, span.dtype)
+        output = executor.run_blocks(span, hidden, batch, first=session.first, last=session.last, prompts=prompts)
+        return output if output.is_cpu else to_host(output)
+
+    def _divide(self, output: torch.Tensor, takes: Sequence[Take], cuts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """``output`` ``[1, tokens, H]`` as ``[rows, columns, H]`` of each take; zero where there is padding."""
         outputs: list[torch.Tensor] = []
         offset = 0
-        for (_, _, columns), new in zip(chosen, cuts, strict=True):
+        for take, new in zip(takes, cuts, strict=True):
             total = sum(new)
             mine = output if total == output.shape[1] else output.narrow(1, offset, total)
             offset += total
-            if total == columns * len(new):
-                outputs.append(mine if len(new) == 1 else mine.reshape(len(new), columns, -1))
+            if total == take.columns * len(new):
+                outputs.append(mine if len(new) == 1 else mine.reshape(len(new), take.columns, -1))
                 continue
-            padded = self._empty(len(new), columns)
+            padded = self._empty(take)
             for row, piece in enumerate(mine[0].split(new)):
-                padded[row, columns - len(piece) :] = piece
+                padded[row, take.columns - len(piece) :] = piece
             outputs.append(padded)
-        for sequence, count in rows:
-            sequence.length += count
-        return outputs, prefill, decode
+        return outputs
 
-    def _place(self, work: StepWork, columns: int, new: Sequence[int]) -> PlacedPrompts | None:
-        """The prompts of ``work``, which runs alone, for its columns in this turn."""
+    def _place(self, take: Take, new: Sequence[int]) -> PlacedPrompts | None:
+        """The prompts of ``take``, which runs alone if it has some, for its columns in this turn."""
+        work, columns = take.work, take.columns
         if work.prompts is None:
             return None
         prompts = work.prompts.to(self._span.device, self._span.dtype)
@@ -124,5 +122,25 @@ class TurnRunner:
             offset += count
         return PlacedPrompts(prompts, where, [row for row, _ in cells], [column for _, column in cells])
 
-    def _empty(self, rows: int, columns: int) -> torch.Tensor:
-        return torch.zeros(rows, columns, self._span.hidden_size, dtype=self._span.dtype)
+    def _empty(self, take: Take) -> torch.Tensor:
+        return torch.zeros(take.work.rows, take.columns, self._span.hidden_size, dtype=self._span.dtype)
+
+
+def _new_tokens(take: Take) -> list[int]:
+    """How many of the take's columns are no padding, by row."""
+    session, end = take.session, take.work.start + take.work.done + take.columns
+    return [session.row_length(row, end) - sequence.length for row, sequence in enumerate(session.rows)]
+
+
+def _inputs(take: Take, new: Sequence[int]) -> Sequence[torch.Tensor]:
+    """The take's tokens that are no padding, in parts of ``[1, tokens, H]``."""
+    work, columns = take.work, take.columns
+    part = work.hidden if columns == work.columns else work.hidden[:, work.done : work.done + columns]
+    if sum(new) == columns * len(new):
+        return (part if len(new) == 1 else part.reshape(1, columns * len(new), -1),)
+    return [part[row : row + 1, columns - count :] for row, count in enumerate(new)]
+
+
+def _pieces(takes: Sequence[Take]) -> list[tuple[int, int]]:
+    """The padding of each row, and at which multiples it is cut."""
+    return [(padding, columns_per_piece(len(take.session.rows))) for take in takes for padding in take.session.padding]

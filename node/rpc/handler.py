@@ -34,7 +34,8 @@ from swarm.wire.rpc import Request, Response
 from swarm.wire.stream import MessageStream
 
 from ..engine.engine import Engine
-from ..engine.scheduling.session import RowGroup, StepTimes
+from ..engine.scheduling.row_group import RowGroup
+from ..engine.scheduling.work import StepTimes
 from .limits import Limits
 from .pusher import Pusher
 from .requests import Opening, Served, check_opening, read_backward, read_forward, read_step

@@ -14,7 +14,7 @@ from swarm.wire.codec import all_finite, decode
 from swarm.wire.records import parse_span_uid
 from swarm.wire.rpc import Metadata, arrange
 
-from ..engine.scheduling.session import Prefix
+from ..engine.scheduling.messages import Prefix
 from .limits import Limits
 
 

@@ -12,7 +12,7 @@ from swarm.model.skeleton import load_span
 from swarm.model.source import resolve
 from swarm.node.engine.blocks.quantization import finish_block
 from swarm.node.engine.engine import Engine
-from swarm.node.engine.scheduling.session import RowGroup
+from swarm.node.engine.scheduling.row_group import RowGroup
 
 
 class InProcessSession:

@@ -190,18 +190,8 @@ class KVCache:
         copies: list[tuple[int, int]] = []
         try:
             for table, kept, more in zip(tables, keep, grow, strict=True):
-                if not more:
-                    continue
-                if kept % self.page_size and self.pages.owners(table[-1]) == 1 and self.pages.named(table[-1]):
-                    self.pages.unname(table[-1])
-                elif kept % self.page_size and self.pages.owners(table[-1]) > 1:
-                    shared = table[-1]
-                    own = self.pages.take(1, after=table[-2] if len(table) > 1 else None)
-                    self.pages.release([shared])
-                    table[-1:] = own
-                    copies.append((shared, own[0]))
-                missing = -(-(kept + more) // self.page_size) - len(table)
-                table += self.pages.take(missing, after=table[-1] if table else None)
+                if more:
+                    copies += self._grow(table, kept, kept + more)
         except OutOfPages as error:
             for table in tables:
                 self.pages.release(table)
@@ -211,6 +201,25 @@ class KVCache:
         for source, target in copies:
             self._copy_page(source, target, blocks)
         return [Row(kept, table, _side_by_side(table)) for table, kept in zip(tables, keep, strict=True)]
+
+    def _grow(self, table: list[int], kept: int, end: int) -> list[tuple[int, int]]:
+        """Give a row with pages ``table``, ``kept`` tokens long, pages for ``end``. Returns which pages are to be
+        copied, and to where: those that others have too and the row would write to.
+
+        Raises:
+            OutOfPages: too few are free. The caller still has all that is in ``table``.
+        """
+        copies: list[tuple[int, int]] = []
+        if kept % self.page_size and self.pages.owners(table[-1]) > 1:
+            shared = table[-1]
+            table[-1:] = self.pages.take(1, after=table[-2] if len(table) > 1 else None)
+            self.pages.release([shared])
+            copies.append((shared, table[-1]))
+        elif kept % self.page_size and self.pages.named(table[-1]):
+            self.pages.unname(table[-1])
+        missing = -(-end // self.page_size) - len(table)
+        table += self.pages.take(missing, after=table[-1] if table else None)
+        return copies
 
     def _has_room(self, rows: Sequence[Row], keep: Sequence[int], grow: Sequence[int]) -> bool:
         """Whether the rows can go on in the pages that they have: what nearly every decode step finds."""

@@ -9,7 +9,9 @@ from collections.abc import Set as AbstractSet
 from swarm.errors import OutOfCacheError
 
 from ..cache.kv_cache import KVCache
-from .session import Admission, Prefix, RowGroup, StepWork
+from .messages import Admit, Prefix
+from .row_group import RowGroup
+from .work import StepWork
 
 
 class Admissions:
@@ -21,12 +23,12 @@ class Admissions:
     def __init__(self, cache: KVCache, sessions: AbstractSet[RowGroup]) -> None:
         self._cache = cache
         self._sessions = sessions
-        self._queue: deque[Admission] = deque()
+        self._queue: deque[Admit] = deque()
 
     def __len__(self) -> int:
         return len(self._queue)
 
-    def __iter__(self) -> Iterator[Admission]:
+    def __iter__(self) -> Iterator[Admit]:
         return iter(self._queue)
 
     @property
@@ -47,11 +49,11 @@ class Admissions:
         """What sessions may still take of the pages that are free now."""
         return sum(max(0, one.pages - sum(len(row.pages) for row in one.rows)) for one in list(self._sessions))
 
-    def add(self, admission: Admission, *, wait: bool) -> None:
-        """Let in who is next, or have it queue, or tell it that there is no room if it doesn't want to ``wait``."""
+    def add(self, admission: Admit) -> None:
+        """Let in who is next, or have it queue, or tell it that there is no room if it doesn't want to wait."""
         self._queue.append(admission)
         self.let_in()
-        if not wait and self._queue and self._queue[-1] is admission:
+        if not admission.wait and self._queue and self._queue[-1] is admission:
             self._queue.pop()
             if admission.future.set_running_or_notify_cancel():
                 admission.future.set_exception(
@@ -62,7 +64,7 @@ class Admissions:
         """Admit whoever has room now, in their order."""
         while self._queue:
             admission = self._queue[0]
-            if not (admission.session.closed or admission.future.cancelled()):
+            if not (admission.session.closed or admission.future.done()):
                 found = self._found(admission.session, admission.prefix)
                 shared = {page for pages in found for page in pages if self._cache.pages.owners(page)}
                 if self._promised_pages() + admission.pages - len(shared) > self._cache.pages.free:
@@ -85,12 +87,12 @@ class Admissions:
             if first + len(names) == sequence.length // self._cache.page_size:
                 self._cache.name_pages(sequence, first, _full_names(session, session.context, names))
 
-    def _admit(self, admission: Admission, found: list[list[int]]) -> None:
+    def _admit(self, admission: Admit, found: list[list[int]]) -> None:
         if not admission.future.set_running_or_notify_cancel():
             return
         session, size = admission.session, self._cache.page_size
         session.pages = admission.pages
-        session.tokens = sum(session.row_length(row, admission.columns) for row in range(len(session.rows)))
+        session.tokens = session.total_length(admission.columns)
         session.context = None if admission.prefix is None else admission.prefix.context
         ends = (pad + len(pages) * size for pad, pages in zip(session.padding, found, strict=True))
         columns = min(admission.columns, *ends)

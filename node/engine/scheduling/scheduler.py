@@ -6,7 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 DECODE_COLUMNS = 8  # a step of so few positions is decode: one token, or a few to check a speculation
+PIECE_TOKENS = 64
+"""Of a deterministic session, tokens in a call of attention at most; columns are cut at multiples of this, divided by
+its rows."""
+
 _PREFILL_SHARE = 4  # while both wait, prefill gets at least one part in so many of the budget
+
+
+def columns_per_piece(rows: int) -> int:
+    """At multiples of so many columns a deterministic session of ``rows`` rows is cut, whatever else waits."""
+    return max(1, PIECE_TOKENS // rows)
 
 
 @dataclass(frozen=True)

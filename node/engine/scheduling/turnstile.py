@@ -50,6 +50,15 @@ class Turnstile:
         if not self._inside:
             self._without_until = time.monotonic() + _WITHOUT_S
 
+    def __enter__(self) -> float:
+        """Seconds that it waited."""
+        asked = time.perf_counter()
+        self.enter()
+        return time.perf_counter() - asked
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
+
     def leave(self) -> None:
         """Lets the next one in. Twice is harmless."""
         if self._inside:

@@ -20,13 +20,12 @@ from swarm.model.probe import KVGeometry
 from swarm.model.skeleton import load_span
 from swarm.model.source import resolve
 from swarm.model.span import Span
-from swarm.node.engine import deterministic
 from swarm.node.engine.attention.batch import pack
 from swarm.node.engine.blocks.packing import pack_block
 from swarm.node.engine.cache.kv_cache import KVCache, Row
 from swarm.node.engine.deterministic import check, make_deterministic
 from swarm.node.engine.engine import Engine
-from swarm.node.engine.scheduling.scheduler import Waiting, plan_turn
+from swarm.node.engine.scheduling.scheduler import Waiting, columns_per_piece, plan_turn
 from tests.models import tiny_model
 
 MODELS = [
@@ -199,7 +198,7 @@ def test_steps_are_cut_at_fixed_columns(data: st.DataObject) -> None:
     waiting = []
     for _ in range(data.draw(integers(1, 6))):
         rows = data.draw(integers(1, 80))
-        piece = deterministic.columns_per_piece(rows)
+        piece = columns_per_piece(rows)
         start = data.draw(integers(0, 200))
         columns = data.draw(integers(1, 300))
         waiting.append(Waiting((0, 1), rows, columns, data.draw(st.booleans()), start, piece))

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from swarm.errors import BadRequestError, LeavingError, OutOfCacheError, RemoteError
 from swarm.node.engine.engine import Engine
 from swarm.node.engine.gpu.acceleration import Acceleration
-from swarm.node.engine.scheduling.session import Prefix
 from tests.node.engine.attention.paged_reference import KERNEL
+from swarm.node.engine.scheduling.messages import Prefix
 
 Get = Callable[[str], Any]
 Start = Callable[..., Engine]
@@ -203,6 +203,48 @@ def test_decode_goes_on_during_a_long_prefill(span: FragileSpan, start_engine: S
     assert stats.busy_s > 0
     assert len(stats.recent_step_s) == min(64, stats.batches)
     assert stats.waiting == 0
+
+
+def test_a_message_that_cannot_be_taken_in_costs_only_its_sender(
+    span: FragileSpan, start_engine: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start_engine(span)
+    session = engine.open(rows=1, first=0, last=4)
+    with monkeypatch.context() as patched:
+        patched.setattr(engine._admissions, "_found", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            result(engine.admit(session, 8))
+    assert result(engine.admit(session, 8)) == 0
+    assert engine.stats().queued == 0
+    assert result(engine.step(session, hidden(1, 3), start=0)).shape == (1, 3, SIZE)
+
+
+class Gate:
+    """A turnstile that notes who goes through, and after how long."""
+
+    def __init__(self, engine_events: list[str]) -> None:
+        self._events = engine_events
+
+    def __enter__(self) -> float:
+        self._events.append("in")
+        return 0.001
+
+    def __exit__(self, *_: object) -> None:
+        self._events.append("out")
+
+
+def test_others_may_compute_before_results_are_delivered(span: FragileSpan, start_engine: Start) -> None:
+    events: list[str] = []
+    engine = start_engine(span, turnstile=Gate(events))
+    session = engine.open(rows=1, first=0, last=4)
+    for future in (
+        engine.step(session, hidden(1, 3), start=0),
+        engine.forward(hidden(1, 1), first=0, last=4),
+    ):
+        future.add_done_callback(lambda _: events.append("result"))
+        result(future)
+    engine.stop()
+    assert events == ["in", "out", "result"] * 2
 
 
 def test_stopping_fails_what_waits(span: FragileSpan, start_engine: Start) -> None:

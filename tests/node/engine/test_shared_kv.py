@@ -18,7 +18,7 @@ from swarm.node.engine.cache.kv_cache import KVCache
 from swarm.node.engine.deterministic import check, make_deterministic
 from swarm.node.engine.engine import Engine
 from swarm.node.engine.gpu.acceleration import Acceleration
-from swarm.node.engine.scheduling.session import Prefix
+from swarm.node.engine.scheduling.messages import Prefix
 from tests.models import make_checkpoint
 from tests.node.engine.attention.paged_reference import KERNEL
 from tests.node.engine.blocks.quantization.test_exact import close

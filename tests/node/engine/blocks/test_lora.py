@@ -30,7 +30,7 @@ from swarm.node.engine.blocks.quantization.blocks import QuantizedLinear
 from swarm.node.engine.deterministic import check, make_deterministic
 from swarm.node.engine.engine import Engine
 from swarm.node.engine.gpu.acceleration import Acceleration
-from swarm.node.engine.scheduling.session import Prefix
+from swarm.node.engine.scheduling.messages import Prefix
 from tests.adapters import make_adapter, whole_with
 from tests.models import make_checkpoint, tiny_model
 from tests.node.engine.attention.paged_reference import KERNEL

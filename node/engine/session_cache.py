@@ -1,0 +1,67 @@
+"""What sessions have in the KV cache and in the store of recurrent states, step by step."""
+
+from __future__ import annotations
+
+from swarm.errors import RemoteError
+from swarm.model.span import Span
+
+from .cache.kv_cache import KVCache
+from .cache.states import StateStore
+from .checks import check_step
+from .scheduling.row_group import RowGroup
+from .scheduling.work import StepWork
+
+
+class SessionCache:
+    """Keeps the rows of sessions of ``span`` as their steps need them."""
+
+    def __init__(self, span: Span, cache: KVCache, states: StateStore | None) -> None:
+        self._span = span
+        self._cache = cache
+        self._states = states
+
+    def prepare(self, session: RowGroup, work: StepWork) -> None:
+        """Make ``session`` ready for ``work`` as a whole: rows reordered, cut, and with pages.
+
+        Raises:
+            BadRequestError: ``work`` doesn't fit ``session``.
+            OutOfCacheError: too few pages are free, or there are too many rows with states. The session is as it was.
+            RemoteError: an earlier failure broke the session.
+        """
+        if session.broken:
+            raise RemoteError("a failure lost this session's cache; open a new session and send everything again")
+        check_step(self._span, session, work)
+        padding = session.padding
+        if work.hypo_ids is not None:
+            padding = [padding[source] for source in work.hypo_ids]
+        end = work.start + work.columns
+        keep = [max(0, work.start - pad) for pad in padding]
+        before = session.rows
+        if self._states is not None:
+            self._states.check(before, work.hypo_ids, keep)
+        session.rows = self._cache.arrange(
+            before,
+            sources=work.hypo_ids,
+            keep=keep,
+            grow=[max(0, end - pad) - kept for pad, kept in zip(padding, keep, strict=True)],
+            blocks=range(session.first, session.last),
+        )
+        if self._states is not None:
+            self._states.arrange(before, session.rows, work.hypo_ids, keep)
+        session.padding = padding
+        session.position = work.start
+
+    def undo(self, session: RowGroup, work: StepWork) -> None:
+        """Forget what ``work`` put into the cache, after its batch failed."""
+        session.position = work.start
+        for row, sequence in enumerate(session.rows):
+            self._cache.truncate(sequence, session.row_length(row, work.start))
+        if work.hypo_ids is not None and work.hypo_ids != list(range(len(session.rows))):
+            session.broken = True  # the rows that it left out are gone, and to reorder again would be wrong
+        session.broken |= self._states is not None  # some blocks' states are ahead now
+
+    def release(self, session: RowGroup) -> None:
+        """Free all that ``session`` has."""
+        if self._states is not None:
+            self._states.release(session.rows)
+        self._cache.release(session.rows)
