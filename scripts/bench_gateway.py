@@ -30,7 +30,7 @@ _CHILD = """
 import json, sys
 from swarm.client import SwarmModelForCausalLM
 from transformers import AutoTokenizer
-from swarm.source import resolve
+from swarm.model.source import resolve
 model = SwarmModelForCausalLM.from_pretrained(sys.argv[1], initial_peers=sys.argv[2].split())
 tokenizer = AutoTokenizer.from_pretrained(resolve(sys.argv[1]).path)
 ids = tokenizer(sys.argv[3], return_tensors="pt")["input_ids"]

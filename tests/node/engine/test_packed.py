@@ -286,10 +286,10 @@ def test_what_becomes_of_it_is_said(tmp_path: Path, name: str, fast: str, slow: 
 
 PROGRAM = """
 import json, sys, torch
-from swarm.memory import trim
-from swarm.node.engine.quantization import Keep
-from swarm.skeleton import build_skeleton, load_span, packed_blocks
-from swarm.source import resolve
+from swarm.compute.memory import trim
+from swarm.node.engine.blocks.quantization import Keep
+from swarm.model.skeleton import build_skeleton, load_span, packed_blocks
+from swarm.model.source import resolve
 
 def memory(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) * 1024
