@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from swarm.compute.transfer import to_device
 from swarm.model.families.mixers import Mixer
 from swarm.model.probe import SharedKV
 
-from ..blocks.lora import AdapterTokens, adapter_tokens
 from ..cache.kv_cache import KVCache, Row
 from ..cache.states import RowStates, mix
-from ..gpu.transfer import to_device
+from .adapter_tokens import AdapterTokens, adapter_tokens
 from .paged_attention import PagedRows, describe_rows
 
 SHORT_ROWS, SHORT_LENGTH = 4, 256

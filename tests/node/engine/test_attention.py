@@ -16,8 +16,8 @@ from swarm.model.probe import KVGeometry
 from swarm.node.engine.attention import attention as attention_module
 from swarm.node.engine.attention.attention import attention
 from swarm.node.engine.attention.batch import pack, pack_dense
-from swarm.node.engine.attention.paged_attention import PagedKernel
 from swarm.node.engine.cache.kv_cache import KVCache, Row
+from swarm.node.engine.cache.paged_kernel import PagedKernel
 from tests.node.engine.paged_reference import KERNEL
 
 DIM = 8
