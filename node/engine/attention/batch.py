@@ -29,8 +29,8 @@ Masks = dict[tuple[int, int, int | None, int | None], tuple[torch.Tensor, torch.
 class Segment:
     """The tokens ``begin:end`` of a batch: one row, which has ``past`` cached tokens before them.
 
-    Its keys and values are ``length`` slots from ``base`` on or, where its pages don't lie side by side, the slots in
-    ``index`` (``[length]`` int64).
+    Its keys and values are ``length`` slots from ``base`` on or, where its pages don't lie side by side, the first
+    ``length`` slots in ``index`` (int64).
     """
 
     begin: int
