@@ -42,7 +42,8 @@ from torch import nn
 
 from swarm.model.skeleton import Span, assemble_span, build_skeleton
 from swarm.model.source import ModelSource
-from swarm.node.engine.blocks.quantization import find_scheme, finish_block
+from swarm.node.engine.blocks.finish import finish_block
+from swarm.node.engine.blocks.quantization import find_scheme
 from swarm.node.engine.engine import Engine
 from swarm.node.engine.gpu.acceleration import accelerate
 from swarm.node.engine.gpu.static_decode import Record, Step

@@ -40,7 +40,7 @@ from swarm.model.source import resolve
 from swarm.network.peer import Peer, PeerOptions
 from swarm.node.engine import executor
 from swarm.node.engine.attention.batch import pack
-from swarm.node.engine.blocks.quantization import finish_block
+from swarm.node.engine.blocks.finish import finish_block
 from swarm.node.engine.cache.kv_cache import KVCache, Row
 from swarm.wire.codec import encode
 from swarm.wire.stream import MessageStream

@@ -25,7 +25,8 @@ from make_checkpoint import make_checkpoint, make_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from swarm.model.source import resolve
-from swarm.node.engine.blocks.quantization import SCHEMES, find_scheme, finish_block
+from swarm.node.engine.blocks.finish import finish_block
+from swarm.node.engine.blocks.quantization import SCHEMES, find_scheme
 
 PACKAGES = ("torch.nn.modules", "transformers.generation", "safetensors", "typer")
 WINDOW = 512

@@ -22,8 +22,8 @@ from swarm.compute.tiles import tile_linear, tiled
 from swarm.errors import UsageError
 from swarm.model.span import Span
 
+from .attention.adapter_tokens import adapter_tokens
 from .attention.batch import pack
-from .blocks.lora import adapter_tokens
 from .cache.kv_cache import KVCache, Row
 from .executor import run_blocks
 from .scheduling.scheduler import PIECE_TOKENS

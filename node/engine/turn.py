@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 import torch
 
+from swarm.compute.transfer import to_device, to_host
 from swarm.model.span import Span
 
 from . import executor
+from .attention.adapter_tokens import adapter_tokens
 from .attention.batch import pack
-from .blocks.lora import adapter_tokens
 from .cache.kv_cache import KVCache, Row
 from .cache.states import StateStore
 from .executor import PlacedPrompts
 from .gpu.static_decode import StaticDecode
-from .gpu.transfer import to_device, to_host
 from .scheduling.scheduler import columns_per_piece
 from .scheduling.step_queue import Take
 

@@ -8,7 +8,7 @@ from swarm.model.family_check.check import check_family
 from swarm.model.family_check.tiny import PROMPT, TinyModel, difference
 from swarm.model.skeleton import load_span
 
-from ..engine.blocks.quantization import finish_block
+from ..engine.blocks.finish import finish_block
 from ..engine.engine import Engine
 from ..output import Output
 

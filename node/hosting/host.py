@@ -27,7 +27,8 @@ from swarm.weights.sharing.holders import as_ranges
 from swarm.wire.records import ServerInfo, ServerState
 
 from ..engine.adapters import Adapter, put_adapters
-from ..engine.blocks.quantization import Keep, Scheme, finish_block
+from ..engine.blocks.finish import finish_block
+from ..engine.blocks.quantization import Keep, Scheme
 from ..engine.deterministic import check, make_deterministic
 from ..engine.engine import Engine
 from ..engine.gpu.acceleration import Acceleration, accelerate

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from swarm.model.skeleton import load_span
 from swarm.model.source import resolve
-from swarm.node.engine.blocks.quantization import finish_block
+from swarm.node.engine.blocks.finish import finish_block
 from swarm.node.engine.engine import Engine
 from swarm.node.engine.scheduling.row_group import RowGroup
 

@@ -50,49 +50,21 @@ def attention(
     if isinstance(batch, DenseBatch):
         return _dense(query, key, value, batch, rule, attention_chunk), None
     keys, values = batch.cache.keys[module.layer_idx], batch.cache.values[module.layer_idx]  # type: ignore[index]
-    tokens = query.shape[2]
-    if batch.run is not None:
-        keys.narrow(2, batch.run, tokens).copy_(key.transpose(0, 1))
-        values.narrow(2, batch.run, tokens).copy_(value.transpose(0, 1))
-    else:
-        assert batch.slots is not None
-        keys.index_copy_(2, batch.slots, key.transpose(0, 1))
-        values.index_copy_(2, batch.slots, value.transpose(0, 1))
-    suits = batch.paged is not None and rule.plain and rule.slopes is None and attention_chunk is None
-    if batch.paged is not None and suits and batch.cache.in_kernel(keys, values):
+    _keep(key, value, keys, values, batch)
+    if batch.paged is not None and rule.plain and attention_chunk is None and batch.cache.in_kernel(keys, values):
         assert batch.cache.kernel is not None
         flat = query[0].transpose(0, 1)
         options: dict[str, Any] = {"page_size": batch.cache.page_size, "scale": rule.scale, "window": rule.window}
         return paged_attention(batch.cache.kernel, flat, keys, values, batch.paged, **options)[None], None
     if not batch.rows:
         raise NotImplementedError("only attention by the kernel has static shapes")
-    segments, short = batch.segments, batch.short
-    if attention_chunk is not None and (cut := in_chunks(segments, attention_chunk)) is not segments:
-        segments, short = cut, None
-    kv_heads, heads = key.shape[1], query.shape[1]
-    if tokens == 1:  # as in most steps of a single stream, for which every call counts
-        one = query.reshape(kv_heads, 1, heads // kv_heads, query.shape[3])
-        return _decode(one, keys, values, batch, segments[0], rule).reshape(1, 1, heads, values.shape[3]), None
-    folded = query.transpose(1, 2).reshape(tokens, kv_heads, 1, heads // kv_heads, query.shape[3])
-    parts: list[torch.Tensor] = []
-    together = 0
-    if short is not None and rule.plain and rule.slopes is None and rule.window is None:
-        together = short.count
-        parts.append(_decode_together(folded[:together].squeeze(2), keys, values, short, rule))
-    for segment in segments[together:]:
-        if segment.end - segment.begin == 1:
-            part = _decode(folded[segment.begin], keys, values, batch, segment, rule)
-        else:
-            part = _prefill(folded[segment.begin : segment.end], keys, values, batch, segment, rule)
-        parts.append(part)
-    output = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return output.reshape(1, tokens, heads, values.shape[3]), None
+    return _row_by_row(query, keys, values, batch, rule, attention_chunk), None
 
 
 class _Rule:
     """How one block attends, whatever the tokens."""
 
-    __slots__ = ("plain", "scale", "sinks", "slopes", "softcap", "window")
+    __slots__ = ("fusable", "plain", "scale", "sinks", "slopes", "softcap", "window")
 
     def __init__(
         self,
@@ -103,18 +75,61 @@ class _Rule:
         sinks: torch.Tensor | None,
     ) -> None:
         self.scale, self.window, self.softcap, self.slopes, self.sinks = scale, window, softcap, slopes, sinks
-        self.plain = softcap is None and sinks is None
+        self.fusable = softcap is None and sinks is None  # no fused kernel has a cap or sinks
+        self.plain = self.fusable and slopes is None
 
     def first_key(self, past: int) -> int:
         """The first position that a query at ``past`` sees."""
         return 0 if self.window is None else max(0, past - self.window + 1)
 
 
-def _seen(pool: torch.Tensor, segment: Segment, first: int, length: int) -> torch.Tensor:
-    """Keys or values of ``segment`` at the positions ``first:length``: a view where it can be."""
+def _keep(key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Batch) -> None:
+    """Puts ``key`` and ``value`` of the tokens in ``batch`` into the pools."""
+    if batch.run is not None:
+        keys.narrow(2, batch.run, key.shape[2]).copy_(key.transpose(0, 1))
+        values.narrow(2, batch.run, key.shape[2]).copy_(value.transpose(0, 1))
+    else:
+        assert batch.slots is not None
+        keys.index_copy_(2, batch.slots, key.transpose(0, 1))
+        values.index_copy_(2, batch.slots, value.transpose(0, 1))
+
+
+def _row_by_row(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Batch, rule: _Rule, chunk: int | None
+) -> torch.Tensor:
+    """``query`` ``[1, heads, N, key_dim]`` over the pools; ``[1, N, heads, value_dim]``. Rows that are short enough go
+    together."""
+    segments, short = batch.segments, batch.short
+    if chunk is not None and (cut := in_chunks(segments, chunk)) is not segments:
+        segments, short = cut, None
+    _, heads, tokens, dim = query.shape
+    kv_heads = keys.shape[0]
+    if tokens == 1:  # as in most steps of a single stream, for which every call counts
+        one = query.reshape(kv_heads, 1, heads // kv_heads, dim)
+        return _decode(one, keys, values, batch, segments[0], rule).reshape(1, 1, heads, values.shape[3])
+    folded = query.transpose(1, 2).reshape(tokens, kv_heads, 1, heads // kv_heads, dim)
+    parts: list[torch.Tensor] = []
+    together = 0
+    if short is not None and rule.plain and rule.window is None:
+        together = short.count
+        parts.append(_decode_together(folded[:together].squeeze(2), keys, values, short, rule))
+    for segment in segments[together:]:
+        if segment.end - segment.begin == 1:
+            part = _decode(folded[segment.begin], keys, values, batch, segment, rule)
+        else:
+            part = _prefill(folded[segment.begin : segment.end], keys, values, batch, segment, rule)
+        parts.append(part)
+    output = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return output.reshape(1, tokens, heads, values.shape[3])
+
+
+def _seen(keys: torch.Tensor, values: torch.Tensor, segment: Segment, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of ``segment`` from the position ``first`` on: views where they can be."""
     if segment.index is None:
-        return pool.narrow(2, segment.base + first, length - first)
-    return pool.index_select(2, segment.index[first:length])
+        start, count = segment.base + first, segment.length - first
+        return keys.narrow(2, start, count), values.narrow(2, start, count)
+    index = segment.index[first : segment.length]
+    return keys.index_select(2, index), values.index_select(2, index)
 
 
 def _decode_together(
@@ -140,8 +155,8 @@ def _decode(
 ) -> torch.Tensor:
     """``query`` ``[kv_heads, 1, group, key_dim]``; returns ``[1, kv_heads, group, value_dim]``."""
     first = rule.first_key(segment.past)
-    key, value = _seen(keys, segment, first, segment.length), _seen(values, segment, first, segment.length)
-    if rule.plain and rule.slopes is None:
+    key, value = _seen(keys, values, segment, first)
+    if rule.plain:
         return scaled_dot_product_attention(query, key, value, scale=rule.scale).transpose(0, 1)
     mask = None
     if rule.slopes is not None:
@@ -162,8 +177,7 @@ def _prefill(
     query = query.squeeze(2).permute(1, 2, 0, 3)
     group = query.shape[1]
     first = rule.first_key(segment.past)
-    key = _seen(keys, segment, first, segment.length).expand(-1, group, -1, -1)
-    value = _seen(values, segment, first, segment.length).expand(-1, group, -1, -1)
+    key, value = (seen.expand(-1, group, -1, -1) for seen in _seen(keys, values, segment, first))
     return _causal(query, key, value, batch, rule, segment.past, first).permute(2, 0, 1, 3)
 
 
@@ -200,9 +214,9 @@ def _causal(
     """``query`` ``[kv_heads, group, T, key_dim]`` at ``first_query`` and on, over the keys from ``first_key`` on."""
     queries, length = query.shape[2], key.shape[2]
     narrow = rule.window is not None and first_query + queries - first_key > rule.window
-    if rule.plain and rule.slopes is None and not narrow and first_query == first_key:
+    if rule.plain and not narrow and first_query == first_key:
         return scaled_dot_product_attention(query, key, value, is_causal=queries > 1, scale=rule.scale)
-    rows = max(1, _LARGEST_SCORES // (length * (1 if rule.plain and rule.slopes is None else query[..., 0, 0].numel())))
+    rows = max(1, _LARGEST_SCORES // (length * (1 if rule.plain else query[..., 0, 0].numel())))
     if rows < queries:
         pieces = []
         for begin in range(0, queries, rows):
@@ -227,9 +241,8 @@ def _attend(
     rule: _Rule,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    if rule.plain:
+    if rule.fusable:
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=rule.scale)
-    # No fused kernel has a cap or sinks
     scale = query.shape[-1] ** -0.5 if rule.scale is None else rule.scale
     scores = (query @ key.transpose(-1, -2)).float() * scale
     if rule.softcap is not None:

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from swarm.compute.transfer import to_device
 from swarm.model.families.mixers import Mixer
 from swarm.model.probe import SharedKV
 
-from ..blocks.lora import AdapterTokens, adapter_tokens
 from ..cache.kv_cache import KVCache, Row
 from ..cache.states import RowStates, mix
-from ..gpu.transfer import to_device
+from .adapter_tokens import AdapterTokens, adapter_tokens
 from .paged_attention import PagedRows, describe_rows
 
 SHORT_ROWS, SHORT_LENGTH = 4, 256
@@ -29,8 +29,8 @@ Masks = dict[tuple[int, int, int | None, int | None], tuple[torch.Tensor, torch.
 class Segment:
     """The tokens ``begin:end`` of a batch: one row, which has ``past`` cached tokens before them.
 
-    Its keys and values are ``length`` slots from ``base`` on or, where its pages don't lie side by side, the slots in
-    ``index`` (``[length]`` int64).
+    Its keys and values are ``length`` slots from ``base`` on or, where its pages don't lie side by side, the first
+    ``length`` slots in ``index`` (int64).
     """
 
     begin: int

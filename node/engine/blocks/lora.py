@@ -7,36 +7,15 @@ order; here the engine puts the sessions of one adapter side by side, and the pr
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-
-@dataclass(frozen=True)
-class AdapterTokens:
-    """The tokens ``begin:end`` of a batch go through an adapter, or through none if ``adapter`` is empty."""
-
-    adapter: str
-    begin: int
-    end: int
-
-
-def adapter_tokens(counts: Iterable[tuple[str, int]]) -> tuple[AdapterTokens, ...]:
-    """For a batch that holds so many tokens of each adapter one after the other; empty if none has an adapter."""
-    found: list[AdapterTokens] = []
-    at = 0
-    for adapter, group in itertools.groupby(counts, lambda pair: pair[0]):
-        end = at + sum(count for _, count in group)
-        found.append(AdapterTokens(adapter, at, end))
-        at = end
-    return tuple(found) if any(tokens.adapter for tokens in found) else ()
-
+from ..attention.adapter_tokens import AdapterTokens
 
 _now: ContextVar[tuple[AdapterTokens, ...]] = ContextVar("adapters", default=())
 

@@ -12,7 +12,7 @@ import torch
 from swarm.errors import OutOfCacheError
 from swarm.model.probe import KVGeometry
 
-from ..attention.paged_attention import PagedKernel
+from .paged_kernel import PagedKernel
 from .pages import OutOfPages, PageAllocator
 
 

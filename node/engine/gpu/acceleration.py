@@ -16,8 +16,8 @@ from swarm.model.span import Span
 
 from ..attention.attention import attention
 from ..attention.batch import pack
-from ..attention.paged_attention import PagedKernel, torch_kernel
 from ..cache.kv_cache import KVCache, Row
+from ..cache.paged_kernel import PagedKernel, torch_kernel
 from .static_decode import Record, Step
 
 logger = logging.getLogger(__name__)

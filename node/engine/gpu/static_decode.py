@@ -14,13 +14,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from swarm.compute.transfer import staged, to_host
 from swarm.model.span import Span
 
 from ..attention.batch import Batch
 from ..attention.paged_attention import PagedRows
 from ..cache.kv_cache import KVCache, Row
 from ..executor import run_blocks
-from .transfer import staged, to_host
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from swarm.model.skeleton import load_span
 from swarm.model.source import resolve
 from swarm.model.span import Span
-from swarm.node.engine.blocks.quantization import finish_block
+from swarm.node.engine.blocks.finish import finish_block
 from swarm.node.engine.engine import Engine
 from tests.models import tiny_model
 

@@ -4,7 +4,7 @@ Activations, the KV cache, norms and routers stay in the span's dtype. ``schemes
 ``blocks.py`` puts it into a block.
 """
 
-from .blocks import finish_block, quantized_bytes
+from .blocks import quantize_block, quantized_bytes
 from .keep import Keep, Use, describe
 from .schemes import SCHEMES, Scheme, find_scheme, schemes_on
 
@@ -15,7 +15,7 @@ __all__ = [
     "Use",
     "describe",
     "find_scheme",
-    "finish_block",
+    "quantize_block",
     "quantized_bytes",
     "schemes_on",
 ]

@@ -10,9 +10,7 @@ from torch import nn
 
 from swarm.compute.memory import trim
 
-from ..joined_linear import join_linears
-from ..lean_block import lighten_block
-from ..packing import is_plain_linear, pack_block
+from ..packing import is_plain_linear
 from .experts import QuantizedExperts, expert_weights
 from .matrix import QuantizedMatrix
 from .schemes import Scheme
@@ -53,22 +51,15 @@ class Place:
     shapes: Mapping[str, tuple[int, int, int]]
 
 
-def finish_block(block: nn.Module, scheme: Scheme | None = None, *, deterministic: bool = False) -> None:
-    """Makes a block that was just loaded ready to compute: quantizes it if there is a scheme, one layer after the
-    other, so that only one has its weights twice at a time; packs the linear layers that are left; and, unless it is to
-    be made deterministic, has as few operations as can be."""
-    if scheme is not None:
-        with torch.no_grad():
-            places = [place for place in find_places(block) if _fits(place, scheme)]
-            while places:  # what is done is forgotten, and with it its weights
-                place = places.pop()
-                setattr(place.parent, place.name, _quantized(place.module, scheme))
-        trim()
-    if not deterministic:
-        join_linears(block)
-    pack_block(block)
-    if not deterministic:
-        lighten_block(block)
+@torch.no_grad()
+def quantize_block(block: nn.Module, scheme: Scheme) -> None:
+    """Quantizes what ``scheme`` fits in ``block``, one layer after the other, so that only one has its weights twice at
+    a time."""
+    places = [place for place in find_places(block) if _fits(place, scheme)]
+    while places:  # what is done is forgotten, and with it its weights
+        place = places.pop()
+        setattr(place.parent, place.name, _quantized(place.module, scheme))
+    trim()
 
 
 def quantized_bytes(block: nn.Module, scheme: Scheme | None) -> int:

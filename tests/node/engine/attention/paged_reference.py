@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from swarm.node.engine.attention.paged_attention import PagedKernel
+from swarm.node.engine.cache.paged_kernel import PagedKernel
 
 
 def varlen_attn(

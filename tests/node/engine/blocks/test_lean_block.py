@@ -19,9 +19,10 @@ from swarm.model.family_check.table import CASES
 from swarm.model.skeleton import load_span
 from swarm.model.source import resolve
 from swarm.model.span import Span
+from swarm.node.engine.blocks.finish import finish_block
 from swarm.node.engine.blocks.joined_linear import JoinedLinear
 from swarm.node.engine.blocks.lean_block import LeanBlock
-from swarm.node.engine.blocks.quantization import find_scheme, finish_block
+from swarm.node.engine.blocks.quantization import find_scheme
 from swarm.node.engine.engine import Engine
 from tests.models import make_checkpoint, tiny_model
 

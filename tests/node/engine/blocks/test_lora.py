@@ -24,8 +24,9 @@ from swarm.model.span import Span
 from swarm.node.adapters.checkpoint import AdapterCheckpoint, open_adapter
 from swarm.node.adapters.config import AdapterSpec
 from swarm.node.engine.adapters import put_adapters
-from swarm.node.engine.blocks.lora import adapter_tokens
-from swarm.node.engine.blocks.quantization import find_scheme, finish_block
+from swarm.node.engine.attention.adapter_tokens import adapter_tokens
+from swarm.node.engine.blocks.finish import finish_block
+from swarm.node.engine.blocks.quantization import find_scheme
 from swarm.node.engine.blocks.quantization.blocks import QuantizedLinear
 from swarm.node.engine.deterministic import check, make_deterministic
 from swarm.node.engine.engine import Engine

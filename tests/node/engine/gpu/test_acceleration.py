@@ -15,8 +15,9 @@ import torch
 from swarm.model.probe import KVGeometry
 from swarm.model.skeleton import load_span
 from swarm.model.source import resolve
-from swarm.node.engine.attention.paged_attention import describe_rows, torch_kernel
+from swarm.node.engine.attention.paged_attention import describe_rows
 from swarm.node.engine.cache.kv_cache import KVCache, Row
+from swarm.node.engine.cache.paged_kernel import torch_kernel
 from swarm.node.engine.engine import Engine
 from swarm.node.engine.gpu import static_decode
 from swarm.node.engine.gpu.acceleration import Acceleration, accelerate, find_trouble, why_unrecorded

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from swarm.errors import UsageError
 from swarm.model.skeleton import build_skeleton, load_span
 from swarm.model.source import resolve
-from swarm.node.engine.blocks.quantization import SCHEMES, find_scheme, finish_block, quantized_bytes, schemes_on
+from swarm.node.engine.blocks.finish import finish_block
+from swarm.node.engine.blocks.quantization import SCHEMES, find_scheme, quantized_bytes, schemes_on
 from swarm.node.engine.blocks.quantization.blocks import QuantizedLinear
 from swarm.node.engine.blocks.quantization.experts import QuantizedExperts
 from swarm.node.engine.blocks.quantization.int4 import _interleaved_rows, _multiply_identity
@@ -180,7 +181,8 @@ def test_what_can_not_be_done_is_said() -> None:
 PROGRAM = """
 import gc, json, sys, torch
 from swarm.compute.memory import trim
-from swarm.node.engine.blocks.quantization import find_scheme, finish_block, quantized_bytes
+from swarm.node.engine.blocks.finish import finish_block
+from swarm.node.engine.blocks.quantization import find_scheme, quantized_bytes
 from swarm.model.skeleton import build_skeleton, load_span
 from swarm.model.source import resolve
 
