@@ -17,8 +17,8 @@ from swarm.errors import ModelError
 from swarm.model.families import family_of
 from swarm.network.forks import refuse_fork
 
-from ..model.generation import current_generation
 from .cache import SinglePass, SwarmCache
+from .generating import current_generation
 from .padding import left_padding_for_pass
 from .remote_blocks import RemoteBlocks
 

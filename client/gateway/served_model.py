@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 
 from swarm.network.overview import Overview
 
+from ..ends.model_ends import ModelEnds
 from .decode.admission import Admission
 from .decode.engine import GatewayEngine
-from .decode.model_ends import ModelEnds
 from .decode.sampling import SamplingParams
 from .errors import invalid
 from .text.grammar import GrammarFactory

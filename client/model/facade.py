@@ -21,18 +21,21 @@ from swarm.network.forks import refuse_fork
 
 from ..ends.cache import SwarmCache
 from ..ends.ends import put_blocks_in
+from ..ends.generating import Generation, open_cache
 from ..ends.head import combine_head
 from ..ends.remote_blocks import RemoteBlocks
 from .arguments import device_of, dtype_of, peers_of, settings_of
-from .generation import Generation, choose_cache, limit_candidates, open_cache, refuse_unserved, resume
-from .model_session import ModelSession, open_session_of
+from .generation import choose_cache, limit_candidates, refuse_unserved, resume
+from .model_session import ModelSession, open_cache_of
 from .streaming import stream_tokens
 
 if TYPE_CHECKING:
     from swarm.compat.generation import BaseStreamer, GenerateRequest
+    from swarm.model.source import ModelSource
 
     from ..session.hop import Hop
     from ..session.swarm_connection import SwarmConnection
+    from ..settings import ClientSettings
 
 # The facade is always mixed into some family's ForCausalLM class. That is only known when it is made, so to type
 # checkers what is inherited is Any.
@@ -110,10 +113,6 @@ class SwarmModelForCausalLM(GenerateHooks, _Family):
             UsageError: an argument can't be, or the process was forked from one that is in a swarm.
             TypeError: an argument isn't known.
         """
-        from swarm.model.skeleton import load_ends
-
-        from ..session.swarm_connection import SwarmConnection
-        from .family_check import require_right_ends
         from .find_model import find_model
 
         refuse_fork()
@@ -130,12 +129,28 @@ class SwarmModelForCausalLM(GenerateHooks, _Family):
             dht_prefix=dht_prefix,
             startup_timeout=chosen.startup_timeout,
         )
-        require_right_ends(source.model_type)
+        return cls._join(source, peers, chosen, ends_dtype, device)
+
+    @classmethod
+    def _join(
+        cls,
+        source: ModelSource,
+        peers: tuple[str, ...],
+        settings: ClientSettings,
+        dtype: str | torch.dtype,
+        device: torch.device,
+    ) -> SwarmModelForCausalLM:
+        from swarm.model.skeleton import load_ends
+
+        from ..session.swarm_connection import SwarmConnection
+        from .family_check import require_right_ends
+
+        require_right_ends(source.model_type, SwarmModelForCausalLM.from_ends)
         # Before the weights: whether the swarm answers is known in a moment, a download can take minutes.
-        connection = SwarmConnection.open(source, peers, chosen)
+        connection = SwarmConnection.open(source, peers, settings)
         try:
-            ends = load_ends(source, dtype=ends_dtype).to(device)  # type: ignore[arg-type]
-            return cls.from_ends(ends, connection, deterministic=chosen.deterministic)
+            ends = load_ends(source, dtype=dtype).to(device)  # type: ignore[arg-type]
+            return cls.from_ends(ends, connection, deterministic=settings.deterministic)
         except BaseException:
             connection.close()
             raise
@@ -259,7 +274,8 @@ class SwarmModelForCausalLM(GenerateHooks, _Family):
         """
         refuse_fork()
         self._refuse_call(kwargs)
-        cache, handed_on = choose_cache(session, open_session_of(self), given_cache(kwargs))
+        named = None if session is None else session.cache
+        cache, handed_on = choose_cache(named, open_cache_of(self), given_cache(kwargs))
         owned = cache is None
         if cache is None:
             cache = open_cache(self._connection, None)

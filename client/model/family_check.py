@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,27 +13,29 @@ from swarm.model.family_check.check import check_family
 from swarm.model.family_check.tiny import NEW, PROMPT, TinyModel, difference
 from swarm.model.skeleton import load_ends
 
-from ..gateway.decode.model_ends import ModelEnds
-from .facade import SwarmModelForCausalLM
+from ..ends.model_ends import ModelEnds
 
 logger = logging.getLogger(__name__)
 _INPUT, _LOGITS = "hidden states before the first block", "logits"
 
 
-def require_right_ends(model_type: str) -> None:
+def require_right_ends(model_type: str, from_ends: Callable[..., Any]) -> None:
     """With versions that aren't tested, checks this family's ends.
+
+    Args:
+        from_ends: :meth:`swarm.client.SwarmModelForCausalLM.from_ends`.
 
     Raises:
         ModelError: they aren't as transformers'.
     """
-    check_family(model_type, "ends", check_ends, logger.warning)
+    check_family(model_type, "ends", lambda tiny: check_ends(tiny, from_ends), logger.warning)
 
 
-def check_ends(tiny: TinyModel) -> str:
+def check_ends(tiny: TinyModel, from_ends: Callable[..., Any]) -> str:
     """Says in what the ends, alone and in ``generate()``, differ from transformers', or nothing."""
-    blocks: Any = _KnownBlocks(tiny)
+    blocks = _KnownBlocks(tiny)
     ids = tiny.ids
-    with SwarmModelForCausalLM.from_ends(load_ends(tiny.source), blocks) as model, torch.no_grad():
+    with from_ends(load_ends(tiny.source), blocks) as model, torch.no_grad():
         ends = ModelEnds(model)
         found = [
             difference(_INPUT, ends.embed(ids, torch.arange(ids.shape[1])[None]), tiny.first),
@@ -40,7 +43,7 @@ def check_ends(tiny: TinyModel) -> str:
             difference(_LOGITS, model(ids).logits, tiny.logits),
         ]
         prompt = ids[:, :PROMPT]
-        text: Any = model.generate(
+        text = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=NEW,

@@ -1,11 +1,10 @@
-"""A ``generate()`` under way: what can't be asked of it, and the sessions that it opens beside its own."""
+"""What ``generate()`` can be asked for over a swarm, and the cache that it goes on in."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from contextvars import ContextVar, Token
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from transformers import GenerationConfig
@@ -13,80 +12,26 @@ from transformers import GenerationConfig
 from swarm.compat.generation import ASSISTED, GenerationMode
 
 from ..ends.cache import SwarmCache
-
-if TYPE_CHECKING:
-    from ..ends.remote_blocks import RemoteBlocks
-    from ..session.swarm_connection import SwarmConnection
-    from .model_session import ModelSession
-
-_CURRENT: ContextVar[Generation | None] = ContextVar("swarm_generation", default=None)
-
-
-class Generation:
-    """Within its ``with``, ``cache`` is at work in this thread.
-
-    Code that ``generate()`` calls may itself call the model, and want a cache there: that of classifier-free guidance
-    does so for the negative prompt. It gets one for as long as the generation lasts, with room for as many columns more
-    as this one may still take.
-    """
-
-    def __init__(self, cache: SwarmCache) -> None:
-        self.cache = cache
-        self._beside: list[SwarmCache] = []
-        self._outer = cache.generating  # by a generate() that calls another for the same cache
-        self._token: Token[Generation | None] | None = None
-
-    def __enter__(self) -> Generation:
-        self._token = _CURRENT.set(self)
-        self.cache.generating = True
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.cache.generating = self._outer
-        if not self._outer:
-            self.cache.needed = 0
-        if self._token is not None:
-            _CURRENT.reset(self._token)
-        for cache in self._beside:
-            cache.close()
-
-    def open_beside(self, blocks: RemoteBlocks, columns: int) -> SwarmCache:
-        """A cache for a pass of ``columns`` over ``blocks``, and one more for each token that is still to come."""
-        cache = open_cache(blocks.connection, columns + self.cache.needed - self.cache.get_seq_length())
-        self._beside.append(cache)
-        return cache
-
-
-def current_generation() -> Generation | None:
-    """The innermost ``generate()`` that this code is called from, with the cache that it has asked for, if any."""
-    return _CURRENT.get()
-
-
-def open_cache(connection: SwarmConnection, max_length: int | None, *, remember: bool = False) -> SwarmCache:
-    """A cache over all blocks of a model, with the adapter that is active now. Opens nothing yet."""
-    adapter = connection.active_adapter
-    return SwarmCache(
-        lambda length: connection.session(max_length=length, adapter=adapter), max_length, remember=remember
-    )
+from ..ends.generating import current_generation
 
 
 def choose_cache(
-    session: ModelSession | None, opened: ModelSession | None, given: SwarmCache | None
+    session: SwarmCache | None, opened: SwarmCache | None, given: SwarmCache | None
 ) -> tuple[SwarmCache | None, bool]:
     """The cache that a ``generate()`` goes on in, None for one of its own; and whether it is handed on to it by another
     that is at work in it, and calls it as a part of that.
 
     Args:
-        session, given: what the caller names.
-        opened: the session whose ``with`` is open. What a ``generate()`` calls may generate too, but then not in there.
+        session, given: what the caller names: the cache of a session, or a cache.
+        opened: of the session whose ``with`` is open. What a ``generate()`` calls may generate too, but then not there.
 
     Raises:
         ValueError: another ``generate()`` is at work in what the caller names.
     """
     if session is None and given is None:
-        return (opened.cache, False) if opened is not None and not opened.cache.generating else (None, False)
-    cache = given if session is None else session.cache
-    generation = _CURRENT.get()
+        return (opened, False) if opened is not None and not opened.generating else (None, False)
+    cache = given if session is None else session
+    generation = current_generation()
     handed_on = generation is not None and given is not None and given is generation.cache
     if cache is not None and cache.generating and not handed_on:
         raise ValueError("a generate() is at work in this session: open another with model.session(max_length=…)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -12,7 +12,6 @@ from ..ends.cache import SwarmCache
 
 if TYPE_CHECKING:
     from ..session.hop import Hop
-    from .facade import SwarmModelForCausalLM
 
 # The sessions whose `with` is open in this thread or asyncio task, innermost last.
 _OPEN: ContextVar[tuple[ModelSession, ...]] = ContextVar("swarm_open_sessions", default=())
@@ -35,11 +34,12 @@ class ModelSession:
             print(session.route)
 
     Attributes:
+        model: the :class:`swarm.client.SwarmModelForCausalLM` whose session it is.
         cache: pass it as ``cache`` or ``past_key_values`` to ``model(…)`` or to ``generate`` in another thread.
         max_length: how many columns there is room for.
     """
 
-    def __init__(self, model: SwarmModelForCausalLM, cache: SwarmCache, max_length: int) -> None:
+    def __init__(self, model: Any, cache: SwarmCache, max_length: int) -> None:
         self.model = model
         self.cache = cache
         self.max_length = max_length
@@ -83,6 +83,6 @@ class ModelSession:
         self.close()
 
 
-def open_session_of(model: object) -> ModelSession | None:
-    """The innermost session of ``model`` whose ``with`` is open here, if any."""
-    return next((session for session in reversed(_OPEN.get()) if session.model is model), None)
+def open_cache_of(model: object) -> SwarmCache | None:
+    """That of the innermost session of ``model`` whose ``with`` is open here, if any."""
+    return next((session.cache for session in reversed(_OPEN.get()) if session.model is model), None)

@@ -10,6 +10,7 @@ from hivemind.p2p import PeerID
 from swarm.errors import MissingBlocksError
 from swarm.model.layout import check_range
 from swarm.network.dht import RemoteSpan
+from swarm.ranges import as_ranges, describe
 
 DEFAULT_RTT = 0.02
 """Seconds assumed for a pair of peers that nobody has measured."""
@@ -115,13 +116,7 @@ def _without_parts(span: RemoteSpan, inner: frozenset[int]) -> RemoteSpan:
 
 def describe_blocks(blocks: Sequence[int]) -> str:
     """``[3, 4, 5, 9]`` as ``"blocks 3:6, 9:10"``."""
-    ranges: list[list[int]] = []
-    for block in blocks:
-        if ranges and ranges[-1][1] == block:
-            ranges[-1][1] = block + 1
-        else:
-            ranges.append([block, block + 1])
-    return "blocks " + ", ".join(f"{start}:{end}" for start, end in ranges)
+    return f"blocks {describe(as_ranges(blocks))}"
 
 
 def _network(before: Leg | None, span: RemoteSpan, rtts: Mapping[PeerID, float]) -> float:

@@ -23,7 +23,7 @@ from swarm.model.skeleton import Span, SpanLoader, fetch_span
 from swarm.model.source import ModelSource
 from swarm.network import dht
 from swarm.network.peer import Peer
-from swarm.weights.sharing.holders import as_ranges
+from swarm.ranges import as_ranges
 from swarm.wire.records import ServerInfo, ServerState
 
 from ..engine.adapters import Adapter, put_adapters

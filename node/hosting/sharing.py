@@ -19,10 +19,11 @@ from swarm.errors import ModelError, UsageError
 from swarm.model.skeleton import block_tensors
 from swarm.model.source import BUNDLED, ModelSource, resolve, resolve_store
 from swarm.network.peer import Peer
+from swarm.ranges import as_ranges
 from swarm.weights.checkpoint import INDEX, SINGLE, Checkpoint
 from swarm.weights.sharing.download import download
 from swarm.weights.sharing.find import find_store, weights_folder
-from swarm.weights.sharing.holders import Holder, announce_holder, as_ranges, fetch_holders, nobody_has
+from swarm.weights.sharing.holders import Holder, announce_holder, fetch_holders, nobody_has
 from swarm.weights.sharing.manifest import SMALL_FILES, keep_manifest, manifest_of
 from swarm.weights.sharing.picker import Bits
 from swarm.weights.sharing.protocol import is_root

@@ -16,6 +16,7 @@ from ..model.source import is_here, resolve
 from ..network import dht
 from ..network.overview import NodeView, Overview, look, measure
 from ..network.peer import Peer, PeerOptions
+from ..ranges import describe
 from ..weights.sharing.holders import possible_prefixes
 
 _SHADES = " ▁▂▃▄▅▆▇█"
@@ -153,9 +154,8 @@ def _verdict(overview: Overview) -> Text:
     ]
     if not overview.holes:
         return Text("".join(["Every block is served.", *lost]), style="yellow" if lost else "green")
-    ranges = ", ".join(f"{start}:{end}" for start, end in overview.holes)
     whom = " that can be reached" if lost else ""
-    text = f"Nobody{whom} serves blocks {ranges}: no text can be generated yet."
+    text = f"Nobody{whom} serves blocks {describe(overview.holes)}: no text can be generated yet."
     return Text("".join([text, *lost]), style="bold red")
 
 

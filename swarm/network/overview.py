@@ -9,13 +9,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hivemind.p2p import P2PHandlerError, PeerID
-from hivemind.proto import runtime_pb2
 
 from ..errors import BadRequestError
+from ..ranges import subtract
 from ..wire import rpc
 from ..wire.records import ServerState
 from . import dht
 from .dht import RemoteSpan
+from .info import ask_info
 from .peer import Peer
 from .reach import call_failed
 
@@ -122,15 +123,7 @@ class Overview:
 
 def find_holes(spans: Sequence[tuple[int, int]], num_blocks: int) -> tuple[tuple[int, int], ...]:
     """The ranges of blocks in none of ``spans``."""
-    holes: list[tuple[int, int]] = []
-    reached = 0
-    for start, end in sorted(spans):
-        if start > reached:
-            holes.append((reached, start))
-        reached = max(reached, end)
-    if reached < num_blocks:
-        holes.append((reached, num_blocks))
-    return tuple(holes)
+    return tuple(subtract([(0, num_blocks)], spans))
 
 
 def rates(before: Meter | None, after: Meter) -> Rates | None:
@@ -201,11 +194,8 @@ def _view(span: RemoteSpan) -> NodeView:
 async def _ask(peer: Peer, peer_id: str, patience: float) -> Meter | str | None:
     """What a node says about itself; ``None`` if it counts nothing, as Petals' servers; text: why it didn't answer."""
     begin = time.monotonic()
-    call = peer.p2p.call_protobuf_handler(
-        PeerID.from_base58(peer_id), rpc.handle_name(rpc.INFO), runtime_pb2.ExpertUID(), runtime_pb2.ExpertInfo
-    )
     try:
-        answer = await asyncio.wait_for(call, patience)
+        answer = await ask_info(peer.p2p, PeerID.from_base58(peer_id), patience)
     except asyncio.TimeoutError:
         return f"no answer in {patience:.0f} s"
     except P2PHandlerError:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from huggingface_hub.utils import WeakFileLock
 
-from .byte_ranges import Range, merge
+from ..ranges import Range, merge
 
 COMMIT_BYTES = 64 << 20
 COMMIT_SECONDS = 2.0

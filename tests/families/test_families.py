@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from swarm.client import SwarmModelForCausalLM
-from swarm.client.gateway.decode.model_ends import ModelEnds
+from swarm.client.ends.model_ends import ModelEnds
 from swarm.compat.whole import load_whole, run_whole
 from swarm.model.families import family_of
 from swarm.model.family_check.table import CASES, Case

@@ -20,12 +20,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ...ends.model_ends import ModelEnds
 from ...session.route_session import RouteSession
 from ...session.swarm_connection import SwarmConnection
 from ...session.trace import RouteEvent
 from .admission import Admission
 from .generation import Generation, Job, Sampled, Scored, Timing, TokenLogprobs
-from .model_ends import ModelEnds
 from .sampling import Row, SamplingParams, sample, top_logprobs
 from .scoring import score_prompt
 

@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ...ends.model_ends import ModelEnds
 from .generation import Scored, TokenLogprobs
-from .model_ends import ModelEnds
 from .sampling import top_logprobs
 
 _ROWS = 64

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from ...errors import ModelError
-from ..byte_ranges import DownloadPlan, Range, plan_download, subtract, total
+from ...ranges import Range, subtract, total
+from ..byte_ranges import DownloadPlan, plan_download
 from ..partial import PartialFile, write_json
 from ..safetensors_header import LENGTH_BYTES, TensorRange, data_start, read_ranges
 from .one_file import HubRepo, NoSuchFileError

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,17 +92,6 @@ async def fetch_holders(node: DHTNode, prefix: str) -> dict[PeerID, Holder]:
                 logger.debug("a record of weights of %s can't be read: %s", prefix, error)
     holders.pop(node.peer_id, None)
     return holders
-
-
-def as_ranges(blocks: Iterable[int]) -> tuple[tuple[int, int], ...]:
-    """Numbers in order as ranges ``(start, end)``."""
-    ranges: list[tuple[int, int]] = []
-    for block in blocks:
-        if ranges and ranges[-1][1] == block:
-            ranges[-1] = (ranges[-1][0], block + 1)
-        else:
-            ranges.append((block, block + 1))
-    return tuple(ranges)
 
 
 def possible_prefixes(model: str, asked: str | None) -> list[str]:

@@ -16,7 +16,7 @@ import filelock
 import numpy as np
 
 from ...errors import ModelError
-from ..byte_ranges import Range
+from ...ranges import Range
 from ..partial import PartialFile, Writer, write_json
 from .manifest import PIECE_BYTES, Manifest, ManifestFile
 from .picker import Bits

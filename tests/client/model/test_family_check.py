@@ -31,7 +31,7 @@ def _untested(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "qwen3_next", "deepseek_v3", "gemma3n_text", "gpt2"])
 def test_what_is_right_is_found_right(model_type: str, caplog: pytest.LogCaptureFixture) -> None:
     before = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
-    require_right_ends(model_type)
+    require_right_ends(model_type, SwarmModelForCausalLM.from_ends)
     assert caplog.text.count(f"checking a tiny {model_type} model") == 1
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (random.getstate(), str(np.random.get_state())) == before[1:]
@@ -48,7 +48,7 @@ def test_embeddings_that_are_scaled_otherwise_are_refused(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(skeleton, "fill_buffers", fill_otherwise)
     with pytest.raises(ModelError, match=r"ends of gemma2 .*hidden states before the first block are off by"):
-        require_right_ends("gemma2")
+        require_right_ends("gemma2", SwarmModelForCausalLM.from_ends)
 
 
 def test_a_norm_that_is_another_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +61,7 @@ def test_a_norm_that_is_another_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(skeleton, "load_weights", load_otherwise)
     with pytest.raises(ModelError, match=r"ends of llama .*logits are off by"):
-        require_right_ends("llama")
+        require_right_ends("llama", SwarmModelForCausalLM.from_ends)
 
 
 def test_text_that_is_computed_again_at_each_token_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,13 +73,13 @@ def test_text_that_is_computed_again_at_each_token_is_refused(monkeypatch: pytes
 
     monkeypatch.setattr(SwarmModelForCausalLM, "prepare_inputs_for_generation", prepare_otherwise)
     with pytest.raises(ModelError, match=r"ends of llama "):
-        require_right_ends("llama")
+        require_right_ends("llama", SwarmModelForCausalLM.from_ends)
 
 
 def test_a_model_is_checked_before_a_swarm_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     path = tiny_model("llama-gqa")
     with monkeypatch.context() as wrong:
-        wrong.setattr("swarm.client.model.family_check.check_ends", lambda tiny: "logits are off by 3")
+        wrong.setattr("swarm.client.model.family_check.check_ends", lambda tiny, from_ends: "logits are off by 3")
         with pytest.raises(ModelError, match=r"ends of llama .* llama-2: logits are off by 3\. Install a tested one"):
             SwarmModelForCausalLM.from_pretrained(path, initial_peers=NOBODY, startup_timeout=2)
     monkeypatch.setenv("SWARM_UNTESTED", "1")

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarm.weights.byte_ranges import GAP, WHOLE, merge, plan_download, subtract, total
+from swarm.ranges import merge, subtract, total
+from swarm.weights.byte_ranges import GAP, WHOLE, plan_download
 
 SIZE = 60
 ranges = st.lists(st.tuples(st.integers(0, SIZE), st.integers(0, SIZE)), max_size=6)

@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from swarm.client import SwarmModelForCausalLM
+from swarm.client.ends.model_ends import ModelEnds
 from swarm.client.gateway.decode.admission import Admission
 from swarm.client.gateway.decode.engine import GatewayEngine
 from swarm.client.gateway.decode.generation import Generation, Job, Sampled, Timing
-from swarm.client.gateway.decode.model_ends import ModelEnds
 from swarm.client.gateway.decode.sampling import SamplingParams
 from swarm.model.skeleton import load_ends
 from swarm.model.source import resolve

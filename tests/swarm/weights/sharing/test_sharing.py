@@ -20,8 +20,9 @@ from swarm.model.skeleton import SpanLoader, block_tensors, load_span
 from swarm.model.source import default_dht_prefix, resolve, resolve_store
 from swarm.node.engine import executor
 from swarm.node.engine.blocks.packing import pack_block
+from swarm.ranges import as_ranges
 from swarm.weights.sharing.checkpoint import StoreCheckpoint
-from swarm.weights.sharing.holders import Holder, as_ranges, possible_prefixes
+from swarm.weights.sharing.holders import Holder, possible_prefixes
 from swarm.weights.sharing.manifest import Manifest, make_manifest
 from swarm.weights.sharing.picker import PATIENCE_SECONDS, Picker, next_depth, rarest
 from swarm.weights.sharing.protocol import (

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from swarm.compat.keywords import cache_keyword, with_cache
 
-from ...ends.ends import Echo
+from .ends import Echo
 
 
 class _Blocks(Echo):
