@@ -1,4 +1,4 @@
-"""Every error the product raises, as one tree with one root, and their form on the wire.
+"""Every error the product raises, as one tree with one root. ``swarm/wire/error_text.py`` has their form on the wire.
 
 ========================== ========= ===============================================================================
 Class                      Owner     Means
@@ -24,16 +24,11 @@ SwarmError                 node      the root
 
 The owner says what a client does about an error (``client/session/failures.py``): a peer is left out for a while only
 for errors of the node or of the network to it; the caller's are raised as they are.
-
-An RPC of hivemind carries an error as text only. Ours starts with a code in brackets, so that the other side can raise
-the same class again; text without a code (from Petals, or from hivemind itself) becomes a plain :class:`RemoteError`,
-unless it is one of Petals' refusals.
 """
 
 from __future__ import annotations
 
 import enum
-import re
 from collections.abc import Sequence
 
 
@@ -162,59 +157,3 @@ class PeerLostError(RemoteError):
 
     code = "peer_lost"
     owner = Owner.NETWORK
-
-
-_BY_CODE: dict[str, type[SwarmError]] = {
-    error.code: error
-    for error in (
-        SwarmError,
-        UsageError,
-        ModelError,
-        RemoteError,
-        BadRequestError,
-        NotServedError,
-        OutOfOrderError,
-        OutOfCacheError,
-        EvictedError,
-        LeavingError,
-    )
-}
-# What Petals' servers say, in words of their own, of requests that they could never take, and when they are full.
-_PETALS_REFUSALS: dict[str, type[RemoteError]] = {
-    "Could not allocate": OutOfCacheError,
-    "Cannot allocate KV cache for": BadRequestError,
-    "Task size greater than max_batch_size": BadRequestError,
-}
-_WIRE_FORM = re.compile(r"\[swarm:([a-z_]+)\] ([^\n]*)")
-
-
-def to_wire(error: BaseException) -> str:
-    """The text that carries ``error`` to the peer that caused it."""
-    if isinstance(error, SwarmError):
-        return f"[swarm:{error.code}] {error}"
-    return f"[swarm:{RemoteError.code}] {type(error).__name__}: {error}"
-
-
-def from_wire(text: str) -> SwarmError:
-    """The error that a peer sent as ``text``. Text that has no code of ours becomes a :class:`RemoteError`, or what
-    Petals means by it."""
-    found = _WIRE_FORM.search(text)
-    if found is None:
-        kind = next((kind for words, kind in _PETALS_REFUSALS.items() if words in text), RemoteError)
-        return kind(text.strip() or "the peer failed without saying why")
-    return _BY_CODE.get(found[1], RemoteError)(found[2].rstrip("'\")"))
-
-
-def parse_blocks(text: str, num_blocks: int) -> tuple[int, int]:
-    """``"3:9"`` as ``(3, 9)``.
-
-    Raises:
-        UsageError: not of the form START:END, or not within the model's ``num_blocks`` blocks.
-    """
-    found = re.fullmatch(r"(\d+):(\d+)", text.strip())
-    if found is None:
-        raise UsageError(f"blocks are given as START:END, for example 0:{num_blocks}; got {text!r}")
-    start, end = int(found[1]), int(found[2])
-    if not 0 <= start < end <= num_blocks:
-        raise UsageError(f"blocks {start}:{end} are not in this model: it has blocks 0:{num_blocks}")
-    return start, end

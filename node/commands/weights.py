@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 from contextlib import AsyncExitStack
 
-from swarm.errors import parse_blocks
+from swarm.model.layout import parse_blocks
 from swarm.network import dht
 
 from ..hosting.host import reachable

@@ -12,9 +12,9 @@ from hivemind.p2p import PeerID
 
 from swarm import __version__
 from swarm.compute.threads import in_thread
-from swarm.errors import UsageError, parse_blocks
+from swarm.errors import UsageError
 from swarm.model.fingerprint import fingerprint
-from swarm.model.layout import check_range
+from swarm.model.layout import check_range, parse_blocks
 from swarm.model.skeleton import block_caches, build_skeleton, packed_blocks
 from swarm.model.source import ModelSource
 from swarm.network import dht

@@ -24,11 +24,11 @@ from swarm.errors import (
     OutOfCacheError,
     PeerLostError,
     SwarmError,
-    to_wire,
 )
 from swarm.network.overview import METER
 from swarm.wire import rpc
 from swarm.wire.codec import COMPRESSIONS, NONE, encode, join, split
+from swarm.wire.error_text import to_wire
 from swarm.wire.records import span_uid
 from swarm.wire.rpc import Request, Response
 from swarm.wire.stream import MessageStream

@@ -5,6 +5,7 @@ Pure functions of the config, so that a client, which has no blocks, knows the s
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from ..errors import UsageError
@@ -52,6 +53,21 @@ def check_range(start: int, end: int, inner: frozenset[int]) -> None:
                 f"blocks {start}:{end} can't be used without those around them: {first}:{last} share keys and values, "
                 f"so take all of these or none"
             )
+
+
+def parse_blocks(text: str, num_blocks: int) -> tuple[int, int]:
+    """``"3:9"`` as ``(3, 9)``.
+
+    Raises:
+        UsageError: not of the form START:END, or not within the model's ``num_blocks`` blocks.
+    """
+    found = re.fullmatch(r"(\d+):(\d+)", text.strip())
+    if found is None:
+        raise UsageError(f"blocks are given as START:END, for example 0:{num_blocks}; got {text!r}")
+    start, end = int(found[1]), int(found[2])
+    if not 0 <= start < end <= num_blocks:
+        raise UsageError(f"blocks {start}:{end} are not in this model: it has blocks 0:{num_blocks}")
+    return start, end
 
 
 def carried_size(config: Any) -> int:

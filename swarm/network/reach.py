@@ -6,7 +6,8 @@ import re
 
 from hivemind.p2p import P2PHandlerError
 
-from ..errors import PeerLostError, SwarmError, from_wire
+from ..errors import PeerLostError, SwarmError
+from ..wire.error_text import from_wire
 
 _DIALED = re.compile(r"\[(/[^\]\s]+)\] ([^\n]*)")
 _KNOWN = ("connection refused", "no route to host", "network is unreachable", "i/o timeout", "deadline exceeded")

@@ -13,7 +13,8 @@ from typing import TypeVar
 from google.protobuf.message import DecodeError, Message
 from hivemind.proto.p2pd_pb2 import RPCError
 
-from ..errors import MalformedError, PeerLostError, from_wire, to_wire
+from ..errors import MalformedError, PeerLostError
+from .error_text import from_wire, to_wire
 
 _MESSAGE, _ERROR = b"\x00", b"\x01"
 _LENGTH_BYTES = 8

@@ -22,6 +22,7 @@ from swarm.client.session.divided import _divide_order
 from swarm.client.session.failures import Course, Failures, course
 from swarm.client.settings import ClientSettings
 from swarm.errors import Owner, SwarmError
+from swarm.wire.error_text import from_wire, to_wire
 from swarm.wire.limits import divide_rows
 from swarm.wire.records import Offer, ServerInfo, ServerState
 from tests.client.routing.test_routing import peer, span
@@ -68,7 +69,7 @@ def test_what_is_refused_twice_is_raised_and_who_evicts_twice_is_left_out() -> N
 
 
 def test_what_a_peer_sent_that_cant_be_read_is_to_that_peer_a_bad_request() -> None:
-    again = errors.from_wire(errors.to_wire(errors.MalformedError("no msgpack")))
+    again = from_wire(to_wire(errors.MalformedError("no msgpack")))
     assert type(again) is errors.BadRequestError
     assert again.owner is Owner.CALLER
 
@@ -83,7 +84,7 @@ def test_what_a_peer_sent_that_cant_be_read_is_to_that_peer_a_bad_request() -> N
     ],
 )
 def test_refusals_keep_their_owner_over_the_wire_also_those_of_petals(text: str, kind: type[SwarmError]) -> None:
-    assert type(errors.from_wire(text)) is kind
+    assert type(from_wire(text)) is kind
 
 
 # the view, with records that are made up

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarm.errors import UsageError
-from swarm.model.layout import carried_size, check_range, group_of, inner_boundaries, kv_sources
+from swarm.model.layout import carried_size, check_range, group_of, inner_boundaries, kv_sources, parse_blocks
 
 
 def config(kinds: str, shared: int, **fields: Any) -> SimpleNamespace:
@@ -50,3 +50,10 @@ def test_a_range_that_is_allowed_has_all_that_its_blocks_need(kinds: str, shared
                 continue
             with pytest.raises(UsageError, match=f"blocks {start}:{end} can't be used without those around them"):
                 check_range(start, end, inner)
+
+
+def test_blocks_are_given_as_a_range_within_the_model() -> None:
+    assert parse_blocks(" 3:9", 12) == (3, 9)
+    for wrong in ("", "3", "3:", "9:3", "3:3", "0:13", "-1:3", "a:b", "1:2:3"):
+        with pytest.raises(UsageError, match="blocks"):
+            parse_blocks(wrong, 12)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from swarm import errors
 from swarm.network.clock import describe_skew, skew_told
 from swarm.network.reach import call_failed, describe_dialing
+from swarm.wire.error_text import to_wire
 
 DIALED = """Connect failed. msg=failed to dial: failed to dial 12D3KooWFeaq: all dials failed
   * [/ip4/10.0.0.1/tcp/9] dial tcp4 0.0.0.0:4001->10.0.0.1:9: i/o timeout
@@ -33,7 +34,7 @@ def test_whatever_the_daemon_says_it_is_one_short_line(text: str) -> None:
 
 
 def test_what_a_peer_answered_is_not_that_it_cant_be_reached() -> None:
-    refused = call_failed(P2PHandlerError(errors.to_wire(errors.BadRequestError("too long"))))
+    refused = call_failed(P2PHandlerError(to_wire(errors.BadRequestError("too long"))))
     assert (type(refused), str(refused)) == (errors.BadRequestError, "too long")
     assert type(call_failed(P2PDaemonError(DIALED))) is errors.PeerLostError
 

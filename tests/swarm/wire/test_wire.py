@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from swarm import errors
 from swarm.wire import rpc
 from swarm.wire.codec import DTYPES, FLOAT16, all_finite, decode, encode, join, split
+from swarm.wire.error_text import from_wire, to_wire
 from swarm.wire.records import Offer, ServerInfo, ServerState, parse_span_uid, span_uid
 
 junk = st.recursive(
@@ -180,13 +181,13 @@ def test_uids() -> None:
 
 def test_errors_keep_their_class_over_the_wire() -> None:
     for error in (errors.BadRequestError("a b"), errors.OutOfCacheError("full"), errors.LeavingError("bye")):
-        again = errors.from_wire(errors.to_wire(error))
+        again = from_wire(to_wire(error))
         assert (type(again), str(again)) == (type(error), str(error))
-        again = errors.from_wire(repr(RuntimeError(errors.to_wire(error))))  # as hivemind's unary calls wrap it
+        again = from_wire(repr(RuntimeError(to_wire(error))))  # as hivemind's unary calls wrap it
         assert (type(again), str(again)) == (type(error), str(error))
-    assert type(errors.from_wire("something else")) is errors.RemoteError
+    assert type(from_wire("something else")) is errors.RemoteError
 
 
 @given(st.text())
 def test_any_text_is_an_error(text: str) -> None:
-    assert isinstance(errors.from_wire(text), errors.SwarmError)
+    assert isinstance(from_wire(text), errors.SwarmError)
