@@ -48,7 +48,7 @@ from swarm.node.engine.engine import Engine
 from swarm.node.engine.gpu.acceleration import accelerate
 from swarm.node.engine.gpu.static_decode import Record, Step
 from swarm.node.engine.scheduling.row_group import RowGroup
-from swarm.node.hosting.hardware import free_memory
+from swarm.node.hosting.placement.hardware import free_memory
 
 BITS = {"none": 16.0, "int8": 8.5, "nf4": 4.5, "int4": 4.5}
 """About how many bits a weight takes, to choose a model that fits."""

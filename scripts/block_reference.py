@@ -17,7 +17,7 @@ from transformers import AutoConfig, DynamicCache, PreTrainedConfig, PreTrainedM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
-from swarm.node.hosting.hardware import free_memory
+from swarm.node.hosting.placement.hardware import free_memory
 
 ROWS, PROMPT, STEPS = 2, 24, 4
 """Sequences; tokens of each that are prefilled; and those that are decoded one by one."""

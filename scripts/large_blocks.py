@@ -46,7 +46,7 @@ from swarm.client.settings import ClientSettings
 from swarm.model.skeleton import build_skeleton
 from swarm.model.source import ModelSource, resolve
 from swarm.node.engine.blocks.quantization import quantized_bytes, schemes_on
-from swarm.node.hosting.hardware import free_memory
+from swarm.node.hosting.placement.hardware import free_memory
 
 BLOCKS = {
     "llama-2-70b": 40, "llama-3.1-405b": 63, "falcon-180b": 40, "bloom-176b": 35, "mixtral-8x22b": 28, "deepseek-v3": 1,

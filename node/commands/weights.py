@@ -9,9 +9,9 @@ from contextlib import AsyncExitStack
 from swarm.model.layout import parse_blocks
 from swarm.network import dht
 
-from ..hosting.host import reachable
-from ..hosting.life import run_until
-from ..hosting.sharing import find_source
+from ..hosting.invitation import reachable
+from ..hosting.life import finish_unless, run_until
+from ..hosting.weights.find import find_source
 from ..output import Output
 from ..settings import NodeSettings
 
@@ -25,16 +25,11 @@ async def fetch(settings: NodeSettings, output: Output, stop: asyncio.Event) -> 
         UsageError: nobody has them, or there is no such block.
     """
     async with AsyncExitStack() as stack:
-        working = asyncio.create_task(_fetch(settings, output, stack))
-        stopping = asyncio.create_task(stop.wait())
-        await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
-        if not working.done():
-            working.cancel()
-            await asyncio.wait({working})
+        working = await finish_unless(stop, _fetch(settings, output, stack))
+        if working is None:
             output.event("stopped", "Stopped. What is here is kept: the same command goes on from there.")
-            return
-        working.result()
+        else:
+            working.result()
 
 
 async def _fetch(settings: NodeSettings, output: Output, stack: AsyncExitStack) -> None:

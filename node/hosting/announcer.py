@@ -18,9 +18,11 @@ _MAX_PINGED = 5
 
 
 class Announcer:
-    """Announces a span every ``period`` seconds, at once when something changes, with what is free at that time.
+    """Announces a span every ``period`` seconds, and at once when something changes, with what is free at that time.
 
-    Blocks of it that aren't ready yet are announced as joining, so that other nodes choose others.
+    Args:
+        repository: the model's id on the Hub, for lists of models.
+        info: the first record; it names the span.
     """
 
     def __init__(
@@ -36,7 +38,7 @@ class Announcer:
         assert info.start_block is not None
         assert info.end_block is not None
         self._peer, self._prefix, self._num_blocks, self._repository = peer, prefix, num_blocks, repository
-        self._start, self._end = self._ready = info.start_block, info.end_block
+        self._ready = info.start_block, info.end_block
         self._info, self._period = info, period
         self._engine: Engine | None = None
         self._task: asyncio.Task[None] | None = None
@@ -73,15 +75,8 @@ class Announcer:
             offer = dataclasses.replace(info.offer, sessions=stats.sessions)
             info = dataclasses.replace(info, cache_tokens_left=stats.cache_tokens_free, offer=offer)
         ttl = max(60.0, 3 * self._period)  # outlives two lost announcements
-        records = [(self._start, self._end, info)]
-        if info.state == ServerState.ONLINE:
-            first, last = self._ready
-            coming = dataclasses.replace(info, state=ServerState.JOINING)
-            records = [(first, last, dataclasses.replace(info, start_block=first, end_block=last))]
-            records += [(self._start, first, coming), (last, self._end, coming)]
-        for first, last, record in records:
-            if first < last:
-                await dht.announce(self._peer.dht, self._prefix, first, last, record, ttl=ttl)
+        for first, last, record in records_of(info, self._ready):
+            await dht.announce(self._peer.dht, self._prefix, first, last, record, ttl=ttl)
         if info.state == ServerState.ONLINE and not self._prefix.startswith("_"):
             await dht.announce_model(self._peer.dht, self._prefix, self._num_blocks, self._repository, ttl=ttl)
 
@@ -95,3 +90,18 @@ class Announcer:
         return {
             peer_id.to_base58(): seconds for peer_id, seconds in zip(chosen, times, strict=True) if seconds is not None
         }
+
+
+def records_of(info: ServerInfo, ready: tuple[int, int]) -> list[tuple[int, int, ServerInfo]]:
+    """The records of a span, each with the blocks ``(start, end)`` under which it is stored. While it is online, the
+    blocks that aren't ``ready`` yet are announced as joining, so that other nodes choose others."""
+    start, end = info.start_block, info.end_block
+    assert start is not None
+    assert end is not None
+    if info.state != ServerState.ONLINE:
+        return [(start, end, info)]
+    first, last = ready
+    serving = dataclasses.replace(info, start_block=first, end_block=last)
+    coming = dataclasses.replace(info, state=ServerState.JOINING)
+    records = [(first, last, serving), (start, first, coming), (last, end, coming)]
+    return [record for record in records if record[0] < record[1]]

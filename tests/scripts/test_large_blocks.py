@@ -11,7 +11,7 @@ import torch
 from swarm.errors import UsageError
 from swarm.model.source import ModelSource
 from swarm.network.peer import PeerOptions
-from swarm.node.hosting import server
+from swarm.node.hosting.placement import plan as planning
 from swarm.node.settings import NodeSettings
 from tests.models import large_config
 
@@ -41,13 +41,13 @@ def test_a_machine_that_is_too_small(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 def test_the_plan_is_for_the_blocks_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSeek-V3's first blocks have no experts, and need a twentieth of the others' memory."""
-    monkeypatch.setattr(server, "free_memory", lambda _: 4 << 30)
+    monkeypatch.setattr(planning, "free_memory", lambda _: 4 << 30)
     source = ModelSource("m", Path(), large_config("deepseek-v3", num_hidden_layers=4), "m", torch.bfloat16)
     source.config.first_k_dense_replace = 3
 
     def plan(blocks: str) -> None:
         settings = NodeSettings(model="m", peer=PeerOptions(), blocks=blocks)
-        server._plan(settings, source, torch.bfloat16, [torch.device("cpu")], [])
+        planning.plan_blocks(settings, source, torch.bfloat16, [torch.device("cpu")])
 
     plan("1:2")
     with pytest.raises(UsageError, match="one block needs"):

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from swarm.errors import BadRequestError, LeavingError, OutOfCacheError, RemoteError
 from swarm.node.engine.engine import Engine
 from swarm.node.engine.gpu.acceleration import Acceleration
-from tests.node.engine.attention.paged_reference import KERNEL
 from swarm.node.engine.scheduling.messages import Prefix
+from tests.node.engine.attention.paged_reference import KERNEL
 
 Get = Callable[[str], Any]
 Start = Callable[..., Engine]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarm.node.hosting.balance import better_start, covered_by_others
+from swarm.node.hosting.placement.balance import better_start, covered_by_others
 from swarm.wire.records import ServerInfo, ServerState
 
 COUNT = 8

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from swarm.errors import UsageError
-from swarm.node.hosting.hardware import choose_devices
+from swarm.node.hosting.placement.hardware import choose_devices
 
 
 def names(wanted: str) -> list[str]:

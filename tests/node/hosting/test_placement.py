@@ -9,13 +9,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from swarm.errors import UsageError
-from swarm.node.hosting.placement import (
+from swarm.node.hosting.placement.blocks import choose_span, coverage, order_of_need
+from swarm.node.hosting.placement.memory import (
     Plan,
     Sizes,
     Wish,
-    choose_span,
-    coverage,
-    order_of_need,
     plan_memory,
     share_blocks,
     usable_together,

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import constants
 
 from swarm.model.source import resolve
-from swarm.node.hosting.sharing import make_whole, whole_here
+from swarm.node.hosting.weights.find import make_whole, whole_here
 from swarm.node.settings import NodeSettings
 from swarm.weights.sharing.manifest import make_manifest
 from tests.models import tiny_model

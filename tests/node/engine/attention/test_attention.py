@@ -17,8 +17,8 @@ from swarm.node.engine.attention import attention as attention_module
 from swarm.node.engine.attention.attention import attention
 from swarm.node.engine.attention.batch import pack, pack_dense
 from swarm.node.engine.cache.kv_cache import KVCache, Row
-from tests.node.engine.attention.paged_reference import KERNEL
 from swarm.node.engine.cache.paged_kernel import PagedKernel
+from tests.node.engine.attention.paged_reference import KERNEL
 
 DIM = 8
 RULES: dict[str, dict[str, Any]] = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..engine.engine import Engine
+from ...engine.engine import Engine
 
 _FORWARD_TOKENS = 64
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from swarm.wire.records import ServerInfo, ServerState
 
-from .placement import coverage
+from .blocks import coverage
 
 Peer = TypeVar("Peer", bound=Hashable)
 
