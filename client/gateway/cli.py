@@ -55,7 +55,7 @@ def serve(settings: GatewaySettings) -> None:
         if (error.name or "").startswith(("swarm", "torch", "transformers")):
             raise
         raise UsageError(f"{INSTALL} ({error.name} is missing)") from error
-    if settings.local:  # its nodes read the same files
+    if settings.local:  # its nodes read MODEL here, and so do the ends
         settings = replace(settings, ends=replace(settings.ends, weights="hub", manifest=None))
     run(settings)
 

@@ -48,13 +48,16 @@ def takes_settings(body: Callable[..., None]) -> Callable[..., None]:
 def _group(make: Callable[..., Any], parts: Iterable[tuple[str, Any, Any]], only: Only | None = None) -> _Reader:
     """For the arguments of ``make``: name, type and default of each."""
     readers = {name: _reader(name, hint, default) for name, hint, default in parts}
-    known = {parameter.name: parameter for reader in readers.values() for parameter in reader.parameters}
-    names = list(known if only is None else only.names)
-    if unknown := sorted(set(names) - set(known)):
-        raise ValueError(f"{make} has no option {', '.join(unknown)}")
+    parameters = [parameter for reader in readers.values() for parameter in reader.parameters]
+    if only is not None:
+        known = {parameter.name: parameter for parameter in parameters}
+        if unknown := sorted(set(only.names) - set(known)):
+            raise ValueError(f"{make} has no option {', '.join(unknown)}")
+        parameters = [known[name] for name in only.names]
+    names = {parameter.name for parameter in parameters}
 
     def read(values: Mapping[str, Any]) -> Any:
-        given = {name: values[name] for name in names if name in values}
+        given = {name: value for name, value in values.items() if name in names}
         return make(
             **{
                 name: reader.read(given)
@@ -63,7 +66,7 @@ def _group(make: Callable[..., Any], parts: Iterable[tuple[str, Any, Any]], only
             }
         )
 
-    return _Reader([known[name] for name in names], read)
+    return _Reader(parameters, read)
 
 
 def _reader(name: str, hint: Any, default: Any) -> _Reader:
