@@ -1,11 +1,15 @@
 """How a client behaves in a swarm."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
+from typing import Annotated
 
 from swarm.errors import UsageError
+from swarm.option import NETWORK, Option
+
+WaitTimeout = Annotated[
+    float, Option("Seconds to wait for blocks nobody serves.", env="SWARM_WAIT_TIMEOUT", panel=NETWORK, min=0)
+]
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class ClientSettings:
         prefix_salt: a secret that several clients have in common, to share among themselves, with ``"client"``.
     """
 
-    wait_timeout: float = 60.0
+    wait_timeout: WaitTimeout = 60.0
     connect_timeout: float = 10.0
     step_timeout: float = 300.0
     silence: float = 5.0
@@ -44,7 +48,15 @@ class ClientSettings:
     deterministic: bool = False
     prefix_reuse: str = "client"
     prefix_salt: str | None = None
-    active_adapter: str | None = None
+    active_adapter: Annotated[
+        str | None,
+        Option(
+            "LoRA adapter to use, by its name in the swarm (swarm-node serve … --adapters).",
+            env="SWARM_ADAPTER",
+            flags=("--adapter",),
+            metavar="NAME",
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         if self.prefix_reuse not in ("client", "shared", "off"):

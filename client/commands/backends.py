@@ -15,6 +15,7 @@ import httpx
 from swarm.errors import ConnectError, RemoteError, UsageError
 
 from .http import make_client
+from .options import Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,16 +24,6 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, str]
 Show = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen; ``temperature`` 0 takes the likeliest, ``top_k`` 0 looks at all."""
-
-    temperature: float
-    top_p: float
-    top_k: int
-    seed: int | None
 
 
 @dataclass(frozen=True)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from swarm.commands.options import NETWORK, CacheDir, DhtPrefix, InitialPeers, Manifest, split_list
+from swarm.commands.builder import takes_settings
 from swarm.commands.terminal import outlive_readers
 from swarm.errors import UsageError
+from swarm.option import Option
 
-from ..cli import WaitTimeout, Weights, errors
+from ..commands.errors import errors
+from .settings import KEYS_FILE, GatewaySettings, KeysFile
 
-_LIMITS, _ACCESS = "Limits", "Access"
 INSTALL = "the gateway needs more packages: pip install 'swarm-llm[gateway]'"
 
 
@@ -37,145 +38,85 @@ gateway = typer.Typer(
 )
 keys = typer.Typer(no_args_is_help=True, help="API keys of the gateway.")
 gateway.add_typer(keys, name="keys")
-
-KeysFile = Annotated[
-    Path,
-    typer.Option(
-        envvar="SWARM_KEYS_FILE", metavar="FILE", help="SQLite file with API keys and usage.", rich_help_panel=_ACCESS
-    ),
-]
-_KEYS_FILE = Path("~/.swarm/gateway.sqlite")
+Name = Annotated[str, Option(positional=True)]
+Limit = Annotated[int | None, Option("Default: no limit.", min=1)]
 
 
 @gateway.command()
-def serve(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL…", help="Directories, Hugging Face Hub ids, or demo.")],
-    initial_peers: InitialPeers = None,
-    local: Annotated[
-        bool, typer.Option("--local", help="Start a private swarm for MODEL beside it.", rich_help_panel=NETWORK)
-    ] = False,
-    local_nodes: Annotated[int, typer.Option(min=1, help="With --local: how many nodes.", rich_help_panel=NETWORK)] = 2,
-    host: Annotated[
-        str, typer.Option(envvar="SWARM_GATEWAY_HOST", help="Address to listen on.", rich_help_panel=NETWORK)
-    ] = "127.0.0.1",
-    port: Annotated[
-        int,
-        typer.Option(
-            envvar="SWARM_GATEWAY_PORT",
-            min=0,
-            max=65535,
-            help="TCP port; 0 takes a free one.",
-            rich_help_panel=NETWORK,
-        ),
-    ] = 8000,
-    dht_prefix: DhtPrefix = None,
-    wait_timeout: WaitTimeout = 60.0,
-    weights: Weights = "hub",
-    manifest: Manifest = None,
-    cache_dir: CacheDir = None,
-    max_sessions: Annotated[
-        int, typer.Option(min=1, help="Texts that are generated at a time.", rich_help_panel=_LIMITS)
-    ] = 64,
-    max_queue: Annotated[
-        int,
-        typer.Option(min=0, help="How many more wait for their turn; others get 429.", rich_help_panel=_LIMITS),
-    ] = 256,
-    keys_file: KeysFile = _KEYS_FILE,
-    no_auth: Annotated[
-        bool,
-        typer.Option("--no-auth", help="Let everybody in who reaches the address.", rich_help_panel=_ACCESS),
-    ] = False,
-    cors_origin: Annotated[
-        list[str] | None,
-        typer.Option(metavar="ORIGIN", help="Web origin whose pages may use the API.", rich_help_panel=_ACCESS),
-    ] = None,
-    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts to the log too.")] = False,
-) -> None:
+@takes_settings
+@errors()
+def serve(settings: GatewaySettings) -> None:
     """Serve an OpenAI-compatible API for models of a swarm. stdout gets a JSON object for each request."""
     outlive_readers()
-    with errors():
-        peers = split_list(initial_peers)
-        if local and (peers or len(models) > 1):
-            raise UsageError("--local starts a swarm of its own, for one model: leave out --initial-peers")
-        if not local and not peers:
-            raise UsageError("say which swarm: --initial-peers MADDR, or start one on this machine with --local")
-        if dht_prefix is not None and len(models) > 1:
-            raise UsageError("--dht-prefix is the name of one model: leave it out, or start a gateway for each model")
-        if manifest is not None and len(models) > 1:
-            raise UsageError("--manifest is of one model's weights: leave it out, or start a gateway for each model")
-        try:
-            from .server import GatewaySettings, run
-        except ModuleNotFoundError as error:
-            if (error.name or "").startswith(("swarm", "torch", "transformers")):
-                raise
-            raise UsageError(f"{INSTALL} ({error.name} is missing)") from error
-        run(
-            GatewaySettings(
-                models=tuple(models),
-                initial_peers=peers,
-                host=host,
-                port=port,
-                keys_file=keys_file.expanduser(),
-                max_sessions=max_sessions,
-                max_queue=max_queue,
-                no_auth=no_auth,
-                cors_origins=split_list(cors_origin),
-                local_nodes=local_nodes if local else 0,
-                dht_prefix=dht_prefix,
-                wait_timeout=wait_timeout,
-                log_prompts=log_prompts,
-                weights="hub" if local else weights,
-                manifest=None if local else manifest,
-                cache_dir=cache_dir,
-            )
-        )
+    _check(settings)
+    try:
+        from .server import run
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith(("swarm", "torch", "transformers")):
+            raise
+        raise UsageError(f"{INSTALL} ({error.name} is missing)") from error
+    if settings.local:  # its nodes read MODEL here, and so do the ends
+        settings = replace(settings, ends=replace(settings.ends, weights="hub", manifest=None))
+    run(settings)
+
+
+def _check(settings: GatewaySettings) -> None:
+    several = len(settings.models) > 1
+    if settings.local and (settings.initial_peers or several):
+        raise UsageError("--local starts a swarm of its own, for one model: leave out --initial-peers")
+    if not settings.local and not settings.initial_peers:
+        raise UsageError("say which swarm: --initial-peers MADDR, or start one on this machine with --local")
+    if settings.dht_prefix is not None and several:
+        raise UsageError("--dht-prefix is the name of one model: leave it out, or start a gateway for each model")
+    if settings.ends.manifest is not None and several:
+        raise UsageError("--manifest is of one model's weights: leave it out, or start a gateway for each model")
 
 
 @keys.command("add")
+@takes_settings
+@errors()
 def add_key(
-    name: str,
-    requests_per_minute: Annotated[int | None, typer.Option(min=1, help="Default: no limit.")] = None,
-    tokens_per_minute: Annotated[int | None, typer.Option(min=1, help="Default: no limit.")] = None,
-    keys_file: KeysFile = _KEYS_FILE,
+    name: Name, requests_per_minute: Limit = None, tokens_per_minute: Limit = None, keys_file: KeysFile = KEYS_FILE
 ) -> None:
     """Make a key and print it, this once. A gateway that runs knows it at once."""
     from .access.keys import KeyStore
 
-    with errors():
-        store = KeyStore(keys_file.expanduser())
-        print(store.add(name, requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute))
-        print("Keep it: it can't be shown again.", file=sys.stderr)
+    key = KeyStore(keys_file).add(name, requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute)
+    print(key)
+    print("Keep it: it can't be shown again.", file=sys.stderr)
 
 
 @keys.command("list")
-def list_keys(keys_file: KeysFile = _KEYS_FILE) -> None:
+@takes_settings
+@errors()
+def list_keys(keys_file: KeysFile = KEYS_FILE) -> None:
     """Show all keys, their limits, and what they were used for."""
     from rich.console import Console
     from rich.table import Table
 
     from .access.keys import KeyStore
 
-    with errors():
-        table = Table()
-        for column in ("name", "made", "requests/min", "tokens/min", "requests", "prompt tokens", "completion tokens"):
-            table.add_column(column)
-        for used in KeyStore(keys_file.expanduser()).list():
-            limits = (used.key.requests_per_minute, used.key.tokens_per_minute)
-            table.add_row(
-                used.key.name,
-                time.strftime("%Y-%m-%d", time.localtime(used.created)),
-                *("-" if limit is None else str(limit) for limit in limits),
-                str(used.requests),
-                str(used.prompt_tokens),
-                str(used.completion_tokens),
-            )
-        Console().print(table)
+    table = Table()
+    for column in ("name", "made", "requests/min", "tokens/min", "requests", "prompt tokens", "completion tokens"):
+        table.add_column(column)
+    for used in KeyStore(keys_file).list():
+        limits = (used.key.requests_per_minute, used.key.tokens_per_minute)
+        table.add_row(
+            used.key.name,
+            time.strftime("%Y-%m-%d", time.localtime(used.created)),
+            *("-" if limit is None else str(limit) for limit in limits),
+            str(used.requests),
+            str(used.prompt_tokens),
+            str(used.completion_tokens),
+        )
+    Console().print(table)
 
 
 @keys.command("remove")
-def remove_key(name: str, keys_file: KeysFile = _KEYS_FILE) -> None:
+@takes_settings
+@errors()
+def remove_key(name: Name, keys_file: KeysFile = KEYS_FILE) -> None:
     """End a key. A gateway that runs refuses it at once."""
     from .access.keys import KeyStore
 
-    with errors():
-        KeyStore(keys_file.expanduser()).remove(name)
+    KeyStore(keys_file).remove(name)

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,34 +30,13 @@ from .access.keys import KeyStore
 from .decode.admission import Admission
 from .event_log import EventLog
 from .metrics import Metrics
+from .settings import GatewaySettings
 
 if TYPE_CHECKING:
     from .served_model import ServedModel
     from .swarm_watch import SwarmWatch
 
 _STOP_SECONDS = 5
-
-
-@dataclass(frozen=True)
-class GatewaySettings:
-    """What the command line says. ``local_nodes`` is 0 for a swarm that others serve."""
-
-    models: tuple[str, ...]
-    initial_peers: tuple[str, ...]
-    host: str
-    port: int
-    keys_file: Path
-    max_sessions: int
-    max_queue: int
-    no_auth: bool = False
-    cors_origins: tuple[str, ...] = ()
-    local_nodes: int = 0
-    dht_prefix: str | None = None
-    wait_timeout: float = 60.0
-    log_prompts: bool = False
-    weights: str = "hub"
-    manifest: str | None = None
-    cache_dir: Path | None = None
 
 
 def access_for(settings: GatewaySettings) -> Access:
@@ -125,7 +104,7 @@ def running(settings: GatewaySettings, log: Callable[[dict[str, Any]], None]) ->
     access = access_for(settings)
     with ExitStack() as stack:
         listening = stack.enter_context(_listen(settings.host, settings.port))
-        finish_swarm = _start_swarm(settings, stack) if settings.local_nodes else None
+        finish_swarm = _start_swarm(settings, stack) if settings.local else None
         # Takes seconds, in which the first node of a local swarm starts.
         from ..runtime import Runtime
         from .app import Gateway, make_app
@@ -215,9 +194,7 @@ def _load(
             initial_peers=peers,
             dht_prefix=settings.dht_prefix,
             wait_timeout=settings.wait_timeout,
-            weights=settings.weights,
-            manifest=settings.manifest,
-            cache_dir=settings.cache_dir,
+            **asdict(settings.ends),
         )
         stack.callback(facade.close)
         tokenizer = load_tokenizer(facade, name)

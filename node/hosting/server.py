@@ -11,8 +11,8 @@ import torch
 
 from swarm import __version__
 from swarm.compute.threads import in_thread
-from swarm.errors import parse_blocks
 from swarm.model.fingerprint import fingerprint
+from swarm.model.layout import parse_blocks
 from swarm.model.skeleton import build_skeleton
 from swarm.model.source import ModelSource
 from swarm.network import dht

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -14,16 +14,18 @@ from rich.text import Text
 from ..compute.threads import in_thread
 from ..model.source import is_here, resolve
 from ..network import dht
+from ..network.options import PeerOptions
 from ..network.overview import NodeView, Overview, look, measure
-from ..network.peer import Peer, PeerOptions
+from ..network.peer import Peer
 from ..ranges import describe
 from ..weights.sharing.holders import possible_prefixes
+from .options import View
 
 _SHADES = " ▁▂▃▄▅▆▇█"
 
 
 async def watch(
-    model: str, initial_peers: tuple[str, ...], *, dht_prefix: str | None, interval: float
+    model: str, initial_peers: Sequence[str], *, dht_prefix: str | None, interval: float
 ) -> AsyncIterator[Overview]:
     """A swarm as it is now, and again every ``interval`` seconds. Nodes are asked themselves too. Of a model that isn't
     here, the swarm's own list says how many blocks it has."""
@@ -54,14 +56,12 @@ async def _find(peer: Peer, model: str, asked: str | None) -> tuple[str, int]:
     return source.dht_prefix, source.num_blocks
 
 
-async def show(
-    overviews: AsyncIterator[Overview], *, as_json: bool, once: bool, top: bool, stop: asyncio.Event
-) -> None:
-    """Shows what comes until ``stop`` is set; with ``as_json`` or ``once``, the first only."""
+async def show(overviews: AsyncIterator[Overview], view: View, *, top: bool, stop: asyncio.Event) -> None:
+    """Shows what comes until ``stop`` is set; with ``view.as_json`` or ``view.once``, the first only."""
     draw, console = top_view if top else status_view, Console()
-    if as_json or once:
+    if view.as_json or view.once:
         overview = await anext(overviews)
-        if as_json:
+        if view.as_json:
             print(json.dumps(overview.to_dict()))
         else:
             console.print(draw(overview))

@@ -8,7 +8,6 @@ import logging
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from ..chance import CHANCE
 from ..errors import ConnectError, DaemonError, UsageError
 from .clock import describe_skew, measure_skew, skew_told
 from .forks import belongs_to_process
+from .options import PeerOptions
 
 logging.getLogger("hivemind").setLevel(logging.CRITICAL)  # its warnings repeat, with traces, what we raise ourselves
 for _module in (node, routing):
@@ -28,35 +28,6 @@ for _module in (node, routing):
 _STOP_SECONDS = 2.0
 _LEAVE_SESSION = "import os, sys; os.setsid(); os.execv(sys.argv[1], sys.argv[1:])"
 _ASKED = 8  # peers, for their time
-
-
-@dataclass(frozen=True)
-class PeerOptions:
-    """How to join.
-
-    Attributes:
-        initial_peers: addresses of peers in the swarm, ``/ip4/…/tcp/…/p2p/…``; none starts a new swarm.
-        host: address to listen on.
-        port: TCP port to listen on; 0 takes a free one.
-        announce: addresses told to others instead of those found.
-        public_ip: address under which the host is reached from outside, told with ``port``.
-        relay: be reached through relays, for a machine behind a NAT or firewall.
-        serve_relay: relay for others.
-        identity: file with the peer's key, made when missing; none makes a new PeerID every time.
-        client: only ask, never listen nor store.
-        startup_timeout: seconds.
-    """
-
-    initial_peers: Sequence[str] = ()
-    host: str = "0.0.0.0"
-    port: int = 0
-    announce: Sequence[str] = ()
-    public_ip: str | None = None
-    relay: bool = False
-    serve_relay: bool = False
-    identity: Path | None = None
-    client: bool = False
-    startup_timeout: float = 30.0
 
 
 class Peer:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from swarm.errors import UsageError, parse_blocks
-from swarm.model.layout import check_range
+from swarm.errors import UsageError
+from swarm.model.layout import check_range, parse_blocks
 from swarm.model.skeleton import block_caches, build_skeleton, packed_blocks
 from swarm.model.source import ModelSource
 

@@ -12,10 +12,10 @@ from torch import nn
 from swarm.compute.threads import in_thread
 from swarm.errors import ModelError
 from swarm.model.skeleton import Span, SpanLoader, fetch_span
-from swarm.weights.sharing.holders import as_ranges
+from swarm.ranges import as_ranges
 
 from ...engine.adapters import put_adapters
-from ...engine.blocks.quantization import finish_block
+from ...engine.blocks.finish import finish_block
 from ...engine.deterministic import check, make_deterministic
 from ..means import Means
 from ..placement.blocks import order_of_need

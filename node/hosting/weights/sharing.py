@@ -16,8 +16,9 @@ from swarm.compute.threads import in_thread
 from swarm.model.skeleton import block_tensors
 from swarm.model.source import ModelSource
 from swarm.network.peer import Peer
+from swarm.ranges import as_ranges
 from swarm.weights.sharing.download import download
-from swarm.weights.sharing.holders import Holder, announce_holder, as_ranges
+from swarm.weights.sharing.holders import Holder, announce_holder
 from swarm.weights.sharing.manifest import keep_manifest
 from swarm.weights.sharing.picker import Bits
 from swarm.weights.sharing.seeder import Seeder

@@ -1,0 +1,69 @@
+"""How a process joins the network. hivemind isn't imported, so that the command line starts at once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from ..option import LIST, NETWORK, Option
+
+InitialPeers = Annotated[
+    Sequence[str],
+    Option(
+        "Address of a node in the swarm, /ip4/…/tcp/…/p2p/…, as swarm-node serve prints it; several: repeat it or "
+        "separate them by commas. For swarm-node, none starts a new private swarm.",
+        env="SWARM_INITIAL_PEERS",
+        panel=NETWORK,
+        metavar="MADDR",
+        form=LIST,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class PeerOptions:
+    """How to join.
+
+    Attributes:
+        serve_relay: relay for others.
+        client: only ask, never listen nor store.
+        startup_timeout: seconds.
+    """
+
+    initial_peers: InitialPeers = ()
+    host: Annotated[str, Option("Address to listen on.", env="SWARM_HOST", panel=NETWORK)] = "0.0.0.0"
+    port: Annotated[int, Option("TCP port; 0 takes a free one.", env="SWARM_PORT", panel=NETWORK, min=0, max=65535)] = 0
+    announce: Annotated[
+        Sequence[str],
+        Option(
+            "Tell others this address instead of those found.",
+            env="SWARM_ANNOUNCE",
+            panel=NETWORK,
+            metavar="MADDR",
+            form=LIST,
+        ),
+    ] = ()
+    public_ip: Annotated[
+        str | None, Option("IP under which --port is reached from outside.", env="SWARM_PUBLIC_IP", panel=NETWORK)
+    ] = None
+    relay: Annotated[
+        bool,
+        Option(
+            "Be reached through relays: for a machine behind a NAT or firewall.",
+            env="SWARM_RELAY",
+            panel=NETWORK,
+            flags=("--relay/--no-relay",),
+        ),
+    ] = False
+    identity: Annotated[
+        Path | None,
+        Option(
+            "File with this peer's key, made when missing; keeps the PeerID over restarts.",
+            env="SWARM_IDENTITY",
+            panel=NETWORK,
+            metavar="FILE",
+        ),
+    ] = None
+    serve_relay: bool = False
+    client: bool = False
+    startup_timeout: float = 30.0
