@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import time
 from typing import Protocol
@@ -12,8 +13,10 @@ from swarm.errors import OutOfCacheError, Owner, SwarmError
 
 from ..routing.left_out import Needs
 from ..routing.route import Leg
-from ..routing.swarm_view import SwarmView
 from ..settings import ClientSettings
+from .protocols import View
+
+_FULL_RETRY_SECONDS = 0.5
 
 
 class Course(enum.Enum):
@@ -58,7 +61,7 @@ class Failures:
     """What one piece of work, such as a step, has met on its way. It ends when it is refused twice, or when there is no
     route for ``wait_timeout`` seconds in all, or no room for so long, and it has not gone on in between."""
 
-    def __init__(self, view: SwarmView, settings: ClientSettings) -> None:
+    def __init__(self, view: View, settings: ClientSettings) -> None:
         self._view, self._wait_timeout = view, settings.wait_timeout
         self._refused: list[Asked] = []
         self._forgiven: set[PeerID] = set()
@@ -121,3 +124,8 @@ class Failures:
             self._forgiven.add(peer_id)
         else:
             self._view.failed(peer_id, error)
+
+    async def pause(self, *errors: BaseException | None, share: float = 1.0) -> None:
+        """Waits a little if one of ``errors``, that were just met, says that a peer is full: room may come soon."""
+        if any(isinstance(error, OutOfCacheError) for error in errors):
+            await asyncio.sleep(_FULL_RETRY_SECONDS * share)

@@ -1,18 +1,83 @@
-"""Opening all hops of a route: at once, or one after the other where somebody has to wait for room."""
+"""Opening a session at all hops of a route."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol
 
-from swarm.errors import SwarmError
+from hivemind.p2p import PeerID
 
+from swarm.chance import CHANCE
+from swarm.errors import OutOfCacheError, SwarmError
+
+from ..routing.left_out import Needs
 from ..routing.route import Leg
-from .hop import Hop
+from .failures import Failures
+from .protocols import HopLike
+
+logger = logging.getLogger(__name__)
+
+Prefix = tuple[bytes, list[bytes] | None]
+"""The context and the names under which a hop may have the beginning of a session."""
 
 
-async def open_together(ways: Sequence[Callable[..., Awaitable[Hop]]]) -> list[Any]:
+class Dial(Protocol):
+    """Opens a session at one hop, which is ready to queue for ``wait`` seconds.
+
+    Raises:
+        SwarmError: the hop can't be reached, is full, or refuses.
+    """
+
+    async def __call__(self, leg: Leg, prefix: Prefix | None, *, wait: float = 0.0) -> Any: ...
+
+
+async def open_route(
+    dial: Dial,
+    failures: Failures,
+    first: int,
+    last: int,
+    needs: Needs,
+    prefixes: Callable[[Sequence[Leg]], Sequence[Prefix | None]] | None = None,
+) -> list[Any]:
+    """Opens a session at each hop of the best route; looks for another route while one of them fails.
+
+    Where there is no way around a hop without room, it queues there. Then hops are opened one after the other, in an
+    order that is the same for everybody: who held one hop while waiting for another could wait for ever.
+
+    Args:
+        prefixes: for the hops of a route what they may have in their caches already; None: nothing.
+
+    Raises:
+        MissingBlocksError: there is no route within the time to wait.
+        OutOfCacheError: every node that could be asked is full.
+        BadRequestError: the session was refused twice.
+    """
+    crowded: set[PeerID] = set()
+    while True:
+        legs = await failures.route(first, last, needs)
+        known = [None] * len(legs) if prefixes is None else prefixes(legs)
+        ways = [partial(dial, leg, prefix) for leg, prefix in zip(legs, known, strict=True)]
+        if crowded.isdisjoint(leg.peer_id for leg in legs):
+            opened = await _open_together(ways)
+        else:
+            opened = await _open_in_order(legs, ways, max(1.0, failures.patience))
+        errors = [(leg, one) for leg, one in zip(legs, opened, strict=True) if isinstance(one, BaseException)]
+        if not errors:
+            return opened
+        _abandon_all(opened)
+        for leg, error in errors:
+            if not isinstance(error, SwarmError):
+                raise error
+            logger.info("Blocks %d:%d: %s", leg.start, leg.end, error)
+            failures.met(leg, error)
+        crowded |= {leg.peer_id for leg, error in errors if isinstance(error, OutOfCacheError)}
+        await failures.pause(*(error for _, error in errors), share=CHANCE.random())
+
+
+async def _open_together(ways: Sequence[Callable[..., Any]]) -> list[Any]:
     """Opens all hops at once: for each the hop, or the error."""
     opening = [asyncio.ensure_future(way()) for way in ways]
     try:
@@ -23,25 +88,27 @@ async def open_together(ways: Sequence[Callable[..., Awaitable[Hop]]]) -> list[A
         raise
 
 
-async def open_in_order(
-    legs: Sequence[Leg], ways: Sequence[Callable[..., Awaitable[Hop]]], wait: float
-) -> list[Hop | BaseException | None]:
+async def _open_in_order(legs: Sequence[Leg], ways: Sequence[Callable[..., Any]], wait: float) -> list[Any]:
     """Opens hops one by one, queueing where that is needed; up to the first that fails, with the error for it."""
-    results: list[Hop | BaseException | None] = [None] * len(legs)
+    results: list[Any] = [None] * len(legs)
     for index in sorted(range(len(legs)), key=lambda index: legs[index].peer_id.to_bytes()):
         try:
             results[index] = await ways[index](wait=wait)
         except BaseException as error:
+            if not isinstance(error, SwarmError):
+                _abandon_all(results)
+                raise
             results[index] = error
-            if isinstance(error, SwarmError):
-                break
-            for hop in results:
-                if isinstance(hop, Hop):
-                    hop.abandon()
-            raise
+            break
     return results
 
 
-def _abandon(opening: asyncio.Future[Hop]) -> None:
+def _abandon_all(results: Sequence[HopLike | BaseException | None]) -> None:
+    for hop in results:
+        if hop is not None and not isinstance(hop, BaseException):
+            hop.abandon()
+
+
+def _abandon(opening: asyncio.Future[HopLike]) -> None:
     if not opening.cancelled() and opening.exception() is None:
         opening.result().abandon()

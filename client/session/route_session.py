@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import uuid
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
-from hivemind.p2p import PeerID
-from hivemind.proto import runtime_pb2
 
-from swarm.chance import CHANCE
-from swarm.errors import OutOfCacheError, PeerLostError, RemoteError, SwarmError
-from swarm.wire import rpc
+from swarm.errors import SwarmError
+from swarm.network.info import ask_info
 
 from ..routing.left_out import Needs
 from ..routing.route import Leg
@@ -25,36 +18,14 @@ from ..settings import ClientSettings
 from .failures import Failures
 from .history import History
 from .hop import Hop
-from .opening import open_in_order, open_together
+from .opening import Prefix, open_route
+from .pipeline import Chunk, Pipeline
 from .prefix import Digests, PageNames, describe_context
+from .repair import InputsMissing, replay
 from .trace import HopName, HopTime, RouteEvent, split_time
 
 logger = logging.getLogger(__name__)
-_FULL_RETRY_SECONDS = 0.5
 _ALIVE_TIMEOUT = 5.0
-
-
-@dataclass(eq=False)
-class _Chunk:
-    """A step under way.
-
-    Attributes:
-        alone: the only one under way in its session.
-        names: of the pages that it completes, see :mod:`swarm.client.session.prefix`.
-        covered: hops that have it, or get it pushed for sure.
-    """
-
-    start: int
-    hidden: torch.Tensor
-    hypo_ids: torch.Tensor | None
-    alone: bool
-    names: list[bytes] | None
-    step_id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    covered: set[Hop] = field(default_factory=set)
-
-
-class _InputsMissing(Exception):
-    """A hop has to be replaced that began with columns that it had already: nobody knows what it was sent for them."""
 
 
 class RouteSession:
@@ -91,16 +62,22 @@ class RouteSession:
         self._failures = Failures(view, settings)
         self._rows = 0
         self._left_padding: tuple[int, ...] = ()
-        self._in_flight: dict[str, _Chunk] = {}
-        self._resending: set[asyncio.Task[None]] = set()
+        self._pipeline: Pipeline[Hop] = Pipeline(settings, self._alive)
         self._inputs = History()
         self._names: PageNames | None = None
         self._before: tuple[int, PageNames | None] | None = None  # the position and the names as the last step began
-        self._sharing = False  # whether the names say truly what the hops hold
-        self.hops: list[Hop] = []
         self.position = 0
         self.on_route: Callable[[RouteEvent], None] | None = None
         self.times: tuple[HopTime, ...] = ()  # of the last step, if somebody asks for on_route
+
+    @property
+    def hops(self) -> list[Hop]:
+        """Along the route now; none before the first step."""
+        return self._pipeline.hops
+
+    async def close(self) -> None:
+        """Ends the session at all hops."""
+        await self._pipeline.close()
 
     async def step(
         self,
@@ -146,8 +123,8 @@ class RouteSession:
                 start, hidden, hypo_ids = *await self._begin(wanted), None
             try:
                 return await self._run(start, hidden, hypo_ids)
-            except _InputsMissing:
-                self._abandon_hops()
+            except InputsMissing:
+                self._pipeline.abandon()
 
     async def _begin(self, wanted: int) -> tuple[int, torch.Tensor]:
         """Opens all hops, with what is in their caches already: the column where to go on, and the inputs from there.
@@ -157,9 +134,12 @@ class RouteSession:
         inputs, order = self._inputs.replay(self._rows)
         assert inputs is not None
         spare = max(0, inputs.shape[1] - wanted)
-        padding = self._left_padding and tuple(self._left_padding[row] for row in order.tolist())
-        self.hops = await self._open_route(self._first, self._last, padding, sharing=(inputs.dtype, spare))
-        self._sharing = self._names is not None
+
+        def prefixes(legs: Sequence[Leg]) -> Sequence[Prefix | None]:
+            return self._prefixes(legs, inputs.dtype, spare)
+
+        self._pipeline.hops = await self._open(self._first, self._last, order, prefixes)
+        self._pipeline.sharing = self._names is not None
         self._tell("route", self.hops)
         start = min(spare, *(hop.reused for hop in self.hops))
         for hop in self.hops:
@@ -174,7 +154,7 @@ class RouteSession:
         width = self._width(self.hops)
         began = asyncio.get_running_loop().time()
         chunks = [
-            _Chunk(
+            Chunk(
                 start + at,
                 hidden if columns <= width else hidden[:, at : at + width],
                 hypo_ids if at == 0 else None,
@@ -184,9 +164,7 @@ class RouteSession:
             for at in range(0, columns, width)
         ]
         try:
-            self._in_flight = {chunk.step_id: chunk for chunk in chunks}
-            for chunk in chunks:  # all of them at once: the next hop works on one while this one works on the next
-                await self._send(0, chunk, chunk.hidden, must=False)
+            await self._pipeline.begin(chunks)
             outputs = []
             for chunk in chunks:
                 outputs.append(await self._collect(chunk))
@@ -194,13 +172,10 @@ class RouteSession:
             if self.on_route is not None:
                 self.times = self._times(began, chunks)
         finally:
-            for chunk in chunks:
-                for hop in self.hops:
-                    hop.forget(chunk.step_id)
-            self._in_flight = {}
+            self._pipeline.end(chunks)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
-    def _times(self, began: float, chunks: Sequence[_Chunk]) -> tuple[HopTime, ...]:
+    def _times(self, began: float, chunks: Sequence[Chunk]) -> tuple[HopTime, ...]:
         answers = ((_name(hop), [hop.answered(chunk.step_id) for chunk in chunks]) for hop in self.hops)
         return split_time(began, ((name, [part for part in parts if part is not None]) for name, parts in answers))
 
@@ -228,30 +203,18 @@ class RouteSession:
             return
         (self.position, self._names), self._before = self._before, None
         self._inputs.take_back()
-        self._abandon_hops()
+        self._pipeline.abandon()
         if not self.position:
             self._rows, self._names = 0, None
 
-    def _abandon_hops(self) -> None:
-        for hop in self.hops:
-            hop.abandon()
-        self.hops = []
-
-    async def close(self) -> None:
-        """Ends the session at all hops."""
-        for task in self._resending:
-            task.cancel()
-        hops, self.hops = self.hops, []
-        await asyncio.gather(*(hop.close() for hop in hops))
-
-    async def _collect(self, chunk: _Chunk) -> torch.Tensor:
+    async def _collect(self, chunk: Chunk) -> torch.Tensor:
         """Follows a chunk from hop to hop; keeps each hop's input; repairs what fails."""
         hidden, index = chunk.hidden, 0
         while index < len(self.hops):
             hop = self.hops[index]
             try:
-                await self._send(index, chunk, hidden, must=True)
-                output = await self._wait(index, chunk, hidden)
+                await self._pipeline.send(index, chunk, hidden, must=True)
+                output = await self._pipeline.wait(index, chunk, hidden)
             except SwarmError as error:
                 await self._replace(index, error)
                 continue
@@ -260,107 +223,11 @@ class RouteSession:
             hidden, index = output, index + 1
         return hidden
 
-    async def _send(self, index: int, chunk: _Chunk, hidden: torch.Tensor, *, must: bool) -> None:
-        """Sends a chunk to a hop unless it has it or gets it pushed; the hops behind it get it pushed from there."""
-        hop, following = self.hops[index], self._pushed_from(index, chunk)
-        if hop in chunk.covered or hop.has_answered(chunk.step_id):
-            return
-        for behind in following:
-            behind.expect(chunk.step_id)
-        try:
-            await self._pass(hop, chunk, hidden, following)
-        except SwarmError:
-            if must:
-                raise
-            return  # found out, and repaired, when the chunk is collected
-        # A push to a Petals server may be lost, and nobody hears of it: it is sent the step from here too, as its own
-        # client does, and runs the one that comes first.
-        chunk.covered.update((hop, *(behind for behind in following if not behind.is_petals)))
-
-    async def _pass(self, hop: Hop, chunk: _Chunk, hidden: torch.Tensor, following: Sequence[Hop]) -> None:
-        names = chunk.names if self._sharing else None
-        await hop.send(chunk.step_id, chunk.start, hidden, chunk.hypo_ids, following, names)
-
-    def _pushed_from(self, index: int, chunk: _Chunk) -> list[Hop]:
-        """The hops that get a chunk pushed when it is sent to hop ``index``.
-
-        None behind a Petals server, which passes nothing on. Nor a Petals server while there are more chunks: it takes
-        steps as they come, and pushes may overtake each other.
-        """
-        pushed: list[Hop] = []
-        before = self.hops[index]
-        for hop in self.hops[index + 1 :]:
-            if before.is_petals or (hop.is_petals and not chunk.alone):
-                break
-            pushed.append(hop)
-            before = hop
-        return pushed
-
-    async def _wait(self, index: int, chunk: _Chunk, hidden: torch.Tensor) -> torch.Tensor:
-        """A hop's output for a chunk, which it is sent again if it is silent: a push may have been lost."""
-        hop, following = self.hops[index], self._pushed_from(index, chunk)
-        hop.expect(chunk.step_id)
-
-        async def again() -> None:  # a node runs a step that it gets twice only once
-            await self._pass(hop, chunk, hidden, following)
-
-        output = await self._answer(hop, chunk.step_id, again)
-        if output.shape[1] != chunk.hidden.shape[1]:
-            raise RemoteError(f"{hop.peer_id} answered for {output.shape[1]} tokens, not {chunk.hidden.shape[1]}")
-        return output
-
-    async def _answer(self, hop: Hop, step_id: str, again: Callable[[], Awaitable[None]] | None = None) -> torch.Tensor:
-        """A hop's answer to a step. A silent hop is asked whether it lives; if so, ``again`` is called, once."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._settings.step_timeout
-        while (output := await hop.reply(step_id, self._settings.silence)) is None:
-            if loop.time() > deadline or not await self._alive(hop):
-                raise PeerLostError(f"{hop.peer_id} does not answer")
-            if again is not None:
-                await again()
-                again = None
-        return output
-
-    async def _alive(self, hop: Hop) -> bool:
-        call = self._view.peer.p2p.call_protobuf_handler(
-            hop.peer_id, rpc.handle_name(rpc.INFO), runtime_pb2.ExpertUID(), runtime_pb2.ExpertInfo
-        )
-        try:
-            await asyncio.wait_for(call, _ALIVE_TIMEOUT)
-        except Exception:
-            return False
-        return True
-
-    def _push_failed(self, hop: Hop, step_id: str) -> None:
-        """A hop could not push a chunk to the next: send it from here."""
-        chunk = self._in_flight.get(step_id)
-        if chunk is None or hop not in self.hops:
-            return
-        task = asyncio.get_running_loop().create_task(self._forward_for(hop, chunk))
-        self._resending.add(task)
-        task.add_done_callback(self._resending.discard)
-
-    async def _forward_for(self, hop: Hop, chunk: _Chunk) -> None:
-        try:
-            output = await hop.reply(chunk.step_id, self._settings.step_timeout)
-            index = self.hops.index(hop) + 1
-            if output is None or index == len(self.hops):
-                return
-            behind = self.hops[index]
-            # one that has taken the place of the hop that it was pushed to gets its steps in order, from the collector
-            if behind in chunk.covered and not behind.is_petals:
-                await self._pass(behind, chunk, output, self._pushed_from(index, chunk))
-        except (SwarmError, ValueError) as error:
-            logger.debug("could not forward for %s: %s", hop.peer_id, error)  # the collector finds the hop failed
-
-    # opening and replacing hops
-
     async def _replace(self, index: int, error: SwarmError) -> None:
         """Puts other hops in the place of one that failed, with its history played back."""
         failed = self.hops[index]
         self._failures.met(failed, error)
-        if isinstance(error, OutOfCacheError):
-            await asyncio.sleep(_FULL_RETRY_SECONDS)
+        await self._failures.pause(error)
         logger.warning("Blocks %d:%d: %s; finding another way…", failed.start, failed.end, error)
         failed.abandon()
         self._tell("failed", [failed], str(error))
@@ -374,104 +241,38 @@ class RouteSession:
 
     async def _renew(self, index: int) -> None:
         failed = self.hops[index]
-        if failed.history.missing:
-            raise _InputsMissing
-        self._sharing = False  # what comes out of another hop is not quite the same
-        replacement = await self._replay(failed)
+        self._pipeline.sharing = False  # what comes out of another hop is not quite the same
+
+        async def open_hops(order: torch.Tensor) -> list[Hop]:
+            return await self._open(failed.start, failed.end, order)
+
+        replacement = await replay(failed, self._rows, self._pipeline, self._failures, open_hops, self._width)
         self.hops[index : index + 1] = replacement
         self._tell("replaced", replacement)
 
-    async def _replay(self, failed: Hop) -> list[Hop]:
-        while True:
-            hidden, order = failed.history.replay(self._rows)
-            padding = self._left_padding and tuple(self._left_padding[row] for row in order.tolist())
-            hops = await self._open_route(failed.start, failed.end, padding)
-            hop = hops[0]
-            try:
-                if hidden is not None:
-                    for hop in hops:
-                        hidden = await self._refill(hop, hidden)
-                return hops
-            except BaseException as error:
-                for opened in hops:  # also when the caller gives up: nobody else knows them
-                    opened.abandon()
-                if not isinstance(error, SwarmError):
-                    raise
-                self._failures.met(hop, error)
-                if isinstance(error, OutOfCacheError):
-                    await asyncio.sleep(_FULL_RETRY_SECONDS)
-
-    async def _refill(self, hop: Hop, hidden: torch.Tensor) -> torch.Tensor:
-        """Plays ``hidden`` into a new hop; its outputs."""
-        width = self._width([hop])
-        outputs = []
-        for at in range(0, hidden.shape[1], width):
-            step_id, part = uuid.uuid4().hex, hidden[:, at : at + width]
-            await hop.send(step_id, at, part, None, ())
-            outputs.append(await self._answer(hop, step_id))
-            hop.forget(step_id)
-        hop.history.append(0, hidden, None)
-        return torch.cat(outputs, dim=1)
-
-    async def _open_route(
+    async def _open(
         self,
         first: int,
         last: int,
-        left_padding: Sequence[int],
-        *,
-        sharing: tuple[torch.dtype, int] | None = None,
+        order: torch.Tensor,
+        prefixes: Callable[[Sequence[Leg]], Sequence[Prefix | None]] | None = None,
     ) -> list[Hop]:
-        """Opens a session at each hop of the best route; looks for another route while one of them fails.
-
-        Where there is no way around a hop without room, it queues there. Then hops are opened one after the other, in
-        an order that is the same for everybody: who held one hop while waiting for another could wait for ever.
-
-        Args:
-            sharing: the dtype of the inputs, and how many columns of them a hop may have in its cache already.
-
-        Raises:
-            MissingBlocksError: there is no route within the time to wait.
-            OutOfCacheError: every node that could be asked is full.
-            BadRequestError: the session was refused twice.
-        """
+        """Hops for the blocks ``first:last``, for rows that began as ``order`` says. Raises as :func:`open_route`."""
+        padding = self._left_padding and tuple(self._left_padding[row] for row in order.tolist())
         needs = Needs(
             rows=self._rows,
-            columns=max((chunk.hidden.shape[1] for chunk in self._in_flight.values()), default=1),
+            columns=self._pipeline.columns,
             cache_tokens=self._rows * self._max_length,
-            left_padding=any(left_padding),
+            left_padding=any(padding),
             adapter=self._adapter,
         )
-        crowded: set[PeerID] = set()
-        while True:
-            legs = await self._failures.route(first, last, needs)
-            prefixes = self._prefixes(legs, *sharing) if sharing is not None else [None] * len(legs)
-            ways = [partial(self._open, leg, left_padding, prefix) for leg, prefix in zip(legs, prefixes, strict=True)]
-            opened: list[Any]
-            if crowded.isdisjoint(leg.peer_id for leg in legs):
-                opened = await open_together(ways)
-            else:
-                opened = await open_in_order(legs, ways, max(1.0, self._failures.patience))
-            errors = [
-                (leg, result) for leg, result in zip(legs, opened, strict=True) if isinstance(result, BaseException)
-            ]
-            hops = [result for result in opened if isinstance(result, Hop)]
-            if not errors:
-                return hops
-            for hop in hops:
-                hop.abandon()
-            for leg, error in errors:
-                if not isinstance(error, SwarmError):
-                    raise error
-                logger.info("Blocks %d:%d: %s", leg.start, leg.end, error)
-                self._failures.met(leg, error)
-            full = {leg.peer_id for leg, error in errors if isinstance(error, OutOfCacheError)}
-            if full:
-                crowded |= full
-                await asyncio.sleep(_FULL_RETRY_SECONDS * CHANCE.random())
 
-    def _prefixes(
-        self, legs: Sequence[Leg], dtype: torch.dtype, spare: int
-    ) -> Sequence[tuple[bytes, list[bytes] | None] | None]:
+        async def dial(leg: Leg, prefix: Prefix | None, *, wait: float = 0.0) -> Hop:
+            return await self._dial(leg, padding, prefix, wait)
+
+        return await open_route(dial, self._failures, first, last, needs, prefixes)
+
+    def _prefixes(self, legs: Sequence[Leg], dtype: torch.dtype, spare: int) -> Sequence[Prefix | None]:
         """For each hop the context and the names under which it may have the beginning of the session."""
         if self._salt is None or self._names is None:
             return [None] * len(legs)
@@ -479,14 +280,7 @@ class RouteSession:
         model = (self._view.prefix, self._view.fingerprint, self._adapter or "")
         return [(context, names) for context in describe_context(self._salt, model, dtype, legs)]
 
-    async def _open(
-        self,
-        leg: Leg,
-        left_padding: Sequence[int],
-        prefix: tuple[bytes, list[bytes] | None] | None,
-        *,
-        wait: float = 0.0,
-    ) -> Hop:
+    async def _dial(self, leg: Leg, left_padding: Sequence[int], prefix: Prefix | None, wait: float) -> Hop:
         hop = await Hop.open(
             self._view.peer.p2p,
             leg,
@@ -501,8 +295,15 @@ class RouteSession:
             max_bytes=4 * self._hidden_size * (self._settings.prefill_tokens + self._rows) + 2**20,
             timeout=self._settings.connect_timeout,
         )
-        hop.on_push_failed = lambda step_id: self._push_failed(hop, step_id)
+        hop.on_push_failed = lambda step_id: self._pipeline.push_failed(hop, step_id)
         return hop
+
+    async def _alive(self, hop: Hop) -> bool:
+        try:
+            await ask_info(self._view.peer.p2p, hop.peer_id, _ALIVE_TIMEOUT)
+        except Exception:
+            return False
+        return True
 
 
 def _name(hop: Hop) -> HopName:

@@ -1,0 +1,113 @@
+"""Repairing a route, over hops without a network that show by their sums whether they know all that was before."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import torch
+
+from swarm.client.routing.route import Leg
+from swarm.client.session import failures as failures_module
+from swarm.client.session.failures import Failures
+from swarm.client.session.pipeline import Pipeline
+from swarm.client.session.repair import InputsMissing, replay
+from swarm.client.settings import ClientSettings
+from swarm.errors import BadRequestError, OutOfCacheError, SwarmError
+from tests.client.routing.test_routing import span
+from tests.client.session.fakes import FakeHop, FakeView, lost
+
+ROWS, WIDTH = 2, 4
+INPUTS = torch.arange(ROWS * 10.0).reshape(ROWS, 10, 1)
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(failures_module, "_FULL_RETRY_SECONDS", 0.0)
+
+
+def make(name: str, start: int = 0, end: int = 4) -> FakeHop:
+    return FakeHop(Leg(span(name, start, end), start, end))
+
+
+def repair(failed: FakeHop, routes: list[list[FakeHop]], view: FakeView | None = None) -> list[FakeHop]:
+    async def alive(_: FakeHop) -> bool:
+        return False
+
+    async def run() -> list[FakeHop]:
+        settings = ClientSettings()
+        pipeline: Pipeline[FakeHop] = Pipeline(settings, alive)
+
+        async def open_hops(order: torch.Tensor) -> list[FakeHop]:
+            orders.append(order.tolist())
+            return routes.pop(0)
+
+        return await replay(
+            failed, ROWS, pipeline, Failures(view or FakeView([]), settings), open_hops, lambda hops: WIDTH
+        )
+
+    orders: list[list[int]] = []
+    return asyncio.run(run())
+
+
+def test_the_history_goes_into_all_hops_in_pieces() -> None:
+    failed, first, second = make("a"), make("b", 0, 2), make("c", 2, 4)
+    failed.history.append(0, INPUTS, None)
+    assert repair(failed, [[first, second]]) == [first, second]
+    assert first.seen == second.seen == [(0, 4), (4, 4), (8, 2)]
+    history, _ = second.history.replay(ROWS)
+    assert history is not None
+    assert torch.equal(history, INPUTS.cumsum(dim=1))  # the outputs of the hop before it are its inputs
+
+
+def test_rows_are_as_beams_have_reordered_them() -> None:
+    failed, other = make("a"), make("b")
+    failed.history.append(0, INPUTS[:, :3], None)
+    failed.history.append(3, INPUTS[:, 3:4], torch.tensor([1, 1]))
+    repair(failed, [[other]])
+    expected = torch.cat([INPUTS[[1, 1], :3], INPUTS[:, 3:4]], dim=1)
+    history, _ = other.history.replay(ROWS)
+    assert history is not None
+    assert torch.equal(history, expected)
+
+
+def test_a_hop_that_has_had_nothing_needs_nothing() -> None:
+    other = make("b")
+    assert repair(make("a"), [[other]]) == [other]
+    assert other.seen == []
+
+
+@pytest.mark.parametrize("error", [lost(), OutOfCacheError("full"), BadRequestError("too long")])
+def test_others_are_tried_while_they_fail_too(error: SwarmError) -> None:
+    failed, bad, good = make("a"), make("b"), make("c")
+    failed.history.append(0, INPUTS, None)
+    bad.broken = error
+    assert repair(failed, [[bad], [good]]) == [good]
+    assert bad.ended == "abandoned"
+    assert good.ended == ""
+
+
+def test_a_silent_one_is_a_lost_one() -> None:
+    failed, bad, good = make("a"), make("b"), make("c")
+    failed.history.append(0, INPUTS, None)
+    bad.silent = True
+    view = FakeView([])
+    assert repair(failed, [[bad], [good]], view) == [good]
+    assert set(view.left_out) == {bad.peer_id}
+
+
+def test_a_second_refusal_is_raised_and_nothing_stays_open() -> None:
+    failed, hops = make("a"), [make("b"), make("c")]
+    failed.history.append(0, INPUTS, None)
+    for hop in hops:
+        hop.broken = BadRequestError("too long")
+    with pytest.raises(BadRequestError):
+        repair(failed, [[hop] for hop in hops])
+    assert [hop.ended for hop in hops] == ["abandoned", "abandoned"]
+
+
+def test_inputs_that_were_never_sent() -> None:
+    failed = make("a")
+    failed.history.skip(4)
+    with pytest.raises(InputsMissing):
+        repair(failed, [])
