@@ -21,7 +21,7 @@ import torch
 import typer
 from make_checkpoint import make_checkpoint, make_config
 
-from swarm.model.skeleton import load_span
+from swarm.model.loading import load_span
 from swarm.model.source import resolve
 from swarm.node.engine.blocks.finish import finish_block
 from swarm.node.engine.deterministic import make_deterministic

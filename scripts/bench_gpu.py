@@ -40,8 +40,10 @@ import typer
 from make_checkpoint import make_config
 from torch import nn
 
-from swarm.model.skeleton import Span, assemble_span, build_skeleton
-from swarm.model.source import ModelSource
+from swarm.model.loading import assemble_span
+from swarm.model.model_source import ModelSource
+from swarm.model.skeleton import build_skeleton
+from swarm.model.span import Span
 from swarm.node.engine.blocks.finish import finish_block
 from swarm.node.engine.blocks.quantization import find_scheme
 from swarm.node.engine.engine import Engine

@@ -35,7 +35,7 @@ from bench import make_model, run_nodes
 from hivemind.proto import runtime_pb2
 
 from swarm.errors import PeerLostError
-from swarm.model.skeleton import load_span
+from swarm.model.loading import load_span
 from swarm.model.source import resolve
 from swarm.network.peer import Peer, PeerOptions
 from swarm.node.engine import executor

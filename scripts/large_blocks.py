@@ -43,8 +43,9 @@ from transformers import PreTrainedConfig
 
 from swarm.client.session.swarm_connection import SwarmConnection
 from swarm.client.settings import ClientSettings
+from swarm.model.model_source import ModelSource
 from swarm.model.skeleton import build_skeleton
-from swarm.model.source import ModelSource, resolve
+from swarm.model.source import resolve
 from swarm.node.engine.blocks.quantization import quantized_bytes, schemes_on
 from swarm.node.hosting.placement.hardware import free_memory
 

@@ -31,7 +31,7 @@ from .streaming import stream_tokens
 
 if TYPE_CHECKING:
     from swarm.compat.generation import BaseStreamer, GenerateRequest
-    from swarm.model.source import ModelSource
+    from swarm.model.model_source import ModelSource
 
     from ..session.hop import Hop
     from ..session.swarm_connection import SwarmConnection
@@ -140,7 +140,7 @@ class SwarmModelForCausalLM(GenerateHooks, _Family):
         dtype: str | torch.dtype,
         device: torch.device,
     ) -> SwarmModelForCausalLM:
-        from swarm.model.skeleton import load_ends
+        from swarm.model.load_ends import load_ends
 
         from ..session.swarm_connection import SwarmConnection
         from .family_check import require_right_ends

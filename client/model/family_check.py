@@ -11,7 +11,7 @@ from torch import Tensor
 
 from swarm.model.family_check.check import check_family
 from swarm.model.family_check.tiny import NEW, PROMPT, TinyModel, difference
-from swarm.model.skeleton import load_ends
+from swarm.model.load_ends import load_ends
 
 from ..ends.model_ends import ModelEnds
 

@@ -12,8 +12,9 @@ from huggingface_hub.utils import tqdm
 
 from swarm.compute.threads import in_thread
 from swarm.errors import ModelError, UsageError
-from swarm.model.skeleton import end_tensors
-from swarm.model.source import ModelSource, check_dht_prefix, is_here, resolve, resolve_store
+from swarm.model.model_source import ModelSource
+from swarm.model.source import is_here, resolve, resolve_store
+from swarm.model.tensors import end_tensors
 from swarm.network.peer import Peer
 from swarm.weights.hub.one_file import HubRepo
 from swarm.weights.sharing.download import download
@@ -23,6 +24,7 @@ from swarm.weights.sharing.manifest import SMALL_FILES
 from swarm.weights.sharing.picker import Bits
 from swarm.weights.sharing.protocol import is_root
 from swarm.weights.sharing.store import WeightStore
+from swarm.wire.dht_prefix import check_dht_prefix
 
 from ..runtime import Runtime
 

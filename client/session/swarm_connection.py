@@ -9,7 +9,7 @@ import torch
 
 from swarm.errors import InputError, UsageError
 from swarm.model.fingerprint import fingerprint
-from swarm.model.source import ModelSource
+from swarm.model.model_source import ModelSource
 from swarm.network.forks import is_forked
 from swarm.network.overview import Overview, look, measure
 

@@ -6,7 +6,7 @@ import torch
 
 from swarm.model.family_check.check import check_family
 from swarm.model.family_check.tiny import PROMPT, TinyModel, difference
-from swarm.model.skeleton import load_span
+from swarm.model.loading import load_span
 
 from ..engine.blocks.finish import finish_block
 from ..engine.engine import Engine

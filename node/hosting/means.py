@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from swarm.model.source import ModelSource
+from swarm.model.model_source import ModelSource
 from swarm.network.peer import Peer
 
 from ..engine.adapters import Adapter

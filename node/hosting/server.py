@@ -13,8 +13,8 @@ from swarm import __version__
 from swarm.compute.threads import in_thread
 from swarm.model.fingerprint import fingerprint
 from swarm.model.layout import parse_blocks
+from swarm.model.model_source import ModelSource
 from swarm.model.skeleton import build_skeleton
-from swarm.model.source import ModelSource
 from swarm.network import dht
 from swarm.network.peer import Peer
 from swarm.wire.codec import dtype_name

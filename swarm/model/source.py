@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,83 +11,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
-from ..errors import ModelError, UsageError
-from ..weights.checkpoint import Checkpoint, require_safetensors
+from ..errors import ModelError
+from ..weights.checkpoint import require_safetensors
 from ..weights.dequantize import Quantization, quantization_of
 from ..weights.hub.one_file import HubRepo
-from .layout import carried_size, inner_boundaries
+from ..wire.dht_prefix import check_dht_prefix, default_dht_prefix
+from .model_source import ModelSource
+from .open_checkpoint import open_checkpoint
 
 if TYPE_CHECKING:
     from ..weights.sharing.store import WeightStore
 
 BUNDLED = ("demo", "demo-draft")
 """Names of the small models that come with the package."""
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """A model that exists: where it is, and what its config says.
-
-    Attributes:
-        name: as the user typed it.
-        path: the directory that holds ``config.json``; for a local model the weights too. Or a GGUF file.
-        config: the transformers config of the (text) model. Shared: copy it before changing it.
-        dht_prefix: the model's name in the DHT; block ``i`` is announced under ``{dht_prefix}.{i}``.
-        dtype: of the checkpoint.
-        hub: the Hub repository, pinned to one commit; None for a local model.
-        quantization: how the checkpoint is quantized; None if it isn't. ``config`` does not mention it: weights are
-            dequantized when they are read.
-        store: for weights that come from peers, where they are kept.
-    """
-
-    name: str
-    path: Path
-    config: PreTrainedConfig
-    dht_prefix: str
-    dtype: torch.dtype
-    hub: HubRepo | None = None
-    quantization: Quantization | None = None
-    store: WeightStore | None = None
-
-    @property
-    def is_local(self) -> bool:
-        return self.hub is None
-
-    @property
-    def model_type(self) -> str:
-        return self.config.model_type
-
-    @property
-    def num_blocks(self) -> int:
-        return self.config.num_hidden_layers
-
-    @property
-    def hidden_size(self) -> int:
-        """Of what goes from block to block: more than the config's in models whose blocks need more of each token."""
-        return carried_size(self.config)
-
-    @property
-    def inner_boundaries(self) -> frozenset[int]:
-        """Where no span may begin or end (:func:`swarm.model.layout.inner_boundaries`)."""
-        return inner_boundaries(self.config)
-
-    @property
-    def vocab_size(self) -> int:
-        return self.config.vocab_size
-
-    @property
-    def keeps_states(self) -> bool:
-        """Whether some layers keep a recurrent state, which can't be cut back to an earlier token."""
-        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)]
-        return bool(model_class._is_stateful)
-
-    @property
-    def max_positions(self) -> int | None:
-        """The longest sequence that the model was made for; None if its config does not say (ALiBi models)."""
-        for name in ("max_position_embeddings", "seq_length"):
-            if (value := getattr(self.config, name, None)) is not None:
-                return int(value)
-        return None
 
 
 def resolve(
@@ -150,7 +86,7 @@ def _with_dtype(source: ModelSource) -> ModelSource:
         return replace(source, dtype=source.config.dtype)
     if source.quantization is not None:  # most tensors are integers
         return source
-    return replace(source, dtype=Checkpoint.open(source).main_dtype())
+    return replace(source, dtype=open_checkpoint(source).main_dtype())
 
 
 def _gguf_source(model: str, file: Path, dht_prefix: str | None) -> ModelSource:
@@ -164,26 +100,6 @@ def _gguf_source(model: str, file: Path, dht_prefix: str | None) -> ModelSource:
 
 def _dht_prefix(asked: str | None, name: str, config: PreTrainedConfig) -> str:
     return default_dht_prefix(name, config.model_type) if asked is None else check_dht_prefix(asked)
-
-
-def check_dht_prefix(asked: str) -> str:
-    """Raises UsageError if it can't be one."""
-    if not asked or "." in asked or any(character.isspace() for character in asked):
-        raise UsageError(f"a DHT prefix can't be empty or hold dots or spaces; got {asked!r}")
-    return asked
-
-
-def default_dht_prefix(model: str, model_type: str) -> str:
-    """The name under which Petals 2.2 announces ``model`` too, so that both can serve one swarm.
-
-    Petals' rule differs by family: BLOOM keeps the owner and gets a suffix from Petals' early days, the others go by
-    the last part of the name only (copies of one model under several owners make one swarm), Llama always with "-hf".
-    """
-    prefix = f"{model}-petals" if model_type == "bloom" else model.rstrip("/").split("/")[-1]
-    prefix = "-".join(prefix.replace(".", "-").split())
-    if model_type == "llama" and not prefix.endswith("-hf"):
-        prefix += "-hf"
-    return prefix
 
 
 def _local_directory(model: str) -> Path | None:

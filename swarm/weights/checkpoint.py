@@ -5,23 +5,20 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from ..compute.memory import trim
 from ..errors import ModelError
-from .dequantize import Header, Headers, PackedTensor, Parts, find_packed
+from .dequantize import Format, Header, Headers, PackedTensor, Parts, find_packed
 from .hub.downloads import download
 from .hub.one_file import HubRepo, NoSuchFileError
 from .hub.remote_file import HubFile
-
-if TYPE_CHECKING:
-    from ..model.source import ModelSource
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -88,52 +85,11 @@ class Checkpoint:
         self._handles: dict[tuple[str, bool], Any] = {}
         self._lock = threading.Lock()  # transformers' loader reads from several threads
 
-    @classmethod
-    def open(cls, source: ModelSource) -> Checkpoint:
-        """The checkpoint of ``source``. A Hub model without an index is one file, whose header is downloaded here.
-
-        The weights of a quantized one are there under their ordinary names, as if they were stored in ``source.dtype``.
-
-        Raises:
-            ModelError: no safetensors weights, or an index or header that can't be read.
-        """
-        if source.path.is_file():
-            from .gguf_file import GgufCheckpoint  # which needs this module
-
-            return GgufCheckpoint(source.path, source.config, source.dtype)
-        checkpoint = cls._open(source)
-        if source.quantization is not None:
-            checkpoint._dtype = source.dtype
-            checkpoint._packed = find_packed(checkpoint.files, source.quantization.formats)
-            checkpoint.files |= {
-                name: checkpoint.files[packed.parts[packed.format.main]] for name, packed in checkpoint._packed.items()
-            }
-        return checkpoint
-
-    @classmethod
-    def _open(cls, source: ModelSource) -> Checkpoint:
-        if source.store is not None:
-            from .sharing.checkpoint import StoreCheckpoint  # which needs this module
-
-            return StoreCheckpoint(source.store)
-        directory, hub = source.path, source.hub
-        if hub is not None:
-            remote = HubFile(hub, directory, SINGLE)
-            # What is here first: without a network, the Hub can't be asked whether there is an index.
-            if remote.path() is None and (index := hub.fetch(INDEX)) is not None:
-                return cls(directory, hub, _read_index(index), index)
-            try:
-                return cls(directory, hub, dict.fromkeys(remote.ranges(), SINGLE), directory / SINGLE)
-            except NoSuchFileError:
-                has_bin = any(hub.has(name) for name in ("pytorch_model.bin.index.json", "pytorch_model.bin"))
-                raise ModelError(_no_weights(hub.name, has_bin=has_bin)) from None
-        require_safetensors(directory)
-        single, index = directory / SINGLE, directory / INDEX
-        if single.is_file():  # before the index, as transformers does: an index may be left over
-            return cls(directory, None, _read_headers([single]), single)
-        if index.is_file():
-            return cls(directory, None, _read_index(index), index)
-        return cls(directory, None, _read_headers(sorted(directory.glob("*.safetensors"))), directory)
+    def compute_weights(self, formats: Sequence[Format], dtype: torch.dtype) -> None:
+        """Takes the tensors that ``formats`` know for parts of weights, which are then there too, in ``dtype``."""
+        self._dtype = dtype
+        self._packed = find_packed(self.files, formats)
+        self.files |= {name: self.files[packed.parts[packed.format.main]] for name, packed in self._packed.items()}
 
     def __contains__(self, name: str) -> bool:
         return name in self.files
@@ -281,6 +237,31 @@ class Checkpoint:
                     handle = _open(path, mapped=mapped)
                 self._handles[file, mapped] = (handle, path)
             return self._handles[file, mapped]
+
+
+def open_files(directory: Path, hub: HubRepo | None) -> Checkpoint:
+    """The safetensors files of ``directory``, or of a model on the Hub whose files go there.
+
+    Raises:
+        ModelError: there are none, or an index or header can't be read.
+    """
+    if hub is not None:
+        remote = HubFile(hub, directory, SINGLE)
+        # What is here first: without a network, the Hub can't be asked whether there is an index.
+        if remote.path() is None and (index := hub.fetch(INDEX)) is not None:
+            return Checkpoint(directory, hub, _read_index(index), index)
+        try:
+            return Checkpoint(directory, hub, dict.fromkeys(remote.ranges(), SINGLE), directory / SINGLE)
+        except NoSuchFileError:
+            has_bin = any(hub.has(name) for name in ("pytorch_model.bin.index.json", "pytorch_model.bin"))
+            raise ModelError(_no_weights(hub.name, has_bin=has_bin)) from None
+    require_safetensors(directory)
+    single, index = directory / SINGLE, directory / INDEX
+    if single.is_file():  # before the index, as transformers does: an index may be left over
+        return Checkpoint(directory, None, _read_headers([single]), single)
+    if index.is_file():
+        return Checkpoint(directory, None, _read_index(index), index)
+    return Checkpoint(directory, None, _read_headers(sorted(directory.glob("*.safetensors"))), directory)
 
 
 def require_safetensors(directory: Path) -> None:

@@ -141,3 +141,12 @@ def _groups(plan: WeightPlan) -> Iterator[WeightPlan]:
 def _file(checkpoint: Checkpoint, plan: WeightPlan, name: str) -> str:
     keys = plan.sources.get(name) or plan.keys()
     return str(checkpoint.info(keys[0]).file)
+
+
+def require_none(checkpoint: Checkpoint, missing: list[str]) -> None:
+    """Raises ModelError for weights that the model needs and the checkpoint lacks: ``missing``."""
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise ModelError(
+            f"tensor {missing[0]}{more} is missing from {checkpoint.listing}: the checkpoint is incomplete"
+        )

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from swarm.model.skeleton import load_span
+from swarm.model.loading import load_span
 from swarm.model.source import resolve
 from swarm.node.engine.blocks.finish import finish_block
 from swarm.node.engine.engine import Engine

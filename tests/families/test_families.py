@@ -20,7 +20,7 @@ from swarm.client.ends.model_ends import ModelEnds
 from swarm.compat.whole import load_whole, run_whole
 from swarm.model.families import family_of
 from swarm.model.family_check.table import CASES, Case
-from swarm.model.skeleton import load_ends
+from swarm.model.load_ends import load_ends
 from swarm.model.source import resolve
 from swarm.node.engine.engine import Engine
 from tests.client.in_process import InProcessConnection

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from swarm.model.skeleton import block_caches, build_skeleton
-from swarm.model.source import ModelSource
+from swarm.model.empty_span import block_caches
+from swarm.model.model_source import ModelSource
+from swarm.model.skeleton import build_skeleton
 from swarm.node.engine.blocks.quantization import quantized_bytes
 from tests.models import large_config
 

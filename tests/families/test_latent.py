@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from swarm.model.empty_span import block_caches
 from swarm.model.family_check.table import CASES
+from swarm.model.loading import load_span
 from swarm.model.probe import KVGeometry
-from swarm.model.skeleton import block_caches, load_span
 from swarm.model.source import resolve
 from swarm.node.engine.engine import Engine
 from tests.models import make_checkpoint

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from swarm.client import SwarmModelForCausalLM
 from swarm.model.family_check.table import CASES
-from swarm.model.skeleton import load_ends
+from swarm.model.load_ends import load_ends
 from swarm.model.source import resolve
 from tests.client.in_process import InProcessConnection
 

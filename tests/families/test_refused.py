@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from swarm.errors import ModelError
 from swarm.model.family_check.table import SIZES
-from swarm.model.skeleton import load_span
+from swarm.model.loading import load_span
 from swarm.model.source import resolve
 from tests.models import make_checkpoint
 

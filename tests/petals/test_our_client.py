@@ -16,9 +16,9 @@ from swarm.client import SwarmModelForCausalLM
 from swarm.client.routing.route import Leg
 from swarm.client.session.hop import Hop
 from swarm.errors import MissingBlocksError, OutOfCacheError
-from swarm.model.source import default_dht_prefix
 from swarm.wire import rpc
 from swarm.wire.codec import encode
+from swarm.wire.dht_prefix import default_dht_prefix
 from swarm.wire.records import span_uid
 from swarm.wire.stream import MessageStream
 from tests.petals.models import shared_model

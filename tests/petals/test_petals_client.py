@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from swarm.model.source import default_dht_prefix
+from swarm.wire.dht_prefix import default_dht_prefix
 from tests.adapters import make_adapter, whole_with
 from tests.petals.models import shared_model
 from tests.petals.peers import Client, Petals, closing

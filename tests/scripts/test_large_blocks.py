@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from swarm.errors import UsageError
-from swarm.model.source import ModelSource
+from swarm.model.model_source import ModelSource
 from swarm.network.peer import PeerOptions
 from swarm.node.hosting.placement import plan as planning
 from swarm.node.settings import NodeSettings

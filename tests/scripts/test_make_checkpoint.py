@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from swarm.errors import ModelError
-from swarm.model.skeleton import load_span
+from swarm.model.loading import load_span
 from swarm.model.source import resolve
 from tests.models import make_checkpoint, make_config
 

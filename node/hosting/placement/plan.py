@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from swarm.errors import UsageError
+from swarm.model.empty_span import block_caches
 from swarm.model.layout import check_range, parse_blocks
-from swarm.model.skeleton import block_caches, build_skeleton, packed_blocks
-from swarm.model.source import ModelSource
+from swarm.model.model_source import ModelSource
+from swarm.model.skeleton import build_skeleton
+from swarm.model.tensors import packed_blocks
 
 from ...engine.blocks.quantization import Keep, Use, find_scheme, quantized_bytes, schemes_on
 from ...engine.engine import STATE_ROWS

@@ -12,9 +12,11 @@ from huggingface_hub.errors import HFValidationError
 
 from swarm.compute.threads import in_thread
 from swarm.errors import ModelError, UsageError
-from swarm.model.source import BUNDLED, ModelSource, resolve, resolve_store
+from swarm.model.model_source import ModelSource
+from swarm.model.open_checkpoint import open_checkpoint
+from swarm.model.source import BUNDLED, resolve, resolve_store
 from swarm.network.peer import Peer
-from swarm.weights.checkpoint import INDEX, SINGLE, Checkpoint
+from swarm.weights.checkpoint import INDEX, SINGLE
 from swarm.weights.sharing.find import find_store, weights_folder
 from swarm.weights.sharing.holders import fetch_holders, nobody_has
 from swarm.weights.sharing.manifest import SMALL_FILES, manifest_of
@@ -108,7 +110,7 @@ async def _seed_store(settings: NodeSettings, source: ModelSource, output: Outpu
             lambda: manifest_of(source.path, manifests_folder(settings), lambda *done: report(*done))
         )
     known = {file.name for file in manifest.files}
-    if missing := sorted(set(Checkpoint.open(source).files.values()) - known):
+    if missing := sorted(set(open_checkpoint(source).files.values()) - known):
         raise ModelError(f"{missing[0]} is missing from {source.path}: only a whole checkpoint can be handed out")
     if settings.manifest not in (None, manifest.root):
         raise UsageError(
@@ -154,7 +156,7 @@ def whole_here(settings: NodeSettings) -> ModelSource | None:
         source = _resolve(settings)
         if not any((source.path / name).is_file() for name in (SINGLE, INDEX)):
             return None
-        files = Checkpoint.open(source).files.values()
+        files = open_checkpoint(source).files.values()
     except ModelError as error:  # no network, for one: peers may have it
         logger.info("%s", error)
         return None
@@ -169,5 +171,5 @@ def make_whole(source: ModelSource, *, weights: bool) -> None:
             source.hub.fetch(name)
         except ModelError as error:
             logger.info("%s", error)  # no network
-    for name in sorted(set(Checkpoint.open(source).files.values())) if weights else ():
+    for name in sorted(set(open_checkpoint(source).files.values())) if weights else ():
         source.hub.fetch(name)

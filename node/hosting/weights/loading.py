@@ -11,7 +11,9 @@ from torch import nn
 
 from swarm.compute.threads import in_thread
 from swarm.errors import ModelError
-from swarm.model.skeleton import Span, SpanLoader, fetch_span
+from swarm.model.loading import SpanLoader
+from swarm.model.span import Span
+from swarm.model.tensors import fetch_span
 from swarm.ranges import as_ranges
 
 from ...engine.adapters import put_adapters

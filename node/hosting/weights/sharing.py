@@ -13,8 +13,8 @@ from hivemind.p2p import PeerID
 from numpy.typing import NDArray
 
 from swarm.compute.threads import in_thread
-from swarm.model.skeleton import block_tensors
-from swarm.model.source import ModelSource
+from swarm.model.model_source import ModelSource
+from swarm.model.tensors import block_tensors
 from swarm.network.peer import Peer
 from swarm.ranges import as_ranges
 from swarm.weights.sharing.download import download

@@ -12,7 +12,8 @@ from torch import Tensor
 from ...compat.building import build_model
 from ...compat.whole import call_of_first_block, find_blocks, load_whole, run_whole, saved_tensors
 from ..families import family_of
-from ..source import ModelSource, resolve
+from ..model_source import ModelSource
+from ..source import resolve
 from .random_weights import random_weight
 from .table import Case
 

@@ -18,9 +18,9 @@ from hivemind.utils.timed_storage import get_dht_time
 
 from ...chance import CHANCE
 from ...errors import ModelError, SwarmError, UsageError
-from ...model.source import default_dht_prefix
 from ...network import dht
 from ...network.peer import Peer
+from ...wire.dht_prefix import default_dht_prefix
 from ...wire.rpc import Response
 from ...wire.stream import MessageStream
 from .manifest import Manifest

@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 
 from swarm.client import SwarmModelForCausalLM
 from swarm.compat.keywords import GENERATE_KEYWORD, OLDEST_KEYWORD
-from swarm.model.skeleton import load_ends
+from swarm.model.load_ends import load_ends
 from swarm.model.source import resolve
 from tests.client.in_process import InProcessConnection
 from tests.client.model.generation_table import (

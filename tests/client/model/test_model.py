@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache
 
 from swarm.client import SwarmModelForCausalLM
 from swarm.errors import UsageError
-from swarm.model.skeleton import load_ends
+from swarm.model.load_ends import load_ends
 from swarm.model.source import resolve
 from tests.client.in_process import InProcessConnection
 from tests.models import tiny_model

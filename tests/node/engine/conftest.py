@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from swarm.model.skeleton import load_span
+from swarm.model.loading import load_span
 from swarm.model.source import resolve
 from swarm.model.span import Span
 from swarm.node.engine.blocks.finish import finish_block

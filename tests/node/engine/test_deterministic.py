@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from swarm.compute.tiles import agreeing_sizes, split_rows, tiled
 from swarm.errors import UsageError
+from swarm.model.loading import load_span
 from swarm.model.probe import KVGeometry
-from swarm.model.skeleton import load_span
 from swarm.model.source import resolve
 from swarm.model.span import Span
 from swarm.node.engine.attention.batch import pack

@@ -9,9 +9,10 @@ import torch
 
 from swarm.errors import BadRequestError, UsageError
 from swarm.model.family_check.table import CASES
+from swarm.model.loading import load_span
+from swarm.model.model_source import ModelSource
 from swarm.model.probe import KVGeometry
-from swarm.model.skeleton import load_span
-from swarm.model.source import ModelSource, resolve
+from swarm.model.source import resolve
 from swarm.model.span import Span
 from swarm.node.engine import executor
 from swarm.node.engine.cache.kv_cache import KVCache

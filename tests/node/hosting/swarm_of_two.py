@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from swarm.model.source import ModelSource, resolve
+from swarm.model.model_source import ModelSource
+from swarm.model.source import resolve
 from swarm.network import dht
 from swarm.network.peer import Peer, PeerOptions
 from swarm.node.hosting.means import Means

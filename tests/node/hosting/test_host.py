@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from swarm.errors import ConnectError
-from swarm.model.skeleton import block_tensors
 from swarm.model.source import resolve, resolve_store
+from swarm.model.tensors import block_tensors
 from swarm.network import dht
 from swarm.network.peer import Peer
 from swarm.node.hosting.host import Host

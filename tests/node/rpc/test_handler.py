@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from swarm.errors import BadRequestError, PeerLostError, SwarmError
-from swarm.model.skeleton import load_span
+from swarm.model.loading import load_span
 from swarm.model.source import resolve
 from swarm.node.engine.engine import Engine
 from swarm.node.rpc.handler import Handler

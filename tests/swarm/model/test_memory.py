@@ -16,7 +16,7 @@ from tests.models import make_checkpoint, make_config
 PROGRAM = """
 import sys, torch
 from swarm.node.engine.blocks.finish import finish_block
-from swarm.model.skeleton import load_span
+from swarm.model.loading import load_span
 from swarm.model.source import resolve
 path, start, end = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 

@@ -16,9 +16,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from swarm.errors import ModelError, UsageError
 from swarm.model.families import ATTENTION
+from swarm.model.load_ends import load_ends
+from swarm.model.loading import load_span
 from swarm.model.probe import KVGeometry
-from swarm.model.skeleton import Span, build_skeleton, load_ends, load_span
+from swarm.model.skeleton import build_skeleton
 from swarm.model.source import resolve
+from swarm.model.span import Span
 from swarm.weights.checkpoint import INDEX
 from tests.models import PRESETS, make_checkpoint, make_config, tiny_model
 

@@ -11,8 +11,9 @@ import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from swarm.errors import ModelError, UsageError
-from swarm.model.source import default_dht_prefix, resolve
+from swarm.model.source import resolve
 from swarm.weights.hub import one_file as hub
+from swarm.wire.dht_prefix import default_dht_prefix
 from tests.models import tiny_model
 
 

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from swarm.errors import ModelError
+from swarm.model.open_checkpoint import open_checkpoint
 from swarm.model.source import resolve
 from swarm.weights import checkpoint as checkpoint_module
-from swarm.weights.checkpoint import INDEX, Checkpoint
+from swarm.weights.checkpoint import INDEX
 from tests.models import tiny_model
 
 NAME = "model.layers.3.mlp.up_proj.weight"
@@ -28,8 +29,8 @@ def _shard_of(path: Path, name: str) -> Path:
 
 
 def test_one_file_and_many_hold_the_same() -> None:
-    one = Checkpoint.open(resolve(str(tiny_model("llama-gqa"))))
-    many = Checkpoint.open(resolve(str(tiny_model("llama-gqa", sharded=True))))
+    one = open_checkpoint(resolve(str(tiny_model("llama-gqa"))))
+    many = open_checkpoint(resolve(str(tiny_model("llama-gqa", sharded=True))))
     assert set(one.files) == set(many.files)
     assert len(set(many.files.values())) > 3
     for name in one.files:
@@ -37,7 +38,7 @@ def test_one_file_and_many_hold_the_same() -> None:
 
 
 def test_info_is_what_is_read() -> None:
-    checkpoint = Checkpoint.open(resolve(str(tiny_model("llama-gqa", dtype="bfloat16", sharded=True))))
+    checkpoint = open_checkpoint(resolve(str(tiny_model("llama-gqa", dtype="bfloat16", sharded=True))))
     info = checkpoint.info(NAME)
     tensor = checkpoint.read(NAME)
     assert (info.shape, info.dtype) == (tuple(tensor.shape), tensor.dtype)
@@ -46,14 +47,14 @@ def test_info_is_what_is_read() -> None:
 
 
 def test_lazy_reads_when_indexed() -> None:
-    checkpoint = Checkpoint.open(resolve(str(tiny_model("llama-gqa"))))
+    checkpoint = open_checkpoint(resolve(str(tiny_model("llama-gqa"))))
     lazy = checkpoint.lazy(NAME)
     assert torch.equal(lazy[...], checkpoint.read(NAME))
     assert torch.equal(lazy[2:4], checkpoint.read(NAME)[2:4])
 
 
 def test_tensors_outlive_their_file() -> None:
-    checkpoint = Checkpoint.open(resolve(str(tiny_model("llama-gqa"))))
+    checkpoint = open_checkpoint(resolve(str(tiny_model("llama-gqa"))))
     expected = load_file(tiny_model("llama-gqa") / "model.safetensors")[NAME]
     tensors = [checkpoint.read(NAME), checkpoint.read(NAME, mapped=True)]
     checkpoint.close()
@@ -67,14 +68,14 @@ def test_without_pread_it_still_reads(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(path, framework=framework)
 
     monkeypatch.setattr(checkpoint_module, "safe_open", old)
-    checkpoint = Checkpoint.open(resolve(str(tiny_model("llama-gqa"))))
+    checkpoint = open_checkpoint(resolve(str(tiny_model("llama-gqa"))))
     assert checkpoint.read(NAME).shape == (128, 64)
 
 
 def test_missing_shard_is_named(sharded: Path) -> None:
     shard = _shard_of(sharded, NAME)
     shard.unlink()
-    checkpoint = Checkpoint.open(resolve(str(sharded)))
+    checkpoint = open_checkpoint(resolve(str(sharded)))
     for use in (checkpoint.read, checkpoint.info, lambda name: checkpoint.fetch([name])):
         with pytest.raises(ModelError, match=f"{shard.name} is missing"):
             use(NAME)
@@ -86,7 +87,7 @@ def test_truncated_shard_is_named(sharded: Path, mapped: bool, left: int) -> Non
     shard = _shard_of(sharded, NAME)
     shard.write_bytes(shard.read_bytes()[:left])
     with pytest.raises(ModelError, match=f"can't read .*{shard.name}"):
-        Checkpoint.open(resolve(str(sharded))).read(NAME, mapped=mapped)
+        open_checkpoint(resolve(str(sharded))).read(NAME, mapped=mapped)
 
 
 def test_truncated_single_file_is_named(tmp_path: Path) -> None:
@@ -94,7 +95,7 @@ def test_truncated_single_file_is_named(tmp_path: Path) -> None:
     weights = path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-7])
     with pytest.raises(ModelError, match=r"can't read .*model\.safetensors"):
-        Checkpoint.open(resolve(str(path)))
+        open_checkpoint(resolve(str(path)))
 
 
 def test_index_that_lies(sharded: Path) -> None:
@@ -102,7 +103,7 @@ def test_index_that_lies(sharded: Path) -> None:
     tensors = load_file(shard)
     tensors.pop(NAME)
     save_file(tensors, shard)
-    checkpoint = Checkpoint.open(resolve(str(sharded)))
+    checkpoint = open_checkpoint(resolve(str(sharded)))
     with pytest.raises(ModelError, match=NAME):
         checkpoint.read(NAME)
     with pytest.raises(ModelError, match=NAME):
@@ -117,4 +118,4 @@ def test_index_that_lies(sharded: Path) -> None:
 def test_bad_index(sharded: Path, index: str) -> None:
     (sharded / INDEX).write_text(index)
     with pytest.raises(ModelError, match=r"index\.json"):
-        Checkpoint.open(resolve(str(sharded)))
+        open_checkpoint(resolve(str(sharded)))

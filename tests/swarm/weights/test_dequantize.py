@@ -21,9 +21,11 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.quantizers import quantizer_finegrained_fp8
 
 from swarm.errors import ModelError
-from swarm.model.skeleton import load_ends, load_span
+from swarm.model.load_ends import load_ends
+from swarm.model.loading import load_span
+from swarm.model.open_checkpoint import open_checkpoint
 from swarm.model.source import resolve
-from swarm.weights.checkpoint import SINGLE, Checkpoint
+from swarm.weights.checkpoint import SINGLE
 from swarm.weights.dequantize import quantization_of
 from swarm.weights.dequantize.packing import by_blocks, unpack_words
 from tests.models import tiny_model
@@ -256,7 +258,7 @@ def test_mxfp4_as_transformers_reads_it(tmp_path: Path) -> None:
     save_file({f"{name}_blocks": blocks, f"{name}_scales": scales}, path / SINGLE)
     raw = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**raw, "quantization_config": {"quant_method": "mxfp4"}}))
-    ours = Checkpoint.open(resolve(str(path))).read(name)
+    ours = open_checkpoint(resolve(str(path))).read(name)
     assert ours.shape == (3, 64, 24)
     assert torch.equal(ours, convert_moe_packed_tensors(blocks, scales))
 

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, modeling_utils
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from swarm.errors import ModelError
-from swarm.model.skeleton import load_ends, load_span
+from swarm.model.load_ends import load_ends
+from swarm.model.loading import load_span
 from swarm.model.source import resolve
 from swarm.weights import gguf_file
 from swarm.weights.checkpoint import SINGLE

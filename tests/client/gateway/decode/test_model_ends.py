@@ -14,7 +14,7 @@ from swarm.client.gateway.decode.admission import Admission
 from swarm.client.gateway.decode.engine import GatewayEngine
 from swarm.client.gateway.decode.generation import Generation, Job, Sampled, Timing
 from swarm.client.gateway.decode.sampling import SamplingParams
-from swarm.model.skeleton import load_ends
+from swarm.model.load_ends import load_ends
 from swarm.model.source import resolve
 from tests.client.in_process import InProcessConnection
 from tests.models import PRESETS, tiny_model

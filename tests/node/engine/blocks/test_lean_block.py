@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from swarm.model.family_check.table import CASES
-from swarm.model.skeleton import load_span
+from swarm.model.loading import load_span
 from swarm.model.source import resolve
 from swarm.model.span import Span
 from swarm.node.engine.blocks.finish import finish_block

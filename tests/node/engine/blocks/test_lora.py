@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from swarm.errors import BadRequestError, ModelError
 from swarm.model.family_check.table import CASES
-from swarm.model.skeleton import build_skeleton, load_span
+from swarm.model.loading import load_span
+from swarm.model.skeleton import build_skeleton
 from swarm.model.source import resolve
 from swarm.model.span import Span
 from swarm.node.adapters.checkpoint import AdapterCheckpoint, open_adapter

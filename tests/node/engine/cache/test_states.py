@@ -11,8 +11,8 @@ import torch
 from swarm.errors import BadRequestError, OutOfCacheError, RemoteError
 from swarm.model.families.mixers import MixerStates
 from swarm.model.family_check.table import CASES
+from swarm.model.loading import load_span
 from swarm.model.probe import KVGeometry
-from swarm.model.skeleton import load_span
 from swarm.model.source import resolve
 from swarm.model.span import Span
 from swarm.node.engine.cache.kv_cache import Row

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from swarm.model.loading import load_span
 from swarm.model.probe import KVGeometry
-from swarm.model.skeleton import load_span
 from swarm.model.source import resolve
 from swarm.node.engine.attention.paged_attention import describe_rows
 from swarm.node.engine.cache.kv_cache import KVCache, Row

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from swarm.model.skeleton import load_span
+from swarm.model.loading import load_span
 from swarm.model.source import resolve
 from swarm.node.engine.engine import Engine
 from swarm.node.engine.gpu.acceleration import accelerate

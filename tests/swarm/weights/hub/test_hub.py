@@ -20,10 +20,14 @@ from huggingface_hub import constants, scan_cache_dir
 from safetensors.torch import load_file, save_file
 
 from swarm.errors import ModelError
-from swarm.model.skeleton import fetch_span, load_ends, load_span
-from swarm.model.source import ModelSource, resolve
+from swarm.model.load_ends import load_ends
+from swarm.model.loading import load_span
+from swarm.model.model_source import ModelSource
+from swarm.model.open_checkpoint import open_checkpoint
+from swarm.model.source import resolve
+from swarm.model.tensors import fetch_span
 from swarm.weights.byte_ranges import GAP
-from swarm.weights.checkpoint import INDEX, SINGLE, Checkpoint
+from swarm.weights.checkpoint import INDEX, SINGLE
 from swarm.weights.hub import range_download
 from tests.models import tiny_model
 from tests.swarm.weights.hub.hub_server import COMMIT, TOKEN, HubServer, cut, fine, mislabeled, status
@@ -61,7 +65,7 @@ def _blob(tmp_path: Path) -> Path:
 def _read(source: ModelSource, expected: dict[str, torch.Tensor], *numbers: int) -> list[tuple[int, int]]:
     """Gets those tensors and compares them; returns the progress."""
     steps: list[tuple[int, int]] = []
-    checkpoint = Checkpoint.open(source)
+    checkpoint = open_checkpoint(source)
     names = [f"t{number}" for number in numbers]
     checkpoint.fetch(names, lambda *done: steps.append(done))
     for name in names:
@@ -110,13 +114,13 @@ def test_a_tensor_that_is_not_here_is_never_read_as_zeros(
     source: ModelSource, expected: dict[str, torch.Tensor]
 ) -> None:
     _read(source, expected, 1)
-    assert torch.equal(Checkpoint.open(source).read("t5"), expected["t5"])
+    assert torch.equal(open_checkpoint(source).read("t5"), expected["t5"])
 
 
 def test_parts_become_the_whole(
     hub: HubServer, source: ModelSource, expected: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    early = Checkpoint.open(source).read("t1", mapped=True)
+    early = open_checkpoint(source).read("t1", mapped=True)
     for numbers in ((0, 1, 2), (2, 3, 4), (5, 6)):
         _read(source, expected, *numbers)
     # All but one are 7/8 of the file: the rest comes along, so that its hash can be checked.
@@ -188,7 +192,7 @@ def test_a_server_that_is_busy_from_the_start(
     hub: HubServer, source: ModelSource, expected: dict[str, torch.Tensor]
 ) -> None:
     hub.busy = [503, 429]
-    checkpoint = Checkpoint.open(source)
+    checkpoint = open_checkpoint(source)
     assert torch.equal(checkpoint.read("t2"), expected["t2"])
     assert not hub.busy
 
@@ -287,11 +291,11 @@ def test_without_a_network_what_is_here_is_used(
 def test_files_that_are_not_safetensors(hub: HubServer, source: ModelSource, content: bytes, message: str) -> None:
     (hub.files / SINGLE).write_bytes(content)
     with pytest.raises(ModelError, match=rf"can't read model\.safetensors.*{message}"):
-        Checkpoint.open(source)
+        open_checkpoint(source)
 
 
 def test_a_full_disk_is_said_before(hub: HubServer, source: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = Checkpoint.open(source)
+    checkpoint = open_checkpoint(source)
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(ModelError, match="make room"):
         checkpoint.fetch(["t1"])
@@ -301,12 +305,12 @@ def test_a_cache_that_cannot_be_written_is_named(hub: HubServer, source: ModelSo
     folder = source.path.parent.parent / "partial"
     folder.write_text("in the way")
     with pytest.raises(ModelError, match="make it writable"):
-        Checkpoint.open(source)
+        open_checkpoint(source)
 
 
 def test_a_missing_shard_is_named(hub: HubServer, source: ModelSource) -> None:
     (hub.files / INDEX).write_text(json.dumps({"weight_map": {"a": "a.safetensors"}}))
-    checkpoint = Checkpoint.open(source)
+    checkpoint = open_checkpoint(source)
     for use in (checkpoint.read, checkpoint.info, lambda name: checkpoint.fetch([name])):
         with pytest.raises(ModelError, match=r"a\.safetensors is missing"):
             use("a")
@@ -324,7 +328,7 @@ def test_without_safetensors(hub: HubServer, source: ModelSource, file: str, mes
     (hub.files / SINGLE).unlink()
     (hub.files / file).write_text("{}")
     with pytest.raises(ModelError, match=message):
-        Checkpoint.open(source)
+        open_checkpoint(source)
     assert not hub.sent(".bin"), "a pickle is not even downloaded"
 
 

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarm.errors import BadRequestError, ModelError
-from swarm.model.skeleton import SpanLoader, block_tensors, load_span
-from swarm.model.source import default_dht_prefix, resolve, resolve_store
+from swarm.model.loading import SpanLoader, load_span
+from swarm.model.source import resolve, resolve_store
+from swarm.model.tensors import block_tensors
 from swarm.node.engine import executor
 from swarm.node.engine.blocks.packing import pack_block
 from swarm.ranges import as_ranges
@@ -37,6 +38,7 @@ from swarm.weights.sharing.protocol import (
 from swarm.weights.sharing.seeder import UploadLimit
 from swarm.weights.sharing.store import WeightStore, find_root
 from swarm.wire import rpc
+from swarm.wire.dht_prefix import default_dht_prefix
 from tests.models import tiny_model
 from tests.swarm.weights.sharing.test_manifest import JSON
 from tests.swarm.weights.test_dequantize import FORMATS, quantized

@@ -19,8 +19,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from swarm.errors import ModelError
-from swarm.model.skeleton import Span, build_skeleton, load_span, packed_blocks
+from swarm.model.loading import load_span
+from swarm.model.skeleton import build_skeleton
 from swarm.model.source import resolve
+from swarm.model.span import Span
+from swarm.model.tensors import packed_blocks
 from swarm.node.engine.blocks.quantization import Keep, Use, describe
 from swarm.node.engine.blocks.quantization.blocks import QuantizedLinear
 from swarm.node.engine.blocks.quantization.exact import ExactInt4Matrix, ExactInt8Matrix
@@ -297,7 +300,9 @@ PROGRAM = """
 import json, sys, torch
 from swarm.compute.memory import trim
 from swarm.node.engine.blocks.quantization import Keep
-from swarm.model.skeleton import build_skeleton, load_span, packed_blocks
+from swarm.model.skeleton import build_skeleton
+from swarm.model.loading import load_span
+from swarm.model.tensors import packed_blocks
 from swarm.model.source import resolve
 
 def memory(name):

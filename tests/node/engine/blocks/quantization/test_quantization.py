@@ -15,7 +15,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from swarm.errors import UsageError
-from swarm.model.skeleton import build_skeleton, load_span
+from swarm.model.loading import load_span
+from swarm.model.skeleton import build_skeleton
 from swarm.model.source import resolve
 from swarm.node.engine.blocks.finish import finish_block
 from swarm.node.engine.blocks.quantization import SCHEMES, find_scheme, quantized_bytes, schemes_on
@@ -183,7 +184,8 @@ import gc, json, sys, torch
 from swarm.compute.memory import trim
 from swarm.node.engine.blocks.finish import finish_block
 from swarm.node.engine.blocks.quantization import find_scheme, quantized_bytes
-from swarm.model.skeleton import build_skeleton, load_span
+from swarm.model.skeleton import build_skeleton
+from swarm.model.loading import load_span
 from swarm.model.source import resolve
 
 def memory(name):
