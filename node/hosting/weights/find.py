@@ -33,9 +33,9 @@ Found: TypeAlias = tuple[ModelSource, Peer | None, Sharing | None]
 
 
 async def find_source(settings: NodeSettings, output: Output, stack: AsyncExitStack) -> Found:
-    """The model that is asked for, from where ``settings.weights`` says; also the peer, if it had to be started for
-    that (it ends with ``stack``), and the node's part in sharing, if it has one; of weights that are here already, that
-    has not begun.
+    """The model that is asked for, from where ``settings.weights`` says. Also the peer, if it had to be started for
+    that (it ends with ``stack``), and the node's part in sharing, if it has one; the sharing of weights that were here
+    already has not begun.
 
     Raises:
         UsageError: the model can't be found or used, or is not the one that ``settings.manifest`` names.

@@ -65,7 +65,7 @@ class Sharing:
             await asyncio.wait_for(self._tell(None), _GOODBYE_SECONDS)
 
     async def know(self, source: ModelSource) -> None:
-        """From now on it is known which pieces are which block's."""
+        """Learns which pieces each block of the model is made of."""
         names = await in_thread(lambda: block_tensors(source))
         self._blocks = [self.store.pieces_of(each) for each in names]
 
@@ -74,7 +74,7 @@ class Sharing:
         await self._fetch(self.store.small_pieces(), "Getting the model's config from peers")
 
     async def fetch(self, order: Sequence[int]) -> None:
-        """Gets the blocks of a range, in this order, which :meth:`know` must have made known."""
+        """Gets the blocks of a range, in this order. :meth:`know` comes first."""
         when = np.full(self.store.num_pieces, len(order), np.int64)
         for number, block in reversed(list(enumerate(order))):
             when[self._blocks[block]] = number
@@ -86,7 +86,7 @@ class Sharing:
         return not (self._blocks[block] & ~self.store.has).any()
 
     async def wait_for(self, block: int) -> None:
-        """Returns once all of a block is here, which somebody else sees to."""
+        """Waits until all of a block is here; another task fetches it."""
         while not self.has_block(block):
             self._arrived.clear()
             await self._arrived.wait()
