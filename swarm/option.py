@@ -57,7 +57,7 @@ class Only:
         self.names = names
 
 
-def split_list(values: list[str] | None) -> tuple[str, ...]:
+def _split(values: list[str] | None) -> tuple[str, ...]:
     """Repeated values, or values with commas or spaces between them, as one list."""
     return tuple(part for value in values or () for part in value.replace(",", " ").split())
 
@@ -70,6 +70,6 @@ def _listed(values: tuple[str, ...]) -> list[str] | None:
     return list(values) or None
 
 
-LIST = Form(list[str] | None, split_list, _listed)
+LIST = Form(list[str] | None, _split, _listed)
 PATHS = Form(list[str] | None, _split_at_commas, _listed)  # a path may have spaces
 MEGABYTES = Form(float, lambda megabytes: megabytes * 1e6, lambda count: count / 1e6)
