@@ -22,8 +22,8 @@ def is_right(
     weights: float,
     products: float,
 ) -> bool:
-    """Whether what ``make`` makes has the weights ``meant`` (``[out, in]``, on any device), up to the relative error of the
-    norm ``weights``; and products of rows in ``dtype`` are those of its weights, up to ``products``."""
+    """Whether what ``make`` makes has the weights ``meant`` (``[out, in]``, on any device), up to the relative error
+    (of the norm) ``weights``; and products of rows in ``dtype`` are those of its weights, up to ``products``."""
     matrix = make()
     restored = matrix.dequantize(torch.float32)
     right = _error(restored, meant) < weights
