@@ -8,12 +8,12 @@ that torch's own compiler uses for frozen weights; where they are missing, nothi
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from .frozen_product import FrozenProduct
 from .memory import discard
 
 _LARGE, _PIECES = 64 << 20, 4
@@ -60,7 +60,8 @@ class PackedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` ``[…, in]``; differentiable with respect to it."""
         if torch.is_grad_enabled() and x.requires_grad:
-            output: torch.Tensor = _Differentiable.apply(x, self)
+            # a copy, since it is a view inside, which the blocks (Falcon's) may not then add to in place
+            output: torch.Tensor = FrozenProduct.apply(x, lambda x: self.compute(x).clone(), lambda _: self.weight)
             return output
         return self.compute(x)
 
@@ -84,18 +85,6 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         """For ``print``."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
-
-class _Differentiable(torch.autograd.Function):
-    @staticmethod
-    def forward(context: Any, x: torch.Tensor, layer: PackedLinear) -> torch.Tensor:
-        context.layer = layer
-        # a copy, since it is a view inside, which the blocks (Falcon's) may not then add to in place
-        return layer.compute(x).clone()
-
-    @staticmethod
-    def backward(context: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        return grad @ context.layer.weight, None
 
 
 def can_pack(weight: torch.Tensor) -> bool:

@@ -12,7 +12,7 @@ from swarm.compute.memory import trim
 
 from ..packing import is_plain_linear
 from .experts import QuantizedExperts, expert_weights
-from .matrix import QuantizedMatrix
+from .matrices.matrix import QuantizedMatrix
 from .schemes import Scheme
 
 _ROUTERS = {"gate", "router"}

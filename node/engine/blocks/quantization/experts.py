@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .matrix import QuantizedMatrix
+from .matrices.matrix import QuantizedMatrix
 
 _PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 

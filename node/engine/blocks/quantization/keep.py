@@ -17,8 +17,8 @@ from swarm.wire.codec import dtype_name
 from .blocks import QuantizedLinear, find_places, quantized_bytes
 from .experts import QuantizedExperts
 from .kernels import Kernel, find_kernel, to_device
-from .matrix import QuantizedMatrix
-from .stored import JoinedMatrix, StoredMatrix
+from .matrices.matrix import QuantizedMatrix
+from .matrices.stored import JoinedMatrix, StoredMatrix
 
 Read = Callable[[PackedRows], Parts]
 
@@ -138,8 +138,7 @@ class Keep:
         found = rows.format.read(parts)
         del parts
         trim()  # or what each matrix takes for a while adds up
-        moved_fields = {name: to_device(value, device) for name, value in vars(found).items()}
-        result = kernel.make(replace(found, **moved_fields), layout, self.dtype)
+        result = kernel.make(to_device(found, device), layout, self.dtype)
         if (result.out_features, result.in_features) != (out, inputs):
             shape = [result.out_features, result.in_features]
             raise ValueError(f"{rows.key} is {shape}, but the config asks for {[out, inputs]}")

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 
 from swarm.errors import UsageError
 from swarm.weights.dequantize import Codes, Integers, Layout
 
-from .bnb import bitsandbytes, has_cpu_kernel
-from .exact import CudaExactInt4Matrix, ExactInt4Matrix, ExactInt8Matrix, int4_group
-from .matrix import QuantizedMatrix
-from .nf4 import CudaNF4Matrix, NF4Matrix
+from .matrices.bnb import bitsandbytes, has_cpu_kernel
+from .matrices.int4 import CudaInt4Matrix, Int4Matrix, group_in
+from .matrices.int8 import Int8Matrix
+from .matrices.matrix import QuantizedMatrix
+from .matrices.nf4 import CudaNF4Matrix, NF4Matrix
+from .trial import FAILURES, is_right
+
+Found = TypeVar("Found", Integers, Codes)
 
 
 @dataclass(frozen=True)
@@ -36,17 +40,17 @@ def _coded_size(scale_bytes: int) -> Callable[[Layout, int, int, torch.dtype], i
 
 
 _INT4 = {
-    "cpu": Kernel(ExactInt4Matrix, ExactInt4Matrix.size),
-    "cuda": Kernel(CudaExactInt4Matrix, CudaExactInt4Matrix.size),
+    "cpu": Kernel(Int4Matrix.of, Int4Matrix.size_of),
+    "cuda": Kernel(CudaInt4Matrix.of, CudaInt4Matrix.size_of),
 }
-_INT8 = {"cpu": Kernel(ExactInt8Matrix, ExactInt8Matrix.size)}
+_INT8 = {"cpu": Kernel(Int8Matrix.of, Int8Matrix.size_of)}
 _CODES = {"cpu": Kernel(NF4Matrix.of, _coded_size(2)), "cuda": Kernel(CudaNF4Matrix.of, _coded_size(4))}
 
 
 def find_kernel(layout: Layout, out: int, inputs: int, device: torch.device, dtype: torch.dtype) -> Kernel | None:
     """The kernel for a weight ``[out, in]`` of ``layout``; ``None``: there is none here."""
     if layout.kind == "int4":
-        fits = out % 16 == 0 and int4_group(layout, inputs) is not None
+        fits = out % 16 == 0 and group_in(layout, inputs) is not None
         kernel = _INT4.get(device.type)
     elif layout.kind == "int8":
         fits = out % 8 == 0 and inputs % 32 == 0
@@ -67,23 +71,20 @@ def _works(kernel: Kernel, kind: str, group: int, device: torch.device, dtype: t
     inputs = 256 if 256 % group == 0 else group
     found, meant = _example(kind, 96, inputs, group, generator)
     layout = Layout(kind, group)  # type: ignore[arg-type]
-    try:
-        with torch.inference_mode():
-            moved = type(found)(*(to_device(part, device) for part in vars(found).values()))
-            matrix = kernel.make(moved, layout, dtype)
-            weights = matrix.dequantize(torch.float32)
-            right = _error(weights, meant) < 0.004  # one rounding to bfloat16
-            for rows in (1, 5):
-                x = torch.randn(rows, inputs, generator=generator).to(device, dtype)
-                right = right and _error(matrix.multiply(x), x.float() @ weights.T) < 0.01
-    except (RuntimeError, AttributeError, NotImplementedError, TypeError, AssertionError, UsageError):
+
+    def make() -> QuantizedMatrix:
+        return kernel.make(to_device(found, device), layout, dtype)
+
+    try:  # in the weights one rounding to bfloat16
+        return is_right(make, meant, generator, dtype, weights=0.004, products=0.01)
+    except (*FAILURES, UsageError):
         return False
-    return right
 
 
-def to_device(part: Any, device: torch.device) -> Any:
-    """A field of :class:`Integers` or :class:`Codes` on ``device``."""
-    return part.to(device) if isinstance(part, torch.Tensor) else part
+def to_device(found: Found, device: torch.device) -> Found:
+    """The same on ``device``."""
+    parts = {name: part.to(device) for name, part in vars(found).items() if isinstance(part, torch.Tensor)}
+    return replace(found, **parts)
 
 
 def _has_codes() -> bool:
@@ -112,8 +113,3 @@ def _example(
     code = bitsandbytes().functional.get_4bit_type(kind, device="cpu")
     numbers = torch.stack((pairs >> 4, pairs & 15), -1).flatten(1)
     return Codes(pairs, scales, code, kind), code[numbers.int()] * scales.repeat_interleave(group, 1)  # type: ignore[arg-type]
-
-
-def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    expected = expected.float().to(found.device)
-    return ((found.float() - expected).norm() / expected.norm()).item()

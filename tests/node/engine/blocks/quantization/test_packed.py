@@ -26,11 +26,12 @@ from swarm.model.span import Span
 from swarm.model.tensors import packed_blocks
 from swarm.node.engine.blocks.quantization import Keep, Use, describe
 from swarm.node.engine.blocks.quantization.blocks import QuantizedLinear
-from swarm.node.engine.blocks.quantization.exact import ExactInt4Matrix, ExactInt8Matrix
 from swarm.node.engine.blocks.quantization.experts import QuantizedExperts
-from swarm.node.engine.blocks.quantization.matrix import QuantizedMatrix
-from swarm.node.engine.blocks.quantization.nf4 import NF4Matrix
-from swarm.node.engine.blocks.quantization.stored import JoinedMatrix, StoredMatrix
+from swarm.node.engine.blocks.quantization.matrices.int4 import Int4Matrix
+from swarm.node.engine.blocks.quantization.matrices.int8 import Int8Matrix
+from swarm.node.engine.blocks.quantization.matrices.matrix import QuantizedMatrix
+from swarm.node.engine.blocks.quantization.matrices.nf4 import NF4Matrix
+from swarm.node.engine.blocks.quantization.matrices.stored import JoinedMatrix, StoredMatrix
 from swarm.weights.checkpoint import SINGLE
 from tests.models import make_checkpoint, make_config, tiny_model
 from tests.swarm.weights.test_dequantize import (
@@ -80,9 +81,9 @@ MORE: dict[str, tuple[dict[str, Any], Packer]] = {
 EVERY = FORMATS | MORE
 KINDS: dict[str, type[QuantizedMatrix] | None] = {
     **dict.fromkeys(("nf4", "nf4-nested", "fp4"), NF4Matrix),
-    **dict.fromkeys(("int8", "ct-int8", "gptq-8-sym", "ct-int8-packed"), ExactInt8Matrix),
-    **dict.fromkeys(("gptq-4-gptq-False", "gptq-4-gptq_v2-True", "awq", "ct-int4"), ExactInt4Matrix),
-    **dict.fromkeys(("ct-int4-asymmetric", "ct-int4-channel", "ct-int4-group-128"), ExactInt4Matrix),
+    **dict.fromkeys(("int8", "ct-int8", "gptq-8-sym", "ct-int8-packed"), Int8Matrix),
+    **dict.fromkeys(("gptq-4-gptq-False", "gptq-4-gptq_v2-True", "awq", "ct-int4"), Int4Matrix),
+    **dict.fromkeys(("ct-int4-asymmetric", "ct-int4-channel", "ct-int4-group-128"), Int4Matrix),
     **dict.fromkeys(("fp8", "ct-fp8", "ct-fp8-tensor", "ct-fp8-block", "ct-nvfp4", "ct-mxfp4"), StoredMatrix),
     "ct-int8-group": StoredMatrix,
     **dict.fromkeys(("gptq-3-gptq-True", "gptq-8-gptq_v2-False", "ct-int3"), None),

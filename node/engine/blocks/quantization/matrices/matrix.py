@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
+
+from swarm.compute.frozen_product import FrozenProduct
 
 _CHUNK = 1 << 18  # weights that are quantized in one go
 
@@ -42,33 +43,21 @@ class QuantizedMatrix(nn.Module):
         """``x`` ``[…, in]`` to ``[…, out]``; differentiable with respect to it."""
         rows = x.reshape(-1, self.in_features)
         if torch.is_grad_enabled() and x.requires_grad:
-            output: torch.Tensor = _Differentiable.apply(rows, self)
+            output: torch.Tensor = FrozenProduct.apply(rows, self._compute, self.dequantize)
         else:
-            output = _multiply(self, rows)
+            output = self._compute(rows)
         return output.view(*x.shape[:-1], self.out_features)
+
+    def _compute(self, rows: torch.Tensor) -> torch.Tensor:
+        if not len(rows):
+            return rows.new_empty(0, self.out_features)
+        if self.many_rows is not None and len(rows) >= self.many_rows:
+            return nn.functional.linear(rows, self.dequantize(rows.dtype))
+        return self.multiply(rows)
 
     def extra_repr(self) -> str:
         """For ``print``."""
         return f"in_features={self.in_features}, out_features={self.out_features}"
-
-
-class _Differentiable(torch.autograd.Function):
-    @staticmethod
-    def forward(context: Any, x: torch.Tensor, matrix: QuantizedMatrix) -> torch.Tensor:
-        context.matrix = matrix
-        return _multiply(matrix, x)
-
-    @staticmethod
-    def backward(context: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        return grad @ context.matrix.dequantize(grad.dtype), None
-
-
-def _multiply(matrix: QuantizedMatrix, rows: torch.Tensor) -> torch.Tensor:
-    if not len(rows):
-        return rows.new_empty(0, matrix.out_features)
-    if matrix.many_rows is not None and len(rows) >= matrix.many_rows:
-        return nn.functional.linear(rows, matrix.dequantize(rows.dtype))
-    return matrix.multiply(rows)
 
 
 def chunks(weight: torch.Tensor, *, rows: int) -> Iterator[torch.Tensor]:

@@ -28,34 +28,36 @@ class NF4Matrix(QuantizedMatrix):
     """
 
     many_rows = 192
-    group, kind = GROUP, "nf4"
     packed: torch.Tensor
     scale: torch.Tensor
-    code: torch.Tensor
 
-    def __init__(self, weight: torch.Tensor) -> None:
-        super().__init__(*weight.shape)
+    def __init__(self, packed: torch.Tensor, scale: torch.Tensor, code: torch.Tensor, group: int, kind: str) -> None:
+        super().__init__(packed.shape[0], 2 * packed.shape[1])
+        self.register_buffer("packed", packed)
+        self.register_buffer("scale", scale)
+        self.code, self.group, self.kind = code, group, kind  # 16 floats, the same for all
+
+    @classmethod
+    def quantize(cls, weight: torch.Tensor) -> NF4Matrix:
+        """The nearest to ``weight`` ``[out, in]``."""
         functional = bitsandbytes().functional
         pieces, scales = [], []
         for chunk in chunks(weight, rows=_ROWS):
             quantized, state = functional.quantize_4bit(chunk.contiguous(), blocksize=GROUP, quant_type="nf4")
             pieces.append(_interleave(quantized.view(len(chunk), -1)))
             scales.append(state.absmax.view(len(chunk), -1).T.to(torch.bfloat16))
-        self.register_buffer("packed", torch.cat(pieces))
-        self.register_buffer("scale", torch.cat(scales, dim=1).contiguous())
-        self.code = state.code  # of 16 floats, the same for all
+        return cls(torch.cat(pieces), torch.cat(scales, dim=1).contiguous(), state.code, GROUP, "nf4")
 
     @classmethod
     def of(cls, found: Codes, layout: Layout, dtype: torch.dtype) -> NF4Matrix:
-        """A matrix of a checkpoint's own codes, NF4 or FP4, whose scales are rounded to bfloat16."""
-        self = cls.__new__(cls)
-        QuantizedMatrix.__init__(self, len(found.numbers), 2 * found.numbers.shape[1])
-        self.group, self.kind = layout.group, found.kind
+        """A matrix of a checkpoint's own codes, NF4 or FP4, whose scales are rounded to bfloat16.
+
+        Raises:
+            ValueError: the parts don't fit each other.
+        """
         _check_scales(found, layout)
-        self.register_buffer("packed", torch.cat([_interleave(rows) for rows in chunks(found.numbers, rows=_ROWS)]))
-        self.register_buffer("scale", found.scales.T.to(torch.bfloat16).contiguous())
-        self.code = found.code
-        return self
+        packed = torch.cat([_interleave(rows) for rows in chunks(found.numbers, rows=_ROWS)])
+        return cls(packed, found.scales.T.to(torch.bfloat16).contiguous(), found.code, layout.group, found.kind)
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         if x.dtype != torch.bfloat16 or not has_cpu_kernel():
@@ -87,24 +89,32 @@ class CudaNF4Matrix(QuantizedMatrix):
 
     packed: torch.Tensor
 
+    def __init__(self, packed: torch.Tensor, state: Any) -> None:
+        super().__init__(*state.shape)
+        self.register_buffer("packed", packed)
+        self.state = state
+
+    @classmethod
+    def quantize(cls, weight: torch.Tensor) -> CudaNF4Matrix:
+        """The nearest to ``weight`` ``[out, in]``."""
+        return cls(
+            *bitsandbytes().functional.quantize_4bit(
+                weight.contiguous(), blocksize=GROUP, compress_statistics=True, quant_type="nf4"
+            )
+        )
+
     @classmethod
     def of(cls, found: Codes, layout: Layout, dtype: torch.dtype) -> CudaNF4Matrix:
-        """A matrix of a checkpoint's own codes, NF4 or FP4."""
-        self, shape = cls.__new__(cls), torch.Size((len(found.numbers), 2 * found.numbers.shape[1]))
-        QuantizedMatrix.__init__(self, *shape)
-        _check_scales(found, layout)
-        self.register_buffer("packed", found.numbers.reshape(-1, 1))
-        self.state = bitsandbytes().functional.QuantState(
-            found.scales.reshape(-1).contiguous(), shape, found.code, layout.group, found.kind, dtype
-        )
-        return self
+        """A matrix of a checkpoint's own codes, NF4 or FP4.
 
-    def __init__(self, weight: torch.Tensor) -> None:
-        super().__init__(*weight.shape)
-        packed, self.state = bitsandbytes().functional.quantize_4bit(
-            weight.contiguous(), blocksize=GROUP, compress_statistics=True, quant_type="nf4"
-        )
-        self.register_buffer("packed", packed)
+        Raises:
+            ValueError: the parts don't fit each other.
+        """
+        _check_scales(found, layout)
+        shape = torch.Size((len(found.numbers), 2 * found.numbers.shape[1]))
+        scales = found.scales.reshape(-1).contiguous()
+        state = bitsandbytes().functional.QuantState(scales, shape, found.code, layout.group, found.kind, dtype)
+        return cls(found.numbers.reshape(-1, 1), state)
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = bitsandbytes().matmul_4bit(x, self.packed, quant_state=self.state)
@@ -116,7 +126,7 @@ class CudaNF4Matrix(QuantizedMatrix):
 
     @property
     def stored_bytes(self) -> int:
-        state: Any = self.state
+        state = self.state
         tensors = [self.packed, state.absmax, state.code]
         if state.nested:
             tensors += (state.offset, state.state2.absmax, state.state2.code)

@@ -1,0 +1,1 @@
+"""Weight matrices in few bits, a file for each kind, and products with them."""
