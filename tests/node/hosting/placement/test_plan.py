@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from swarm.errors import UsageError
-from swarm.model.source import ModelSource
+from swarm.model.model_source import ModelSource
 from swarm.node.hosting.placement import plan as planning
 from swarm.node.hosting.placement.memory import Plan
 from swarm.node.settings import NodeSettings
