@@ -5,14 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from hivemind.proto import runtime_pb2
 
 from swarm.errors import BadRequestError, NotServedError, OutOfOrderError
-from swarm.wire.codec import all_finite, decode
+from swarm.wire import rpc
+from swarm.wire.codec import COMPRESSIONS, NONE, all_finite, decode, encode
 from swarm.wire.records import parse_span_uid
-from swarm.wire.rpc import Metadata, arrange
+from swarm.wire.rpc import Metadata, Request, arrange
 
 from ..engine.scheduling.messages import Prefix
 from .limits import Limits
@@ -48,6 +50,20 @@ class Served:
             raise NotServedError(f"adapter {name!r} is not served here; this node has {here}")
 
 
+class Arrived(NamedTuple):
+    """A message of a session, its fields as they came, and what they say."""
+
+    request: Request
+    fields: dict[str, Any]
+    metadata: Metadata
+
+
+def open_message(request: Request) -> Arrived:
+    """A message of a session, whose tensors are read when its turn comes."""
+    fields = rpc.load(request.metadata)
+    return Arrived(request, fields, rpc.parse(fields))
+
+
 @dataclass(frozen=True)
 class Opening:
     """What the first message of a session asks for."""
@@ -63,15 +79,18 @@ class Opening:
 
 @dataclass(frozen=True)
 class StepInput:
-    """The tensors of a step: hidden ``[rows, T, H]``, prompts ``[blocks, rows or 1, P, H]``, hypo_ids ``[rows]``."""
+    """A step from column ``start`` on: hidden ``[rows, T, H]``, prompts ``[blocks, rows or 1, P, H]``, hypo_ids
+    ``[rows]``."""
 
+    start: int
     hidden: torch.Tensor
     prompts: torch.Tensor | None
     hypo_ids: torch.Tensor | None
 
 
-def check_opening(request: runtime_pb2.ExpertRequest, metadata: Metadata, served: Served, limits: Limits) -> Opening:
+def check_opening(arrived: Arrived, served: Served, limits: Limits) -> Opening:
     """Checks the message that opens a session."""
+    request, _, metadata = arrived
     first, last = served.blocks_of(request.uid)
     served.check_adapter(metadata.active_adapter)
     if metadata.max_length is None:
@@ -95,16 +114,9 @@ def check_opening(request: runtime_pb2.ExpertRequest, metadata: Metadata, served
     return Opening(first, last, rows, metadata.max_length, padding, prefix, metadata.active_adapter)
 
 
-def read_step(
-    request: runtime_pb2.ExpertRequest,
-    metadata: Metadata,
-    opening: Opening,
-    served: Served,
-    limits: Limits,
-    *,
-    position: int,
-) -> StepInput:
+def read_step(arrived: Arrived, opening: Opening, served: Served, limits: Limits, *, position: int) -> StepInput:
     """Decodes and checks a step of a session that has done ``position`` columns."""
+    request, _, metadata = arrived
     hidden, prompts, hypo_ids = _tensors(request, metadata, served, limits, count=3)
     if metadata.active_adapter not in ("", opening.adapter):
         raise BadRequestError("the adapter of a session can't change: open another session for another adapter")
@@ -118,36 +130,52 @@ def read_step(
     if start + columns > opening.max_length:
         raise BadRequestError(f"the step ends at {start + columns}; the session was opened for {opening.max_length}")
     return StepInput(
+        start,
         hidden,
         _check_prompts(prompts, rows, columns, opening.last - opening.first, served),
         _check_hypo_ids(hypo_ids, rows),
     )
 
 
-def read_forward(
-    request: runtime_pb2.ExpertRequest, metadata: Metadata, served: Served, limits: Limits
-) -> tuple[int, int, torch.Tensor, torch.Tensor | None]:
-    """Checks a forward: ``(first, last, hidden, prompts)``."""
-    first, last = served.blocks_of(request.uid)
-    served.check_adapter(metadata.active_adapter)
-    hidden, prompts = _tensors(request, metadata, served, limits, count=2)
-    _check_hidden(hidden, served, limits)
-    return first, last, hidden, _check_prompts(prompts, hidden.shape[0], hidden.shape[1], last - first, served)
+@dataclass(frozen=True)
+class DenseInput:
+    """A forward or, with ``grad`` (of the output, ``[rows, T, H]``), a backward through the blocks ``first:last``."""
+
+    first: int
+    last: int
+    hidden: torch.Tensor
+    grad: torch.Tensor | None
+    prompts: torch.Tensor | None
+    adapter: str
+    compression: tuple[int, ...]
+
+    def encode(self, outputs: Sequence[torch.Tensor]) -> list[runtime_pb2.Tensor]:
+        """``outputs`` as the client wants them."""
+        wanted = self.compression or (NONE,) * len(outputs)
+        if len(wanted) != len(outputs) or any(compression not in COMPRESSIONS for compression in wanted):
+            raise BadRequestError(f"output_compression is to be {len(outputs)} of {list(COMPRESSIONS)}")
+        return [encode(output, compression) for output, compression in zip(outputs, wanted, strict=True)]
 
 
-def read_backward(
-    request: runtime_pb2.ExpertRequest, metadata: Metadata, served: Served, limits: Limits
-) -> tuple[int, int, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Checks a backward: ``(first, last, hidden, gradient of the output, prompts)``."""
+def read_dense(request: Request, served: Served, limits: Limits, *, backward: bool) -> DenseInput:
+    """Decodes and checks a forward or a backward."""
+    metadata = rpc.parse(rpc.load(request.metadata))
     first, last = served.blocks_of(request.uid)
     served.check_adapter(metadata.active_adapter)
-    hidden, grad, prompts = _tensors(request, metadata, served, limits, count=3)
-    _check_hidden(hidden, served, limits)
-    _check_hidden(grad, served, limits)
-    if grad.shape != hidden.shape:
+    hidden, *grads, prompts = _tensors(request, metadata, served, limits, count=3 if backward else 2)
+    for tensor in (hidden, *grads):
+        _check_hidden(tensor, served, limits)
+    if grads and grads[0].shape != hidden.shape:
         raise BadRequestError("the gradient has another shape than the hidden states")
-    prompts_or_none = _check_prompts(prompts, hidden.shape[0], hidden.shape[1], last - first, served)
-    return first, last, hidden, grad, prompts_or_none
+    return DenseInput(
+        first,
+        last,
+        hidden,
+        grads[0] if grads else None,
+        _check_prompts(prompts, hidden.shape[0], hidden.shape[1], last - first, served),
+        metadata.active_adapter,
+        metadata.output_compression,
+    )
 
 
 def _tensors(

@@ -1,0 +1,215 @@
+"""The stream that carries a session: steps come in, wait for their turn, and are answered in order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from contextlib import suppress
+from typing import Any
+
+from hivemind.p2p import PeerID
+from hivemind.proto import runtime_pb2
+
+from swarm.errors import OutOfCacheError, PeerLostError, SwarmError
+from swarm.wire import rpc
+from swarm.wire.codec import encode
+from swarm.wire.records import span_uid
+from swarm.wire.rpc import Request, Response
+from swarm.wire.stream import MessageStream
+
+from ..engine.scheduling.row_group import RowGroup
+from ..engine.scheduling.work import StepTimes
+from .requests import Arrived, Opening, open_message, read_step
+from .shared import Shared
+
+logger = logging.getLogger(__name__)
+
+
+class SessionStream:
+    """A session that is open.
+
+    Attributes:
+        over: done when it has ended.
+        idle_since: in the event loop's seconds; None while a step is under way.
+    """
+
+    def __init__(self, shared: Shared, stream: MessageStream, opening: Opening, rows: RowGroup) -> None:
+        self._shared, self._stream, self._opening, self._rows = shared, stream, opening, rows
+        self._waiting: deque[Arrived | SwarmError | None] = deque()
+        self._done: deque[str] = deque(maxlen=2 * shared.limits.max_waiting_steps)  # names of steps that have begun
+        self._room = asyncio.Event()  # set when a step that waited has begun
+        self._busy = True  # no step can begin: one is under way, or the session isn't admitted yet
+        self._position = 0
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.idle_since: float | None = None
+
+    @property
+    def is_full(self) -> bool:
+        """Whether as many steps wait as may."""
+        return len(self._waiting) >= self._shared.limits.max_waiting_steps
+
+    def read(self) -> asyncio.Task[None]:
+        """Begins to take what the client sends."""
+        return asyncio.create_task(self._read())
+
+    def begin(self, first: Arrived) -> None:
+        """Begins with the message that opened the session, which has been admitted."""
+        self._waiting.appendleft(first)
+        self._busy = False
+        self.go_on()
+
+    def end(self, error: BaseException | None) -> None:
+        """Ends it; the first error counts."""
+        if not self.over.done():
+            self.over.set_result(None) if error is None else self.over.set_exception(error)
+
+    async def _read(self) -> None:
+        """Takes what the client sends."""
+        last: SwarmError | None = None
+        try:
+            while (request := await self._stream.receive(Request)) is not None:
+                arrived = open_message(request)
+                while self.is_full:
+                    self._room.clear()
+                    await self._room.wait()
+                self.take(arrived)
+        except SwarmError as error:
+            last = error
+        self.take(last)
+
+    async def admit(self, reading: asyncio.Task[None], timeout: float) -> None:
+        """Gets cache, if need be by waiting up to ``timeout`` seconds while ``reading`` goes on.
+
+        Raises:
+            OutOfCacheError: there is no room.
+            PeerLostError: the client went away.
+        """
+        opening, timeout = self._opening, min(timeout, self._shared.limits.admission_timeout)
+        prefix = opening.prefix if self._shared.engine.page_size == rpc.NAMED_TOKENS else None
+        wait = timeout > 0 and self._shared.waiting < self._shared.limits.max_waiting_sessions
+        promise = asyncio.wrap_future(
+            self._shared.engine.admit(self._rows, opening.max_length, prefix=prefix, wait=wait)
+        )
+        self._shared.waiting += wait
+        try:
+            either: set[asyncio.Future[Any]] = {promise, reading}
+            await asyncio.wait(either, timeout=timeout or None, return_when=asyncio.FIRST_COMPLETED)
+            if promise.done():
+                self._position = promise.result()  # columns of it that are there already
+                return
+            if reading.done():
+                raise PeerLostError("the peer went away while it waited")
+            raise OutOfCacheError(f"the KV cache is full, and stayed so for {timeout:.0f} seconds")
+        finally:
+            self._shared.waiting -= wait
+            promise.cancel()
+
+    # A step goes on in plain calls, and comes back from the engine in one: each task or future between would be a way
+    # through the event loop, some tens of microseconds behind layers that have pushed all else out of the caches.
+
+    def take(self, arrived: Arrived | SwarmError | None) -> None:
+        """Has a step wait for its turn, which may be now; or what ends the session: an error, or with None its client."""
+        self._waiting.append(arrived)
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Begins what waits, up to a step that takes time."""
+        while self._waiting and not self._busy and not self.over.done():
+            arrived = self._waiting.popleft()
+            self._room.set()
+            if arrived is None or isinstance(arrived, SwarmError):
+                self.end(arrived)
+            elif not arrived.request.tensors:  # an empty request ends the session, too
+                self.end(None)
+            else:
+                try:
+                    self._begin(arrived)
+                except Exception as error:
+                    self.end(error)
+        self.idle_since = None if self._busy else asyncio.get_running_loop().time()
+
+    def _begin(self, arrived: Arrived) -> None:
+        """Begins a step, unless it has come before."""
+        metadata = arrived.metadata
+        if metadata.step_id is not None:
+            if metadata.step_id in self._done:
+                return
+            self._done.append(metadata.step_id)
+        step = read_step(arrived, self._opening, self._shared.served, self._shared.limits, position=self._position)
+        start, columns = step.start, step.hidden.shape[1]
+        self._busy = True
+        if columns == 0:
+            output = encode(step.hidden.to(self._shared.served.dtype))
+            self._position = start
+            self._reply(Response(tensors=[output], metadata=_about(arrived, reused=start)))
+            return
+        times = StepTimes()
+        future = self._shared.engine.step(
+            self._rows,
+            step.hidden,
+            start=start,
+            hypo_ids=step.hypo_ids,
+            prompts=step.prompts,
+            names=[list(row) for row in metadata.names],
+            times=times,
+        )
+        self._shared.busy += 1
+        loop, pushes = asyncio.get_running_loop(), step.prompts is None
+
+        def finish() -> None:
+            self._shared.busy -= 1
+            if not self.over.done():
+                try:
+                    output = encode(future.result())
+                    self._position = start + columns
+                    if metadata.next_servers and pushes:
+                        self._push_on(output, arrived)
+                    about = _about(arrived, queue_s=times.queue_s, compute_s=times.compute_s)
+                    self._reply(Response(tensors=[output], metadata=about))
+                except Exception as error:
+                    self.end(error)
+                self.go_on()
+
+        future.add_done_callback(lambda _: loop.is_closed() or loop.call_soon_threadsafe(finish))
+
+    def _reply(self, response: Response) -> None:
+        """Answers the step that is under way; unless much waits to be sent, the next can begin then."""
+        self._busy = not self._stream.send_now(response)
+        if self._busy:
+            self._shared.spawn(self._reply_later(response))
+
+    async def _reply_later(self, response: Response) -> None:
+        try:
+            await self._stream.send(response)
+        except PeerLostError as error:
+            self.end(error)
+        self._busy = False
+        self.go_on()
+
+    def _push_on(self, output: runtime_pb2.Tensor, arrived: Arrived) -> None:
+        request, fields, metadata = arrived
+        hop, *rest = metadata.next_servers
+        passed_on = dict(
+            fields, session_id=hop.session_id, next_servers=[following.to_tuple() for following in rest], pushed=True
+        )
+        onward = Request(
+            uid=span_uid(self._shared.served.prefix, hop.start, hop.end),
+            tensors=[output, *request.tensors[1:]],
+            metadata=rpc.dump(passed_on),
+        )
+        if not self._shared.pusher.push_now(hop.peer_id, onward):
+            self._shared.spawn(self._push_later(hop.peer_id, onward, metadata.step_id))
+
+    async def _push_later(self, peer_id: PeerID, onward: Request, step_id: str | None) -> None:
+        try:
+            await self._shared.pusher.push(peer_id, onward)
+        except PeerLostError as error:
+            logger.debug("%s", error)
+            # the client forwards the output itself, or finds that the next hop is gone
+            with suppress(PeerLostError):
+                await self._stream.send(Response(metadata=rpc.dump({"push_failed": step_id})))
+
+
+def _about(arrived: Arrived, **told: float) -> bytes:
+    return rpc.dump({"step_id": arrived.metadata.step_id, **told})

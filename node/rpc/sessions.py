@@ -1,0 +1,106 @@
+"""The sessions that are open at a node: opened by clients, fed by clients and by the hops before, ended when idle."""
+
+from __future__ import annotations
+
+import asyncio
+
+from hivemind.p2p import PeerID
+
+from swarm.errors import BadRequestError, EvictedError, LeavingError
+from swarm.wire.rpc import Request, Response
+from swarm.wire.stream import MessageStream
+
+from .requests import check_opening, open_message
+from .session_stream import SessionStream
+from .shared import Shared
+
+
+class Sessions:
+    """By the ids that clients gave them."""
+
+    def __init__(self, shared: Shared) -> None:
+        self._shared = shared
+        self._open: dict[str, SessionStream] = {}
+        self._pushed: set[MessageStream] = set()  # streams over which others push
+
+    async def serve(self, stream: MessageStream, peer: PeerID) -> None:
+        """``rpc_inference``: one session, from its first message to its end.
+
+        Raises:
+            SwarmError: it can't be opened, or what ended it.
+        """
+        shared = self._shared
+        request = await asyncio.wait_for(stream.receive(Request), shared.limits.step_timeout)
+        if request is None:
+            return
+        shared.refuse_if_leaving()
+        first = open_message(request)
+        opening = check_opening(first, shared.served, shared.limits)
+        session_id = first.metadata.session_id or f"unnamed {id(first)} {peer}"  # without a name nobody can push to it
+        rows = shared.engine.open(
+            rows=opening.rows,
+            first=opening.first,
+            last=opening.last,
+            left_padding=opening.left_padding,
+            adapter=opening.adapter,
+        )
+        session = SessionStream(shared, stream, opening, rows)
+        reading = session.read()
+        try:
+            await session.admit(reading, first.metadata.alloc_timeout)
+            if session_id in self._open:
+                raise BadRequestError("there is a session of this id already")
+            self._open[session_id] = session
+            try:
+                session.begin(first)
+                await session.over
+            finally:
+                del self._open[session_id]
+        finally:
+            reading.cancel()
+            session.end(None)
+            shared.engine.close(rows)
+
+    async def take_pushes(self, stream: MessageStream, peer: PeerID) -> None:
+        """``rpc_push_stream``: outputs of another node, one after the other."""
+        self._pushed.add(stream)
+        try:
+            while (request := await stream.receive(Request)) is not None:
+                self._deliver(request)
+        finally:
+            self._pushed.discard(stream)
+
+    async def take_push(self, request: Request) -> Response:
+        """``rpc_push``, as Petals' servers do it: one output."""
+        self._deliver(request)
+        return Response()
+
+    def _deliver(self, request: Request) -> None:
+        arrived = open_message(request)
+        session = self._open.get(arrived.metadata.session_id or "")
+        if session is None:
+            return  # its client is gone, or has found another route
+        if session.is_full:
+            raise BadRequestError("too many steps of one session are waiting")
+        session.take(arrived)
+
+    async def end_idle(self) -> None:
+        """Ends sessions that are idle for too long: much sooner, and one at a time, while others wait for cache."""
+        limit, short = self._shared.limits.step_timeout, self._shared.limits.idle_seconds
+        while True:
+            await asyncio.sleep(min(limit, short, 10.0) / 10)
+            now = asyncio.get_running_loop().time()
+            idle = [(session.idle_since, session) for session in self._open.values() if session.idle_since]
+            for number, (since, session) in enumerate(sorted(idle, key=lambda pair: pair[0])):
+                if now - since > limit or (number == 0 and self._shared.waiting and now - since > short):
+                    session.take(EvictedError(f"the session was idle for {now - since:.0f} seconds"))
+
+    def end_all(self) -> None:
+        """Ends all sessions with an error that sends their clients elsewhere."""
+        for session in list(self._open.values()):
+            session.take(LeavingError("this node is shutting down"))
+
+    def close_pushes(self) -> None:
+        """Ends the streams over which others push, or they would go on pushing to this handler."""
+        for stream in self._pushed:
+            stream.close()
