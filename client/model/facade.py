@@ -170,6 +170,7 @@ class SwarmModelForCausalLM(GenerateHooks, _Family):
         blocks = RemoteBlocks(connection, 0, connection.num_blocks)
         put_blocks_in(ends, blocks)
         combine_head(ends, deterministic=deterministic)
+        # in place: a model of the new class would have to be built and filled once more
         ends.__class__ = _facade_class(facade, type(ends))  # type: ignore[arg-type]  # classes are hashable
         ends.eval()
         model: Any = ends

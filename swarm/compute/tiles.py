@@ -21,6 +21,8 @@ _WEIGHTS_COST = 8  # reading the weights once costs about what computing so many
 _ALIGNMENT = 64  # bytes: kernels may begin differently where memory is less aligned than torch's own
 
 _found: dict[Hashable, tuple[int, ...]] = {}
+"""By what tells kernels apart. Finding them takes hundreds of products, too long for each layer of a shape, and the
+kernels are the process's, so these are kept for the process."""
 
 
 def tiled(compute: Compute, x: torch.Tensor, key: Hashable) -> torch.Tensor:

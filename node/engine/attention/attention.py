@@ -265,10 +265,10 @@ def _mask(
     keys: int,
 ) -> torch.Tensor:
     # The first key follows from the first query and the window, so it needs no place in the name of a mask
-    name = (first_query, queries, rule.window, None if rule.slopes is None else id(rule.slopes))
-    found = batch.masks.get(name)
-    if found is not None:
-        return found[0]
+    name = ("mask", first_query, queries, rule.window, None if rule.slopes is None else id(rule.slopes))
+    if (found := batch.made.get(name)) is not None:
+        mask: torch.Tensor = found[0]
+        return mask
     made = build_mask(
         first_query=first_query,
         queries=queries,
@@ -280,7 +280,7 @@ def _mask(
         device=query.device,
     )
     if made.numel() <= _LARGEST_SCORES:
-        batch.masks[name] = made, rule.slopes
+        batch.made[name] = made, rule.slopes
     return made
 
 

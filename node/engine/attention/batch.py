@@ -6,6 +6,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -21,8 +22,9 @@ from .paged_attention import PagedRows, describe_rows
 SHORT_ROWS, SHORT_LENGTH = 4, 256
 """From how many rows on, and up to which length, one call over copies is quicker than a call for each row in place."""
 
-# By first query, queries, window and id of the ALiBi slopes; with the slopes, so that the id stays theirs
-Masks = dict[tuple[int, int, int | None, int | None], tuple[torch.Tensor, torch.Tensor | None]]
+Made = dict[tuple[Any, ...], tuple[Any, ...]]
+"""What the first block that needs it makes for all. A name with the id of a tensor in it stands for that tensor beside
+others, so that the id stays its own."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Batch:
     ``positions`` ``[1, N]`` int64 counts tokens within the row. ``slots`` ``[N]`` int64 says where each token's key and
     value go; if they lie side by side it is None, and ``run`` the first. ``rows`` are the rows with new tokens and
     how many, ``pieces`` how :func:`pack` was told to cut them. ``paged`` describes them for the kernel, if there is
-    one. What is the same for all blocks is made once; ``masks`` holds the masks that the first block made.
+    one. What is the same for all blocks is made once; ``made`` holds what blocks make for one another.
     ``states`` are those of each row, in models that have any. ``shared_kv`` are keys and values of these tokens that
     blocks leave for later ones. ``adapters`` say which tokens go through which.
     """
@@ -79,7 +81,7 @@ class Batch:
     rows: tuple[tuple[Row, int], ...]
     pieces: tuple[tuple[int, int], ...] | None = None
     paged: PagedRows | None = None
-    masks: Masks = field(default_factory=dict)
+    made: Made = field(default_factory=dict)
     states: tuple[RowStates, ...] = ()
     shared_kv: SharedKV = field(default_factory=dict)
     adapters: tuple[AdapterTokens, ...] = ()
@@ -113,7 +115,7 @@ class Batch:
             positions=self.positions.to(device, non_blocking=True),
             slots=None if self.slots is None else self.slots.to(device, non_blocking=True),
             paged=None if self.paged is None else self.paged.to(device),
-            masks={},
+            made={},
             shared_kv=_moved(self.shared_kv, device),
         )
 
@@ -125,7 +127,7 @@ class DenseBatch:
     rows: int
     columns: int
     positions: torch.Tensor
-    masks: Masks = field(default_factory=dict)
+    made: Made = field(default_factory=dict)
     shared_kv: SharedKV = field(default_factory=dict)
     adapters: tuple[AdapterTokens, ...] = ()
     start: None = None  # of no use here, where there are many tokens
@@ -139,7 +141,7 @@ class DenseBatch:
         if device == self.positions.device:
             return self
         positions = self.positions.to(device, non_blocking=True)
-        return replace(self, positions=positions, masks={}, shared_kv=_moved(self.shared_kv, device))
+        return replace(self, positions=positions, made={}, shared_kv=_moved(self.shared_kv, device))
 
 
 def _moved(shared_kv: SharedKV, device: torch.device) -> SharedKV:

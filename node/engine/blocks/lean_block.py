@@ -29,7 +29,9 @@ _ALIKE = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 """Of the largest result, in the trial; another computation is off by about all of it."""
 
-_agreed: dict[str, bool] = {}  # by what a block says it is made of
+_agreed: dict[str, bool] = {}
+"""Verdicts by dtype and what a block prints. They depend on nothing else, and a trial takes as long as a few steps: too
+long for each of eighty blocks that are alike, so they are kept for the process."""
 
 
 def lighten_block(block: nn.Module) -> None:
@@ -86,7 +88,7 @@ class LeanBlock:
         if self._query_key_norm is not None:
             weight, eps = self._query_key_norm
             query_key = rms_norm(query_key, (self._dim,), None, eps) * weight
-        cos, sin = _rotation(*position_embeddings)
+        cos, sin = _rotation(batch, *position_embeddings)
         query_key = torch.addcmul(query_key * cos, query_key.roll(self._dim // 2, -1), sin)
         query, key = query_key.split((self._heads, self._kv_heads), 2)
         mixed, _ = attention(
@@ -126,23 +128,15 @@ class _Norm:
         return torch.addcmul(self._zero, wide, self._wide, value=scale).to(x.dtype)
 
 
-class _Rotation:
-    """Rotary embeddings (Su et al., 2021) in the form that this takes: the halves change places by a roll, so the sign
-    is with the sines. Made once for all blocks of a batch."""
-
-    def __init__(self) -> None:
-        self._last: tuple[Any, Any, Any] = (None, None, None)
-
-    def __call__(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """From ``[1, N, dim]`` to ``[1, N, 1, dim]``."""
-        last = self._last
-        if last[0] is not sin:
-            first, second = sin.unsqueeze(2).chunk(2, -1)
-            last = self._last = sin, cos.unsqueeze(2), torch.cat((-first, second), -1)
-        return last[1], last[2]
-
-
-_rotation = _Rotation()
+def _rotation(batch: Any, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary embeddings (Su et al., 2021) ``[1, N, dim]`` in the form ``[1, N, 1, dim]`` that this takes: the halves
+    change places by a roll, so the sign is with the sines. Made once for all blocks of ``batch``."""
+    name = ("rotation", id(sin))
+    made = batch.made.get(name)
+    if made is None:
+        first, second = sin.unsqueeze(2).chunk(2, -1)
+        made = batch.made[name] = cos.unsqueeze(2), torch.cat((-first, second), -1), sin
+    return made[0], made[1]
 
 
 def _compute(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:

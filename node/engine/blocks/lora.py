@@ -17,6 +17,7 @@ from torch import nn
 
 from ..attention.adapter_tokens import AdapterTokens
 
+# between run_blocks and a layer lies transformers' code, which hands on no argument of ours; each thread has its own
 _now: ContextVar[tuple[AdapterTokens, ...]] = ContextVar("adapters", default=())
 
 

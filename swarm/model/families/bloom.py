@@ -45,6 +45,7 @@ class BloomFamily(Family):
     def adapt(self, block: nn.Module, config: PreTrainedConfig) -> None:
         attention = block.self_attention
         assert isinstance(attention, BloomAttention)
+        # in place: everything but the code stays, parameters and their names too
         attention.__class__ = SwarmBloomAttention
         # The original keeps none, and the name of the attention function is in it.
         attention.config = config  # type: ignore[assignment]

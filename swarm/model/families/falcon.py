@@ -60,6 +60,7 @@ class FalconFamily(Family):
     def adapt(self, block: nn.Module, config: PreTrainedConfig) -> None:
         attention = block.self_attention
         assert isinstance(attention, FalconAttention)
+        # in place: everything but the code stays, parameters and their names too
         attention.__class__ = SwarmFalconAttention
 
     def position_embeddings(

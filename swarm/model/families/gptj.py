@@ -32,6 +32,7 @@ class GPTJFamily(Family):
         attention = block.attn
         assert isinstance(attention, GPTJAttention)
         if hasattr(attention, "_attn"):
+            # in place: everything but the code stays, parameters and their names too
             attention.__class__ = SwarmGPTJAttention
 
     def run(

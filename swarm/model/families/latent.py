@@ -60,6 +60,7 @@ class LatentFamily(Family):
         attention: Any = block.self_attn
         if not hasattr(attention, "expand_kv"):  # in older versions of transformers; the cache holds the heads then
             return
+        # in place: everything but the name of its class stays
         attention.kv_b_proj.__class__ = _Expansion
         attention.expand_kv = _keep_latents
         attention.model_config = config

@@ -45,6 +45,7 @@ def adapt_mixers(block: nn.Module) -> None:
     for module in found:
         kind = type(module)
         options = {"_cache_keyword": cache_keyword(kind)}
+        # in place: everything but the forward stays, parameters and their names too
         module.__class__ = type(f"{kind.__name__}ByRows", (_ByRows, kind), options)
     block.has_mixers = bool(found)  # type: ignore[assignment]
 

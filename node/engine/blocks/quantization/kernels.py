@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -18,8 +18,6 @@ from .matrices.int8 import Int8Matrix
 from .matrices.matrix import QuantizedMatrix
 from .matrices.nf4 import CudaNF4Matrix, NF4Matrix
 from .trial import FAILURES, is_right
-
-Found = TypeVar("Found", Integers, Codes)
 
 
 @dataclass(frozen=True)
@@ -81,9 +79,11 @@ def _works(kernel: Kernel, kind: str, group: int, device: torch.device, dtype: t
         return False
 
 
-def to_device(found: Found, device: torch.device) -> Found:
+def to_device(found: Integers | Codes, device: torch.device) -> Integers | Codes:
     """The same on ``device``."""
-    parts = {name: part.to(device) for name, part in vars(found).items() if isinstance(part, torch.Tensor)}
+    parts: dict[str, Any] = {
+        name: part.to(device) for name, part in vars(found).items() if isinstance(part, torch.Tensor)
+    }
     return replace(found, **parts)
 
 

@@ -110,11 +110,11 @@ class Int4Matrix(QuantizedMatrix):
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         scales = self.scales
-        rows = (x if self.order is None else x.index_select(1, self.order)).to(scales.dtype).contiguous()
+        if x.dtype != scales.dtype:
+            return self.multiply(x.to(scales.dtype)).to(x.dtype)
+        rows = (x if self.order is None else x.index_select(1, self.order)).contiguous()
         output = self._product(rows, scales)
-        if self.rest is not None:
-            output = output + self._product(rows, self.rest)
-        return output.to(x.dtype)
+        return output if self.rest is None else output + self._product(rows, self.rest)
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         if not self.exact and not self._interleaved():
@@ -122,12 +122,15 @@ class Int4Matrix(QuantizedMatrix):
         inner = torch.float32 if self.exact else dtype
         scales = self.scales.to(inner) if self.rest is None else self.scales.to(inner) + self.rest
         whole = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.packed.device)
+        direct = inner == dtype and self.order is None
         start = 0
-        for steps in self._steps(inner):
+        for steps in self._steps():
             rows = slice(start, start := start + len(steps))
+            part = whole[rows] if direct else steps.new_empty(steps.shape, dtype=inner)
             scale, offset = scales[:, rows].transpose(0, 1)[..., None].unbind(2)
-            weights = steps.view(len(steps), -1, self.group).mul_(scale).add_(offset).view(len(steps), -1).to(dtype)
-            whole[rows if self.order is None else (rows, self.order)] = weights
+            part.copy_(steps).sub_(8).view(len(steps), -1, self.group).mul_(scale).add_(offset)
+            if not direct:
+                whole[rows if self.order is None else (rows, self.order)] = part.to(dtype)
         return whole
 
     @classmethod
@@ -171,15 +174,15 @@ class Int4Matrix(QuantizedMatrix):
         rows = _interleaved_rows()
         return rows if rows and self.out_features % rows == 0 else 0
 
-    def _steps(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """Steps less 8, ``[rows, in]``, for some rows at a time; of all where the layout isn't known."""
+    def _steps(self) -> Iterator[torch.Tensor]:
+        """Steps ``[rows, in]`` for some rows at a time; of all where the layout isn't known."""
         if rows := self._interleaved():
             for part in self.packed.split(_PIECE):
-                yield _unpack(part, rows).to(dtype).sub_(8)
+                yield _unpack(part, rows)
             return
-        ones = torch.zeros_like(self.scales)
-        ones[..., 0] = 1
-        yield self._of_identity(ones).to(dtype)
+        plain = torch.ones_like(self.scales)
+        plain[..., 1] = 8
+        yield self._of_identity(plain)
 
     def _of_identity(self, scales: torch.Tensor) -> torch.Tensor:
         """The weights with ``scales``, and the inputs as they lie: what comes out for the identity."""

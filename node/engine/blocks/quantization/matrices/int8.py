@@ -67,9 +67,12 @@ class Int8Matrix(QuantizedMatrix):
         return (output * scale).to(x.dtype)
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        weight, scale = self.weight, self.scale[:, None]
+        if scale.dtype == dtype:
+            return weight.to(dtype).mul_(scale)
         whole = torch.empty(self.out_features, self.in_features, dtype=dtype)
-        for rows, steps, scale in zip(*(each.split(_PIECE) for each in (whole, self.weight, self.scale)), strict=True):
-            rows.copy_(steps.float().mul_(scale[:, None]))
+        for rows, steps, each in zip(*(part.split(_PIECE) for part in (whole, weight, scale)), strict=True):
+            rows.copy_(steps.float().mul_(each))
         return whole
 
     @staticmethod
