@@ -212,8 +212,8 @@ class Engine:
             future.set_exception(error)
             return future
         ids = hypo_ids.tolist() if isinstance(hypo_ids, torch.Tensor) else hypo_ids
-        work = StepWork(hidden, start, None if ids is None else list(ids), prompts, future, names)
-        work.times = times or work.times
+        ids = None if ids is None else list(ids)
+        work = StepWork(hidden, start, ids, prompts, future, names, times=times or StepTimes())
         self._submit(Step(session, work))
         return future
 

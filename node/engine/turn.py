@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -21,13 +21,20 @@ from .scheduling.scheduler import columns_per_piece
 from .scheduling.step_queue import Take
 
 
-@dataclass(frozen=True)
-class TurnOutput:
+class TurnOutput(NamedTuple):
     """``outputs`` ``[rows, columns, H]`` of each take, and how many tokens of prefill and of decode were in them."""
 
     outputs: list[torch.Tensor]
     prefill: int
     decode: int
+
+
+class _Cut(NamedTuple):
+    """A take, how many of its columns are no padding by row, and the sum of these."""
+
+    take: Take
+    new: list[int]
+    total: int
 
 
 class TurnRunner:
@@ -50,28 +57,29 @@ class TurnRunner:
 
     def run(self, takes: Sequence[Take]) -> TurnOutput:
         """``takes`` through the blocks that all of them are for. If it fails, their rows are as long as before."""
-        cuts = [_new_tokens(take) for take in takes]
-        totals = [sum(new) for new in cuts]
-        decode = sum(total for take, total in zip(takes, totals, strict=True) if take.work.decodes)
-        if not any(totals):
+        cuts = [_cut(take) for take in takes]
+        rows: list[tuple[Row, int]] = []
+        prefill = decode = 0
+        for take, new, total in cuts:
+            rows.extend(zip(take.session.rows, new, strict=True))
+            if take.work.decodes:
+                decode += total
+            else:
+                prefill += total
+        if not prefill + decode:
             return TurnOutput([self._empty(take) for take in takes], 0, 0)
-        rows = [
-            pair for take, new in zip(takes, cuts, strict=True) for pair in zip(take.session.rows, new, strict=True)
-        ]
-        outputs = self._divide(self._compute(takes, cuts, rows), takes, cuts)
+        outputs = self._divide(self._compute(cuts, rows), cuts)
         for row, count in rows:
             row.length += count
-        return TurnOutput(outputs, sum(totals) - decode, decode)
+        return TurnOutput(outputs, prefill, decode)
 
-    def _compute(
-        self, takes: Sequence[Take], cuts: Sequence[Sequence[int]], rows: list[tuple[Row, int]]
-    ) -> torch.Tensor:
+    def _compute(self, cuts: Sequence[_Cut], rows: list[tuple[Row, int]]) -> torch.Tensor:
         """The output ``[1, tokens, H]`` of all takes, on the CPU; ``rows`` with how many new tokens each has."""
-        span, session = self._span, takes[0].session
-        parts = [part for take, new in zip(takes, cuts, strict=True) for part in _inputs(take, new)]
+        span, session = self._span, cuts[0].take.session
+        parts = [part for cut in cuts for part in _inputs(cut)]
         flat = parts[0] if len(parts) == 1 else torch.cat([part.to(span.dtype) for part in parts], 1)
-        prompts = self._place(takes[0], cuts[0])
-        adapters = adapter_tokens((take.session.adapter, sum(new)) for take, new in zip(takes, cuts, strict=True))
+        prompts = self._place(cuts[0])
+        adapters = adapter_tokens([(cut.take.session.adapter, cut.total) for cut in cuts])
         if self._decode is not None and prompts is None and not adapters:
             decoded = self._decode.run(rows, flat[0], session.first, session.last)
             if decoded is not None:
@@ -80,7 +88,7 @@ class TurnRunner:
             self._cache,
             rows,
             span.device,
-            pieces=_pieces(takes) if self._deterministic else None,
+            pieces=_pieces(cuts) if self._deterministic else None,
             states=tuple(self._states.of(row) for row, count in rows if count) if self._states is not None else (),
             adapters=adapters,
         )
@@ -88,16 +96,15 @@ class TurnRunner:
         output = executor.run_blocks(span, hidden, batch, first=session.first, last=session.last, prompts=prompts)
         return output if output.is_cpu else to_host(output)
 
-    def _divide(self, output: torch.Tensor, takes: Sequence[Take], cuts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    def _divide(self, output: torch.Tensor, cuts: Sequence[_Cut]) -> list[torch.Tensor]:
         """``output`` ``[1, tokens, H]`` as ``[rows, columns, H]`` of each take; zero where there is padding."""
         outputs: list[torch.Tensor] = []
         offset = 0
-        for take, new in zip(takes, cuts, strict=True):
-            total = sum(new)
+        for take, new, total in cuts:
             mine = output if total == output.shape[1] else output.narrow(1, offset, total)
             offset += total
             if total == take.columns * len(new):
-                outputs.append(mine if len(new) == 1 else mine.reshape(len(new), take.columns, -1))
+                outputs.append(mine if len(new) == 1 else mine.reshape(len(new), take.columns, output.shape[2]))
                 continue
             padded = self._empty(take)
             for row, piece in enumerate(mine[0].split(new)):
@@ -105,16 +112,16 @@ class TurnRunner:
             outputs.append(padded)
         return outputs
 
-    def _place(self, take: Take, new: Sequence[int]) -> PlacedPrompts | None:
-        """The prompts of ``take``, which runs alone if it has some, for its columns in this turn."""
-        work, columns = take.work, take.columns
+    def _place(self, cut: _Cut) -> PlacedPrompts | None:
+        """The prompts of a take, which runs alone if it has some, for its columns in this turn."""
+        work, columns = cut.take.work, cut.take.columns
         if work.prompts is None:
             return None
         prompts = work.prompts.to(self._span.device, self._span.dtype)
         where: list[int] = []
         cells: list[tuple[int, int]] = []
         offset = 0
-        for row, count in enumerate(new):
+        for row, count in enumerate(cut.new):
             skipped = columns - count
             for column in range(skipped, min(columns, prompts.shape[2] - work.done)):
                 where.append(offset + column - skipped)
@@ -126,21 +133,21 @@ class TurnRunner:
         return torch.zeros(take.work.rows, take.columns, self._span.hidden_size, dtype=self._span.dtype)
 
 
-def _new_tokens(take: Take) -> list[int]:
-    """How many of the take's columns are no padding, by row."""
+def _cut(take: Take) -> _Cut:
     session, end = take.session, take.work.start + take.work.done + take.columns
-    return [session.row_length(row, end) - sequence.length for row, sequence in enumerate(session.rows)]
+    new = [session.row_length(row, end) - sequence.length for row, sequence in enumerate(session.rows)]
+    return _Cut(take, new, sum(new))
 
 
-def _inputs(take: Take, new: Sequence[int]) -> Sequence[torch.Tensor]:
+def _inputs(cut: _Cut) -> Sequence[torch.Tensor]:
     """The take's tokens that are no padding, in parts of ``[1, tokens, H]``."""
-    work, columns = take.work, take.columns
+    (_, work, columns), new, total = cut
     part = work.hidden if columns == work.columns else work.hidden[:, work.done : work.done + columns]
-    if sum(new) == columns * len(new):
-        return (part if len(new) == 1 else part.reshape(1, columns * len(new), -1),)
+    if total == columns * len(new):
+        return (part if len(new) == 1 else part.reshape(1, total, part.shape[2]),)
     return [part[row : row + 1, columns - count :] for row, count in enumerate(new)]
 
 
-def _pieces(takes: Sequence[Take]) -> list[tuple[int, int]]:
+def _pieces(cuts: Sequence[_Cut]) -> list[tuple[int, int]]:
     """The padding of each row, and at which multiples it is cut."""
-    return [(padding, columns_per_piece(len(take.session.rows))) for take in takes for padding in take.session.padding]
+    return [(padding, columns_per_piece(len(cut.new))) for cut in cuts for padding in cut.take.session.padding]

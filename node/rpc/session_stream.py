@@ -109,7 +109,7 @@ class SessionStream:
     # through the event loop, some tens of microseconds behind layers that have pushed all else out of the caches.
 
     def take(self, arrived: Arrived | SwarmError | None) -> None:
-        """Has a step wait for its turn, which may be now; or what ends the session: an error, or with None its client."""
+        """Has a step wait for its turn, which may be now; or what ends the session: an error, or its client (None)."""
         self._waiting.append(arrived)
         self.go_on()
 

@@ -36,17 +36,9 @@ class StepWork:
     done: int = 0  # columns that went through the blocks
     output: torch.Tensor | None = None  # of the columns done, where they are fewer than all
 
-    @property
-    def rows(self) -> int:
-        return self.hidden.shape[0]
-
-    @property
-    def columns(self) -> int:
-        return self.hidden.shape[1]
-
-    @property
-    def decodes(self) -> bool:
-        return self.hidden.shape[1] <= DECODE_COLUMNS
+    def __post_init__(self) -> None:
+        self.rows, self.columns, _ = self.hidden.shape  # once, as asking a tensor takes a while
+        self.decodes = self.columns <= DECODE_COLUMNS
 
 
 @dataclass(eq=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from swarm.errors import BadRequestError, LeavingError, OutOfCacheError, RemoteE
 from swarm.node.engine.engine import Engine
 from swarm.node.engine.gpu.acceleration import Acceleration
 from swarm.node.engine.scheduling.messages import Prefix
+from swarm.node.engine.scheduling.turnstile import Turnstile
 from tests.node.engine.attention.paged_reference import KERNEL
 
 Get = Callable[[str], Any]
@@ -205,46 +207,38 @@ def test_decode_goes_on_during_a_long_prefill(span: FragileSpan, start_engine: S
     assert stats.waiting == 0
 
 
-def test_a_message_that_cannot_be_taken_in_costs_only_its_sender(
-    span: FragileSpan, start_engine: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_message_that_cannot_be_taken_in_costs_only_its_sender(span: FragileSpan, start_engine: Start) -> None:
     engine = start_engine(span)
     session = engine.open(rows=1, first=0, last=4)
-    with monkeypatch.context() as patched:
-        patched.setattr(engine._admissions, "_found", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            result(engine.admit(session, 8))
+    unhashable: Any = [[]]
+    with pytest.raises(TypeError):
+        result(engine.admit(session, 8, prefix=Prefix(b"a", (unhashable,))))
     assert result(engine.admit(session, 8)) == 0
     assert engine.stats().queued == 0
     assert result(engine.step(session, hidden(1, 3), start=0)).shape == (1, 3, SIZE)
 
 
-class Gate:
-    """A turnstile that notes who goes through, and after how long."""
+def test_others_may_compute_before_results_are_delivered(
+    span: FragileSpan, start_engine: Start, tmp_path: Path
+) -> None:
+    engine, others = start_engine(span, turnstile=Turnstile(tmp_path)), Turnstile(tmp_path)
+    entered = []
 
-    def __init__(self, engine_events: list[str]) -> None:
-        self._events = engine_events
+    def enter(_: Any) -> None:
+        others.enter()
+        entered.append(others._inside)
+        others.leave()
 
-    def __enter__(self) -> float:
-        self._events.append("in")
-        return 0.001
-
-    def __exit__(self, *_: object) -> None:
-        self._events.append("out")
-
-
-def test_others_may_compute_before_results_are_delivered(span: FragileSpan, start_engine: Start) -> None:
-    events: list[str] = []
-    engine = start_engine(span, turnstile=Gate(events))
+    span.gate = threading.Event()
     session = engine.open(rows=1, first=0, last=4)
-    for future in (
-        engine.step(session, hidden(1, 3), start=0),
-        engine.forward(hidden(1, 1), first=0, last=4),
-    ):
-        future.add_done_callback(lambda _: events.append("result"))
+    futures = [engine.step(session, hidden(1, 3), start=0), engine.forward(hidden(1, 1), first=0, last=4)]
+    for future in futures:
+        future.add_done_callback(enter)
+    span.gate.set()
+    for future in futures:
         result(future)
     engine.stop()
-    assert events == ["in", "out", "result"] * 2
+    assert entered == [True, True]
 
 
 def test_stopping_fails_what_waits(span: FragileSpan, start_engine: Start) -> None:
