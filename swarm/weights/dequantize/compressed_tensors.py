@@ -6,7 +6,8 @@ tensor's own parts tell which it is, and the config only how many bits packed on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,46 +44,8 @@ def formats(config: Mapping[str, Any]) -> list[Format]:
     block = next(iter(blocks), None)
     bits = sorted({int(each.get("num_bits") or 8) for each in weights})
 
-    def plain(parts: Parts) -> torch.Tensor:
-        weight, scale = parts[""], parts["_scale"]
-        if weight.dtype.itemsize > 1:
-            raise ValueError(f"its weight is {weight.dtype}, though it has scales")
-        zero = parts["_zero_point"].float() if "_zero_point" in parts else None
-        scale = power_of_two(scale) if scale.dtype is torch.uint8 else scale.float()
-        numbers = weight.float() if weight.dtype is torch.int8 else fp8_to_float(weight)
-        return _grouped(numbers, zero, scale, parts.get("_g_idx"), block)
-
-    def plain_layout(headers: Headers, out: int, inputs: int) -> Layout | None:
-        by_row = headers["_scale"].numel in (1, out) and "_zero_point" not in headers
-        return Layout("int8", inputs) if by_row and headers[""].dtype is torch.int8 else None
-
-    def plain_integers(parts: Parts) -> Integers:
-        return Integers(parts[""], None, parts["_scale"].reshape(-1, 1))
-
-    def integers(parts: Parts) -> Integers:
-        rows, columns = (int(size) for size in parts["_shape"])
-        words, scale, group = parts["_packed"], parts["_scale"], parts.get("_g_idx")
-        fitting = [each for each in bits if -(-columns * each // 32) == words.shape[1]]
-        if len(fitting) != 1 or words.shape[0] != rows:
-            raise ValueError(f"{list(words.shape)} words can't hold {rows} x {columns} numbers of {bits} bits")
-        numbers = unpack_words(words, fitting[0])[:, :columns]  # plus half of what there is, as are the zeros
-        if "_zero_point" in parts:
-            zero = unpack_words(parts["_zero_point"].T.contiguous(), fitting[0]).T[:rows]
-        else:
-            zero = torch.full((1, 1), 1 << (fitting[0] - 1))
-        ordered = group is not None and scale.ndim == 2 and scale.shape[1] > 1 and bool((group >= 0).all())
-        return Integers(numbers, zero, scale, group.long() if ordered and group is not None else None)
-
-    def layout(headers: Headers, out: int, inputs: int) -> Layout | None:
-        words, scale = headers["_packed"], headers["_scale"]
-        group, zeros = inputs * out // scale.numel, "_zero_point" in headers
-        if words.numel == out * -(-inputs // 8) and 4 in bits:
-            short = scale.dtype is torch.bfloat16 and not zeros
-            return Layout("int4", group, short, "_g_idx" in headers)
-        eight = words.numel == out * -(-inputs // 4) and 8 in bits
-        return Layout("int8", inputs) if eight and group >= inputs and not zeros else None
-
     optional = ("_zero_point", "_g_idx", "_shape")
+    integers = partial(_integers, bits=bits)
     rows = dict.fromkeys(("", "_packed", "_scale", "_zero_point"), 0)
     return [
         Format(
@@ -90,9 +53,9 @@ def formats(config: Mapping[str, Any]) -> list[Format]:
             ("_scale",),
             optional,
             "",
-            plain,
-            plain_layout,
-            plain_integers,
+            partial(_plain, block=block),
+            _plain_layout,
+            _plain_integers,
             rows,
             block[0] if block else None,
         ),
@@ -102,12 +65,56 @@ def formats(config: Mapping[str, Any]) -> list[Format]:
             optional[:2],
             "",
             lambda parts: integers(parts).weight(),
-            layout,
+            partial(_layout, bits=bits),
             integers,
         ),
         Format("_packed", ("_scale", "_global_scale"), (), "", _nvfp4, rows=rows),
         Format("_packed", ("_scale",), (), "", _mxfp4, rows=rows),
     ]
+
+
+def _plain(parts: Parts, block: tuple[int, ...] | None) -> torch.Tensor:
+    weight, scale = parts[""], parts["_scale"]
+    if weight.dtype.itemsize > 1:
+        raise ValueError(f"its weight is {weight.dtype}, though it has scales")
+    zero = parts["_zero_point"].float() if "_zero_point" in parts else None
+    scale = power_of_two(scale) if scale.dtype is torch.uint8 else scale.float()
+    numbers = weight.float() if weight.dtype is torch.int8 else fp8_to_float(weight)
+    return _grouped(numbers, zero, scale, parts.get("_g_idx"), block)
+
+
+def _plain_layout(headers: Headers, out: int, inputs: int) -> Layout | None:
+    by_row = headers["_scale"].numel in (1, out) and "_zero_point" not in headers
+    return Layout("int8", inputs) if by_row and headers[""].dtype is torch.int8 else None
+
+
+def _plain_integers(parts: Parts) -> Integers:
+    return Integers(parts[""], None, parts["_scale"].reshape(-1, 1))
+
+
+def _integers(parts: Parts, bits: Sequence[int]) -> Integers:
+    rows, columns = (int(size) for size in parts["_shape"])
+    words, scale, group = parts["_packed"], parts["_scale"], parts.get("_g_idx")
+    fitting = [each for each in bits if -(-columns * each // 32) == words.shape[1]]
+    if len(fitting) != 1 or words.shape[0] != rows:
+        raise ValueError(f"{list(words.shape)} words can't hold {rows} x {columns} numbers of {bits} bits")
+    numbers = unpack_words(words, fitting[0])[:, :columns]  # plus half of what there is, as are the zeros
+    if "_zero_point" in parts:
+        zero = unpack_words(parts["_zero_point"].T.contiguous(), fitting[0]).T[:rows]
+    else:
+        zero = torch.full((1, 1), 1 << (fitting[0] - 1))
+    ordered = group is not None and scale.ndim == 2 and scale.shape[1] > 1 and bool((group >= 0).all())
+    return Integers(numbers, zero, scale, group.long() if ordered and group is not None else None)
+
+
+def _layout(headers: Headers, out: int, inputs: int, bits: Sequence[int]) -> Layout | None:
+    words, scale = headers["_packed"], headers["_scale"]
+    group, zeros = inputs * out // scale.numel, "_zero_point" in headers
+    if words.numel == out * -(-inputs // 8) and 4 in bits:
+        short = scale.dtype is torch.bfloat16 and not zeros
+        return Layout("int4", group, short, "_g_idx" in headers)
+    eight = words.numel == out * -(-inputs // 4) and 8 in bits
+    return Layout("int8", inputs) if eight and group >= inputs and not zeros else None
 
 
 def _nvfp4(parts: Parts) -> torch.Tensor:
