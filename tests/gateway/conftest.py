@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from swarm.client.gateway.server import GatewaySettings, running
 from swarm.model.source import resolve
 from tests.adapters import make_adapter, whole_with
-from tests.swarm_e2e.conftest import _zygote  # noqa: F401
 from tests.swarm_e2e.nodes import Swarm, run_swarm
 
 CACHE_TOKENS = 4096
