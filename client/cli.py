@@ -15,7 +15,7 @@ import typer
 from swarm.commands.builder import takes_settings
 from swarm.commands.options import CONTEXT, View
 from swarm.commands.terminal import require_text, run, text_input
-from swarm.compat.late_imports import defer_imports, importing
+from swarm.compat.late_imports import importing
 from swarm.errors import UsageError
 from swarm.option import Only, Option
 
@@ -153,7 +153,8 @@ def _watch(where: Where, view: View, *, top: bool) -> None:
     where.require()
     import asyncio
 
-    from swarm.commands.status import show, watch
+    with importing():
+        from swarm.commands.status import show, watch
 
     from .commands.gateway_view import watch_gateway
 
@@ -174,5 +175,4 @@ def _nowhere(text: str) -> None:
 
 def main() -> None:
     """Entry point of ``swarm``."""
-    defer_imports()
     run(app)

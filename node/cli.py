@@ -11,7 +11,7 @@ import typer
 from swarm.commands.builder import takes_settings
 from swarm.commands.options import CONTEXT, View
 from swarm.commands.terminal import run as run_command
-from swarm.compat.late_imports import defer_imports, importing
+from swarm.compat.late_imports import importing
 from swarm.compute.openmp import set_waiting
 from swarm.errors import UsageError
 from swarm.network.options import PeerOptions
@@ -68,7 +68,8 @@ def fetch(settings: Annotated[FetchSettings, _FETCH]) -> None:
     output = open_output(settings.log_format)
 
     async def run(stop: asyncio.Event) -> None:
-        from .commands.weights import fetch as fetch_weights
+        with importing():
+            from .commands.weights import fetch as fetch_weights
 
         _require_peers(settings.peer)
         await fetch_weights(settings, output, stop)
@@ -89,7 +90,8 @@ def seed(settings: Annotated[NodeSettings, _SEED]) -> None:
     output = open_output(settings.log_format)
 
     async def run(stop: asyncio.Event) -> None:
-        from .commands.weights import seed as seed_weights
+        with importing():
+            from .commands.weights import seed as seed_weights
 
         await seed_weights(settings, output, stop)
 
@@ -106,7 +108,8 @@ def bootstrap(
     output = open_output(log_format)
 
     async def run(stop: asyncio.Event) -> None:
-        from swarm.network.peer import Peer
+        with importing():
+            from swarm.network.peer import Peer
 
         peer = await Peer.start(options)
         lines = ["Others join with:", *(f"  --initial-peers {address}" for address in peer.addresses)]
@@ -124,7 +127,8 @@ def bootstrap(
 @takes_settings
 def status(settings: Annotated[NodeSettings, Only("model", "initial_peers", "dht_prefix")], view: View) -> None:
     """Show who serves which blocks of MODEL, how fast, what is free, and where blocks are missing."""
-    from swarm.commands.status import show, watch
+    with importing():
+        from swarm.commands.status import show, watch
 
     async def run(stop: asyncio.Event) -> None:
         _require_peers(settings.peer)
@@ -142,6 +146,5 @@ def _require_peers(options: PeerOptions) -> None:
 
 def main() -> None:
     """Entry point of ``swarm-node``."""
-    set_waiting()  # both before torch is imported
-    defer_imports()
+    set_waiting()  # before torch is imported
     run_command(app)

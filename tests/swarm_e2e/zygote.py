@@ -13,17 +13,17 @@ import sys
 
 
 def main() -> None:
-    from swarm.compat.late_imports import defer_imports
+    from swarm.compat.late_imports import importing
 
-    defer_imports()  # as the commands do
-    import swarm.client.cli
-    import swarm.client.commands.talk
-    import swarm.client.model.facade
-    import swarm.commands.status
-    import swarm.node.cli
-    import swarm.node.hosting.server
-    import swarm.node.output
-    from tests.swarm_e2e import modeling  # noqa: F401
+    with importing():  # as the commands do
+        import swarm.client.cli
+        import swarm.client.commands.talk
+        import swarm.client.model.facade
+        import swarm.commands.status
+        import swarm.node.cli
+        import swarm.node.hosting.server
+        import swarm.node.output
+        from tests.swarm_e2e import modeling  # noqa: F401
 
     commands = {"swarm": swarm.client.cli.main, "swarm-node": swarm.node.cli.main}
     for line in sys.stdin:
