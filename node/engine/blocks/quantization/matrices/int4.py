@@ -110,7 +110,7 @@ class Int4Matrix(QuantizedMatrix):
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         scales = self.scales
-        if x.dtype != scales.dtype:
+        if self.exact and x.dtype != scales.dtype:
             return self.multiply(x.to(scales.dtype)).to(x.dtype)
         rows = (x if self.order is None else x.index_select(1, self.order)).contiguous()
         output = self._product(rows, scales)
@@ -208,8 +208,9 @@ class CudaInt4Matrix(Int4Matrix):
         return packed
 
     def _product(self, rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = torch.ops.aten._weight_int4pack_mm(rows, self.packed, self.group, scales)
-        return output
+        rows_like_scales = rows.to(scales.dtype)
+        output: torch.Tensor = torch.ops.aten._weight_int4pack_mm(rows_like_scales, self.packed, self.group, scales)
+        return output.to(rows.dtype)
 
     def _interleaved(self) -> int:
         return 0

@@ -18,15 +18,18 @@ _PIECE = 256  # rows that are dequantized at a time
 
 
 class Int8Matrix(QuantizedMatrix):
-    """int8 ``[out, in]`` and scales ``[out]``, on a CPU: in the dtype of weights that were quantized here, float32 of a
-    checkpoint's own."""
+    """int8 ``[out, in]`` and scales ``[out]``, on a CPU.
+
+    Args:
+        scale: in the dtype of weights that were quantized here; of a checkpoint's own, which are ``exact``, float32.
+    """
 
     weight: torch.Tensor
     scale: torch.Tensor
 
-    def __init__(self, weight: torch.Tensor, scale: torch.Tensor, many_rows: int) -> None:
+    def __init__(self, weight: torch.Tensor, scale: torch.Tensor, *, exact: bool = False) -> None:
         super().__init__(*weight.shape)
-        self.many_rows = many_rows
+        self.exact, self.many_rows = exact, 80 if exact else 24
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
 
@@ -40,7 +43,7 @@ class Int8Matrix(QuantizedMatrix):
             scales.append(scale)
             steps = rows / torch.where(scale == 0, 1, scale)[:, None].float()
             pieces.append(steps.round_().clamp_(-127, 127).to(torch.int8))
-        return cls(torch.cat(pieces), torch.cat(scales), 24)
+        return cls(torch.cat(pieces), torch.cat(scales))
 
     @classmethod
     def of(cls, found: Integers, layout: Layout, dtype: torch.dtype) -> Int8Matrix:
@@ -56,11 +59,11 @@ class Int8Matrix(QuantizedMatrix):
             numbers = (numbers ^ 128).view(torch.int8)
         if found.scales.numel() not in (1, out):
             raise ValueError(f"{found.scales.numel()} scales don't fit {out} rows")
-        return cls(numbers.contiguous(), found.scales.float().reshape(-1).expand(out).contiguous(), 80)
+        return cls(numbers.contiguous(), found.scales.float().reshape(-1).expand(out).contiguous(), exact=True)
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         weight, scale = self.weight, self.scale
-        if scale.dtype == x.dtype:
+        if not self.exact or x.dtype == scale.dtype:
             return torch._weight_int8pack_mm(x.contiguous(), weight, scale)
         # the kernel takes scales in the dtype of x, which would round them
         output = torch._weight_int8pack_mm(x.contiguous(), weight, torch.ones_like(scale, dtype=x.dtype))
