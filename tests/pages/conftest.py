@@ -14,7 +14,6 @@ from playwright.sync_api import Browser, Page, Route, expect
 
 from swarm.client.gateway.server import GatewaySettings, running
 from tests.pages.browser import chromium
-from tests.swarm_e2e.conftest import _zygote  # noqa: F401
 from tests.swarm_e2e.nodes import Swarm, run_swarm
 
 expect.set_options(timeout=20_000)

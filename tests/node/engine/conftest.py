@@ -46,15 +46,6 @@ class Reference:
 _REFERENCES: dict[str, Reference] = {}
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors are tiny here: threads that wait for each other cost more than they do, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def reference() -> Callable[[str], Reference]:
     def get(like: str) -> Reference:
