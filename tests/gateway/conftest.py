@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from swarm.client.gateway.server import GatewaySettings, running
 from swarm.model.source import resolve
 from tests.adapters import make_adapter, whole_with
-from tests.swarm_e2e.conftest import _zygote  # noqa: F401
 from tests.swarm_e2e.nodes import Swarm, run_swarm
 
 CACHE_TOKENS = 4096
@@ -54,7 +53,7 @@ def demo_adapter() -> Path:
 @pytest.fixture(scope="session")
 def swarm() -> Iterator[Swarm]:
     adapters = ("--adapters", str(demo_adapter()))
-    with run_swarm("demo", ("0:4", "4:8"), "--cache-tokens", str(CACHE_TOKENS), *adapters) as swarm:
+    with run_swarm("demo", ("0:4", "4:8"), "--cache-tokens", str(CACHE_TOKENS), *adapters, metrics=True) as swarm:
         yield swarm
 
 

@@ -1,15 +1,30 @@
-"""Ends what the tests of this folder share."""
+"""The model that most tests of this folder use: whole, and as a client of the nodes that a module starts as `swarm`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tests.swarm_e2e.nodes import Zygote
+from swarm.client import SwarmModelForCausalLM
+from tests.models import tiny_model
+from tests.swarm_e2e.nodes import Swarm
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _zygote() -> Iterator[None]:
-    yield
-    Zygote.close()
+@pytest.fixture(scope="module")
+def path() -> Path:
+    return tiny_model("llama-gqa", positions=2048)
+
+
+@pytest.fixture(scope="module")
+def whole(path: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(path)
+
+
+@pytest.fixture(scope="module")
+def model(swarm: Swarm) -> Iterator[Any]:
+    with SwarmModelForCausalLM.from_pretrained(swarm.model, initial_peers=swarm.initial_peers) as model:
+        yield model

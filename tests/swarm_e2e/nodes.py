@@ -105,6 +105,11 @@ class Node:
         """Its name in the swarm."""
         return self.wait_ready()["peer_id"]
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """Its metrics, if it has ``--metrics-port``."""
+        return figures(f"http://127.0.0.1:{self.argv[self.argv.index('--metrics-port') + 1]}/metrics")
+
     def wait_ready(self) -> dict[str, Any]:
         """Waits until it serves."""
         deadline = time.monotonic() + START_TIMEOUT
@@ -172,20 +177,24 @@ def run_command(
 
 
 class Swarm:
-    """Nodes that serve one model to one another's clients."""
+    """Nodes that serve one model to one another's clients, each with metrics if so wished."""
 
-    def __init__(self, model: Path | str, workdir: Path) -> None:
-        self.model, self._workdir = str(model), workdir
+    def __init__(self, model: Path | str, workdir: Path, *, metrics: bool = False) -> None:
+        self.model, self._workdir, self._metrics = str(model), workdir, metrics
         self.nodes: list[Node] = []
+        self._given: dict[int, tuple[str, ...]] = {}
         self.initial_peers: list[str] = []
 
     def add(self, blocks: str, *options: str, wait: bool = True) -> Node:
         """Starts a node for these blocks. The first one is the swarm."""
         argv = ["serve", self.model, "--blocks", blocks, "--host", "127.0.0.1", "--log-format", "json", *options]
+        if self._metrics:
+            argv += ["--metrics-port", str(free_port())]
         for peer in self.initial_peers:
             argv += ["--initial-peers", peer]
         node = Node(argv, self._workdir)
         self.nodes.append(node)
+        self._given[node.pid] = (blocks, *options)
         if not self.initial_peers:
             self.initial_peers = node.wait_ready()["maddrs"][:1]
         elif wait:
@@ -195,6 +204,17 @@ class Swarm:
     def node_of(self, peer_id: object) -> Node:
         """The node with this PeerID."""
         return next(node for node in self.nodes if node.alive and node.peer_id == str(peer_id))
+
+    def revive(self) -> Swarm:
+        """Starts another node in the place of each that has ended; the swarm itself. At least one must be alive."""
+        ended = [node for node in self.nodes if not node.alive]
+        self.nodes = [node for node in self.nodes if node.alive]
+        self.initial_peers = self.nodes[0].wait_ready()["maddrs"][:1]
+        for node in ended:
+            self.add(*self._given[node.pid], wait=False)
+        for node in self.nodes:
+            node.wait_ready()
+        return self
 
     def close(self) -> None:
         """Ends all nodes in order."""
@@ -209,10 +229,10 @@ class Swarm:
 
 
 @contextlib.contextmanager
-def run_swarm(model: Path | str, spans: Sequence[str], *options: str) -> Iterator[Swarm]:
+def run_swarm(model: Path | str, spans: Sequence[str], *options: str, metrics: bool = False) -> Iterator[Swarm]:
     """A swarm with a node for each of ``spans``, all of them up."""
     with tempfile.TemporaryDirectory(prefix="swarm-e2e-") as workdir:
-        swarm = Swarm(model, Path(workdir))
+        swarm = Swarm(model, Path(workdir), metrics=metrics)
         try:
             for span in spans:
                 swarm.add(span, *options, wait=False)

@@ -141,18 +141,14 @@ def test_a_model_of_another_shape(swarm: Swarm, path: Path, tmp_path: Path) -> N
     assert "another shape" in events[-1]["message"]
 
 
-def test_nodes_choose_the_blocks_that_nobody_serves(path: Path) -> None:
-    with run_swarm(path, ()) as swarm:
-        swarm.initial_peers = []
-        first = swarm.add("0:2")
-        assert first.ready is not None
-        argv = ["serve", str(path), "--num-blocks", "3", "--initial-peers", swarm.initial_peers[0], *HERE]
-        second = Node(argv, swarm._workdir)
-        swarm.nodes.append(second)
-        assert second.wait_ready()["blocks"] == [2, 5]
-        everything = Node([*argv[:2], *argv[4:]], swarm._workdir)
-        swarm.nodes.append(everything)
-        assert everything.wait_ready()["blocks"] == [0, 6], "all of a tiny model fits in memory"
+def test_nodes_choose_the_blocks_that_nobody_serves(swarm: Swarm, path: Path) -> None:
+    argv = ["serve", str(path), "--num-blocks", "3", "--initial-peers", swarm.initial_peers[0], *HERE]
+    second = Node(argv, swarm._workdir)
+    swarm.nodes.append(second)
+    assert second.wait_ready()["blocks"] == [2, 5]
+    everything = Node([*argv[:2], *argv[4:]], swarm._workdir)
+    swarm.nodes.append(everything)
+    assert everything.wait_ready()["blocks"] == [0, 6], "all of a tiny model fits in memory"
 
 
 def test_a_swarm_around_a_bootstrap_peer(path: Path) -> None:
@@ -210,20 +206,19 @@ def test_the_command_itself_from_start_to_sigterm(path: Path, tmp_path: Path) ->
     assert identity.stat().st_mode & 0o077 == 0
 
 
-def test_ctrl_c_reaches_the_whole_terminal_and_the_node_still_says_goodbye(path: Path) -> None:
-    with run_swarm(path, ("0:6",)) as swarm:
-        command = [str(BIN / "swarm-node"), "serve", str(path), "--blocks", "0:3", "--initial-peers", *HERE]
-        command.insert(command.index("--initial-peers") + 1, swarm.initial_peers[0])
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
-        assert process.stdout is not None
-        peer_id = next(event["peer_id"] for event in map(json.loads, process.stdout) if event["event"] == "ready")
-        status = ["swarm-node", "status", str(path), "--json", "--initial-peers", swarm.initial_peers[0]]
-        assert peer_id in run_command(status).stdout
-        os.killpg(process.pid, signal.SIGINT)
-        rest, _ = process.communicate(timeout=30)
-        assert [json.loads(line)["event"] for line in rest.splitlines()] == ["leaving", "stopped"]
-        assert process.returncode == 0
-        assert peer_id not in run_command(status).stdout
+def test_ctrl_c_reaches_the_whole_terminal_and_the_node_still_says_goodbye(swarm: Swarm, path: Path) -> None:
+    command = [str(BIN / "swarm-node"), "serve", str(path), "--blocks", "0:3", "--initial-peers", *HERE]
+    command.insert(command.index("--initial-peers") + 1, swarm.initial_peers[0])
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout is not None
+    peer_id = next(event["peer_id"] for event in map(json.loads, process.stdout) if event["event"] == "ready")
+    status = ["swarm-node", "status", str(path), "--json", "--initial-peers", swarm.initial_peers[0]]
+    assert peer_id in run_command(status).stdout
+    os.killpg(process.pid, signal.SIGINT)
+    rest, _ = process.communicate(timeout=30)
+    assert [json.loads(line)["event"] for line in rest.splitlines()] == ["leaving", "stopped"]
+    assert process.returncode == 0
+    assert peer_id not in run_command(status).stdout
 
 
 def test_generate_and_status_with_the_built_in_model(tmp_path: Path) -> None:

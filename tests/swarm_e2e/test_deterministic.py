@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from swarm.client import SwarmModelForCausalLM
 from swarm.errors import MissingBlocksError
 from tests.models import tiny_model
-from tests.swarm_e2e.nodes import run_swarm
+from tests.swarm_e2e.nodes import run_command, run_swarm
 
 
 def logits_of(model: Any, ids: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,9 +45,8 @@ def test_logits_alone_and_in_company() -> None:
         assert torch.equal(ids, right)
         torch.testing.assert_close(alone, expected, atol=1e-4, rtol=1e-4)
 
-        command = [sys.executable, "-c", "from swarm.node.cli import main; main()", "status", str(path), "--json"]
-        command += ["--initial-peers", swarm.initial_peers[0]]
-        status = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        said = run_command(["swarm-node", "status", str(path), "--json", "--initial-peers", swarm.initial_peers[0]])
+        status = json.loads(said.stdout)
         assert [node["deterministic"] for node in status["nodes"]] == [True, True]
 
 

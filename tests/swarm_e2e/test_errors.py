@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, set_seed
 
 from swarm.client import SwarmModelForCausalLM
 from swarm.errors import DaemonError, InputError, MissingBlocksError, SessionInUseError
@@ -29,20 +29,9 @@ def path() -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(path: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(path)
-
-
-@pytest.fixture(scope="module")
 def swarm(path: Path) -> Iterator[Swarm]:
     with run_swarm(path, ("0:1", "1:2"), "--cache-tokens", "8192") as swarm:
         yield swarm
-
-
-@pytest.fixture(scope="module")
-def model(path: Path, swarm: Swarm) -> Iterator[Any]:
-    with SwarmModelForCausalLM.from_pretrained(str(path), initial_peers=swarm.initial_peers) as model:
-        yield model
 
 
 @pytest.fixture(autouse=True)

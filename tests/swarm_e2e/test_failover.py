@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, set_seed
 
 from swarm.client import SwarmModelForCausalLM
 from swarm.errors import MissingBlocksError
-from tests.models import tiny_model
-from tests.swarm_e2e.nodes import Swarm, figures, free_port, run_swarm
+from tests.swarm_e2e.nodes import Swarm, run_swarm
 
 NEW_TOKENS = 24
 IDS = torch.randint(10, 250, (1, 9), generator=torch.Generator().manual_seed(3))
@@ -30,30 +29,15 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def path() -> Path:
-    return tiny_model("llama-gqa", positions=2048)
-
-
-@pytest.fixture(scope="module")
-def whole(path: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(path)
-
-
-@pytest.fixture
-def swarm(path: Path) -> Iterator[Swarm]:
-    with run_swarm(path, ("0:3", "0:3", "3:6", "2:6")) as swarm:
+def started(path: Path) -> Iterator[Swarm]:
+    with run_swarm(path, ("0:3", "0:3", "3:6", "2:6"), metrics=True) as swarm:
         yield swarm
 
 
 @pytest.fixture
-def watched(path: Path) -> Iterator[tuple[Swarm, dict[str, str]]]:
-    """The like, and the addresses of the nodes' metrics by their PeerIDs."""
-    ports = [free_port() for _ in range(3)]
-    with run_swarm(path, ()) as swarm:
-        for blocks, port in zip(("0:3", "3:6", "3:6"), ports, strict=True):
-            swarm.add(blocks, "--metrics-port", str(port), wait=False)
-        peers = [node.peer_id for node in swarm.nodes]
-        yield swarm, {peer: f"http://127.0.0.1:{port}/metrics" for peer, port in zip(peers, ports, strict=True)}
+def swarm(started: Swarm) -> Swarm:
+    """Each block twice, whatever the tests before have killed."""
+    return started.revive()
 
 
 def generate(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -118,9 +102,8 @@ def test_both_hops_die_at_once_and_one_of_them_is_the_first(swarm: Swarm, path: 
         assert set(before).isdisjoint(peers_of(session))
 
 
-def test_a_node_dies_during_prefill(watched: tuple[Swarm, dict[str, str]], path: Path, whole: PreTrainedModel) -> None:
+def test_a_node_dies_during_prefill(swarm: Swarm, path: Path, whole: PreTrainedModel) -> None:
     """It has the first half of the text in its cache. It is stopped while the second half comes, and then killed."""
-    swarm, metrics = watched
     ids = torch.randint(10, 250, (1, 1800), generator=torch.Generator().manual_seed(4))
     expected = generate(whole, ids, max_new_tokens=4)
     with (
@@ -132,7 +115,7 @@ def test_a_node_dies_during_prefill(watched: tuple[Swarm, dict[str, str]], path:
         victim = swarm.node_of(second)
 
         def done() -> float:
-            return figures(metrics[first])['swarm_tokens_total{phase="prefill"}']
+            return swarm.node_of(first).figures['swarm_tokens_total{phase="prefill"}']
 
         def kill_when_it_runs() -> None:
             deadline = time.monotonic() + 60

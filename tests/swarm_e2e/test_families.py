@@ -13,19 +13,24 @@ from swarm.client import SwarmModelForCausalLM
 from swarm.model.family_check.table import CASES
 from tests.families.over_nodes import OVER_NODES
 from tests.models import make_checkpoint
-from tests.swarm_e2e.nodes import run_swarm
+from tests.swarm_e2e.nodes import Swarm, run_swarm
 from tests.swarm_e2e.test_failover import at_token
 
 OPTIONS: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
+def make(label: str, folder: Path) -> tuple[Path, Any, tuple[str, ...]]:
+    """The tiny model of a family, the same whole, and the spans of its nodes."""
+    case = next(case for case in CASES if case.label == label)
+    path = make_checkpoint(folder, case.config(), seed=case.seed)
+    spans = ("0:2", "1:4", "4:5") if len(case.spans) == 3 else tuple(f"{start}:{end}" for start, end in case.spans)
+    return path, AutoModelForCausalLM.from_pretrained(path), spans
+
+
 @pytest.mark.parametrize("label", OVER_NODES)
 def test_same_text(label: str, tmp_path: Path) -> None:
-    case = next(case for case in CASES if case.label == label)
-    path = make_checkpoint(tmp_path / "model", case.config(), seed=case.seed)
-    whole = AutoModelForCausalLM.from_pretrained(path)
+    path, whole, spans = make(label, tmp_path / "model")
     ids = torch.randint(10, 250, (2, 17), generator=torch.Generator().manual_seed(4))
-    spans = ("0:2", "1:4", "4:5") if len(case.spans) == 3 else tuple(f"{start}:{end}" for start, end in case.spans)
     with (
         run_swarm(path, spans) as swarm,
         SwarmModelForCausalLM.from_pretrained(str(path), initial_peers=swarm.initial_peers) as model,
@@ -38,27 +43,23 @@ def test_same_text(label: str, tmp_path: Path) -> None:
             changed = torch.cat([expected[:, :20], torch.full((2, 2), 77)], 1)
             again = model.generate(changed, max_new_tokens=6, **OPTIONS)
             assert torch.equal(again, whole.generate(changed, max_new_tokens=6, **OPTIONS))
+        if label == "qwen3_next":
+            dies_and_goes_on(swarm, model, whole, spans[-1])
 
 
-def test_recurrent_states_after_a_failure(tmp_path: Path) -> None:
-    """The node that takes over gets the session played in as one prefill; the others' states stay as they are."""
-    case = next(case for case in CASES if case.label == "qwen3_next")
-    path = make_checkpoint(tmp_path / "model", case.config(), seed=case.seed)
+def dies_and_goes_on(swarm: Swarm, model: Any, whole: Any, span: str) -> None:
+    """The node that takes over gets the session played in as one prefill; the others' recurrent states stay."""
     ids = torch.randint(10, 250, (1, 17), generator=torch.Generator().manual_seed(4))
-    expected = AutoModelForCausalLM.from_pretrained(path).generate(ids, max_new_tokens=12, **OPTIONS)
-    with (
-        run_swarm(path, ("0:2", "2:5", "2:5")) as swarm,
-        SwarmModelForCausalLM.from_pretrained(str(path), initial_peers=swarm.initial_peers) as model,
-        model.session(max_length=64) as session,
-    ):
-        killed: list[Any] = []
+    killed: list[Any] = []
+    swarm.add(span)
+    with model.session(max_length=64) as session:
 
         def kill() -> None:
             assert session.cache.session is not None
-            killed.append(session.cache.session.route[1].peer_id)
+            killed.append(session.cache.session.route[-1].peer_id)
             swarm.node_of(killed[0]).kill()
 
         made = model.generate(ids, max_new_tokens=12, stopping_criteria=[at_token(5, kill)], **OPTIONS)
-        assert torch.equal(made, expected)
+        assert torch.equal(made, whole.generate(ids, max_new_tokens=12, **OPTIONS))
         assert killed
-        assert model.last_route[1].peer_id != killed[0]
+        assert model.last_route[-1].peer_id != killed[0]

@@ -10,28 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from swarm.client import SwarmModelForCausalLM
-from tests.models import tiny_model
 from tests.swarm_e2e.nodes import Swarm, run_swarm
 
 QUIET: dict[str, Any] = {"eos_token_id": None, "pad_token_id": 0, "do_sample": False}
 
 
 @pytest.fixture(scope="module")
-def path() -> Path:
-    return tiny_model("llama-gqa", positions=2048)
-
-
-@pytest.fixture(scope="module")
-def whole(path: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(path)
-
-
-@pytest.fixture(scope="module")
 def swarm(path: Path) -> Iterator[Swarm]:
-    options = ("--cache-tokens", "256", "--idle-timeout", "5", "--idle-seconds", "1")
+    options = ("--cache-tokens", "256", "--idle-timeout", "3", "--idle-seconds", "1")
     with run_swarm(path, ("0:3", "3:6"), *options) as swarm:
         yield swarm
 
@@ -84,7 +73,7 @@ def test_a_session_is_idle_for_longer_than_the_nodes_allow(
         nonlocal calls
         calls += 1
         if calls == 6:
-            time.sleep(7)
+            time.sleep(4)
         return torch.zeros(ids.shape[0], dtype=torch.bool)
 
     result = model.generate(ids, stopping_criteria=[rest], **options)

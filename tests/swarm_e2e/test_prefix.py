@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, set_seed
 
 from swarm.client import SwarmModelForCausalLM
-from tests.models import tiny_model
-from tests.swarm_e2e.nodes import Swarm, figures, free_port, run_swarm
+from tests.swarm_e2e.nodes import Swarm, run_swarm
 
 QUIET: dict[str, Any] = {"eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 8}
 WAYS: dict[str, dict[str, Any]] = {
@@ -23,21 +21,19 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass
-class Served:
-    """Two nodes, whose metrics are read."""
+@pytest.fixture(scope="module")
+def swarm(path: Path) -> Iterator[Swarm]:
+    with run_swarm(path, ("0:3", "3:6"), "--cache-tokens", "4096", metrics=True) as swarm:
+        yield swarm
 
-    swarm: Swarm
-    ports: list[int]
 
-    def reused(self) -> list[int]:
-        """How many tokens each node has taken from other sessions' caches so far."""
-        told = [figures(f"http://127.0.0.1:{port}/metrics") for port in self.ports]
-        return [int(each['swarm_tokens_total{phase="reused"}']) for each in told]
+def client(swarm: Swarm, **settings: Any) -> Any:
+    return SwarmModelForCausalLM.from_pretrained(swarm.model, initial_peers=swarm.initial_peers, **settings)
 
-    def client(self, **settings: Any) -> Any:
-        path = self.swarm.model
-        return SwarmModelForCausalLM.from_pretrained(path, initial_peers=self.swarm.initial_peers, **settings)
+
+def reused(swarm: Swarm) -> list[int]:
+    """How many tokens each node has taken from other sessions' caches so far."""
+    return [int(node.figures['swarm_tokens_total{phase="reused"}']) for node in swarm.nodes]
 
 
 def random_ids(rows: int, columns: int, seed: int) -> torch.Tensor:
@@ -49,56 +45,37 @@ def generate(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
     return model.generate(ids, **{**QUIET, **options})
 
 
-@pytest.fixture(scope="module")
-def path() -> Path:
-    return tiny_model("llama-gqa", positions=2048)
-
-
-@pytest.fixture(scope="module")
-def whole(path: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(path)
-
-
-@pytest.fixture(scope="module")
-def served(path: Path) -> Iterator[Served]:
-    ports = [free_port(), free_port()]
-    with run_swarm(path, ()) as swarm:
-        for blocks, port in zip(("0:3", "3:6"), ports, strict=True):
-            swarm.add(blocks, "--cache-tokens", "4096", "--metrics-port", str(port))
-        yield Served(swarm, ports)
-
-
 @pytest.mark.parametrize("way", WAYS)
-def test_the_same_tokens_with_another_sessions_prefix(served: Served, whole: PreTrainedModel, way: str) -> None:
+def test_the_same_tokens_with_another_sessions_prefix(swarm: Swarm, whole: PreTrainedModel, way: str) -> None:
     shared = random_ids(1, 600, seed=1)  # more than one chunk
-    with served.client() as model:
+    with client(swarm) as model:
         generate(model, shared, do_sample=False)
-        before = served.reused()
+        before = reused(swarm)
         for tail in (3, 40):
             ids = torch.cat([shared, random_ids(1, tail, seed=tail)], dim=1)
             assert torch.equal(generate(model, ids, **WAYS[way]), generate(whole, ids, **WAYS[way]))
         rows = WAYS[way].get("num_beams", 1)
-        assert [b - a for a, b in zip(before, served.reused(), strict=True)] == [2 * rows * 592] * 2
+        assert [b - a for a, b in zip(before, reused(swarm), strict=True)] == [2 * rows * 592] * 2
 
 
-def test_a_batch_with_left_padding(served: Served, whole: PreTrainedModel) -> None:
+def test_a_batch_with_left_padding(swarm: Swarm, whole: PreTrainedModel) -> None:
     ids = torch.cat([random_ids(1, 100, seed=2).expand(3, -1), random_ids(3, 9, seed=3)], dim=1)
     mask = torch.ones_like(ids)
     for row, padding in enumerate((0, 5, 21)):
         mask[row, :padding] = 0
         ids[row, padding : padding + 88] = ids[0, :88].clone()  # the same tokens in another column
     ids = ids.masked_fill(mask == 0, 0)
-    with served.client() as model:
+    with client(swarm) as model:
         generate(model, ids[:1], do_sample=False)
-        before = served.reused()
+        before = reused(swarm)
         result = generate(model, ids, attention_mask=mask, do_sample=False)
         assert torch.equal(result, generate(whole, ids, attention_mask=mask, do_sample=False))
-        assert all(b - a >= 3 * 59 for a, b in zip(before, served.reused(), strict=True))
+        assert all(b - a >= 3 * 59 for a, b in zip(before, reused(swarm), strict=True))
 
 
-def test_logits_of_all_columns_are_computed_when_they_are_looked_at(served: Served, whole: PreTrainedModel) -> None:
+def test_logits_of_all_columns_are_computed_when_they_are_looked_at(swarm: Swarm, whole: PreTrainedModel) -> None:
     ids = random_ids(1, 64, seed=4)
-    with served.client() as model, torch.no_grad():
+    with client(swarm) as model, torch.no_grad():
         generate(model, ids, do_sample=False)
         with model.session(max_length=80) as session:
             logits = model(ids, past_key_values=session.cache).logits
@@ -108,13 +85,13 @@ def test_logits_of_all_columns_are_computed_when_they_are_looked_at(served: Serv
         torch.testing.assert_close(logits, whole(ids).logits[:, -5:], atol=1e-4, rtol=1e-4)
 
 
-def test_the_answer_is_reused_with_the_next_question(served: Served, whole: PreTrainedModel) -> None:
-    with served.client() as model:
+def test_the_answer_is_reused_with_the_next_question(swarm: Swarm, whole: PreTrainedModel) -> None:
+    with client(swarm) as model:
         ids = generate(model, random_ids(1, 40, seed=6), max_new_tokens=60, do_sample=False)
         ids = torch.cat([ids, random_ids(1, 10, seed=7)], dim=1)
-        before = served.reused()
+        before = reused(swarm)
         assert torch.equal(generate(model, ids, do_sample=False), generate(whole, ids, do_sample=False))
-        assert [b - a for a, b in zip(before, served.reused(), strict=True)] == [96, 96]  # 99 were computed
+        assert [b - a for a, b in zip(before, reused(swarm), strict=True)] == [96, 96]  # 99 were computed
 
 
 @pytest.mark.parametrize(
@@ -128,37 +105,43 @@ def test_the_answer_is_reused_with_the_next_question(served: Served, whole: PreT
         ({"prefix_reuse": "off"}, {"prefix_reuse": "off"}, False),
     ],
 )
-def test_who_shares_with_whom(served: Served, one: dict[str, Any], other: dict[str, Any], shares: bool) -> None:
+def test_who_shares_with_whom(swarm: Swarm, one: dict[str, Any], other: dict[str, Any], shares: bool) -> None:
     ids = random_ids(1, 50, seed=int.from_bytes(str((one, other)).encode()) % 2**31)
-    with served.client(**one) as model:
+    with client(swarm, **one) as model:
         first = generate(model, ids, do_sample=False)
-    before = served.reused()
-    with served.client(**other) as model:
+    before = reused(swarm)
+    with client(swarm, **other) as model:
         assert torch.equal(generate(model, ids, do_sample=False), first)
-    assert [b - a for a, b in zip(before, served.reused(), strict=True)] == [48 * shares] * 2
+    assert [b - a for a, b in zip(before, reused(swarm), strict=True)] == [48 * shares] * 2
+
+
+@pytest.fixture(scope="module")
+def doubled(path: Path) -> Iterator[Swarm]:
+    with run_swarm(path, ("0:3", "3:6", "0:3", "3:6")) as swarm:
+        yield swarm
 
 
 @pytest.mark.parametrize(("way", "index"), [("beams", 1), ("greedy", 0)])
 def test_a_hop_dies_after_its_session_began_with_anothers_cache(
-    path: Path, whole: PreTrainedModel, way: str, index: int
+    doubled: Swarm, whole: PreTrainedModel, way: str, index: int
 ) -> None:
     ids = random_ids(1, 100, seed=8)
     expected = generate(whole, ids, max_new_tokens=24, **WAYS[way])
-    with run_swarm(path, ("0:3", "3:6", "0:3", "3:6")) as swarm:
-        peers = [node.wait_ready()["maddrs"][0] for node in swarm.nodes]
-        with SwarmModelForCausalLM.from_pretrained(str(path), initial_peers=peers) as model:
-            while True:  # until a session comes to where another one has been
-                with model.session(max_length=160) as session:
-                    calls = 0
+    nodes = doubled.revive().nodes
+    peers = [node.wait_ready()["maddrs"][0] for node in nodes]
+    with SwarmModelForCausalLM.from_pretrained(doubled.model, initial_peers=peers) as model:
+        while True:  # until a session comes to where another one has been
+            with model.session(max_length=160) as session:
+                calls = 0
 
-                    def die(ids: torch.Tensor, scores: Any, session: Any = session, **kwargs: Any) -> torch.Tensor:
-                        nonlocal calls
-                        calls += 1
-                        if calls == 10 and session.route[1].history.missing:
-                            swarm.node_of(session.route[index].peer_id).kill()
-                        return torch.zeros(ids.shape[0], dtype=torch.bool)
+                def die(ids: torch.Tensor, scores: Any, session: Any = session, **kwargs: Any) -> torch.Tensor:
+                    nonlocal calls
+                    calls += 1
+                    if calls == 10 and session.route[1].history.missing:
+                        doubled.node_of(session.route[index].peer_id).kill()
+                    return torch.zeros(ids.shape[0], dtype=torch.bool)
 
-                    result = generate(model, ids, max_new_tokens=24, stopping_criteria=[die], **WAYS[way])
-                    assert torch.equal(result, expected)
-                    if not all(node.alive for node in swarm.nodes):
-                        break
+                result = generate(model, ids, max_new_tokens=24, stopping_criteria=[die], **WAYS[way])
+                assert torch.equal(result, expected)
+                if not all(node.alive for node in nodes):
+                    break

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,32 +17,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TextIteratorStre
 
 from swarm.client import SwarmModelForCausalLM
 from swarm.errors import BadRequestError, UsageError
+from swarm.model.source import resolve
 from tests.models import tiny_model
-from tests.swarm_e2e.nodes import Swarm, run_swarm
+from tests.swarm_e2e.nodes import Swarm, run_command, run_swarm
 
 QUIET: dict[str, Any] = {"eos_token_id": None, "pad_token_id": 0, "do_sample": False}
-
-
-@pytest.fixture(scope="module")
-def path() -> Path:
-    return tiny_model("llama-gqa", positions=2048)
-
-
-@pytest.fixture(scope="module")
-def whole(path: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(path)
 
 
 @pytest.fixture(scope="module")
 def swarm(path: Path) -> Iterator[Swarm]:
     with run_swarm(path, ("0:3", "3:6"), "--cache-tokens", "1024") as swarm:
         yield swarm
-
-
-@pytest.fixture(scope="module")
-def model(path: Path, swarm: Swarm) -> Iterator[Any]:
-    with SwarmModelForCausalLM.from_pretrained(str(path), initial_peers=swarm.initial_peers) as model:
-        yield model
 
 
 def prompt(number: int) -> torch.Tensor:
@@ -153,28 +140,19 @@ def test_several_models_in_one_process(model: Any, whole: PreTrainedModel) -> No
 
 def test_a_model_of_another_shape_under_the_same_name(swarm: Swarm, path: Path) -> None:
     other = tiny_model("llama-gqa", hidden=32, positions=2048)
-    from swarm.model.source import resolve
-
     prefix = resolve(str(path)).dht_prefix
     with pytest.raises(UsageError, match="another shape"):
         SwarmModelForCausalLM.from_pretrained(str(other), initial_peers=swarm.initial_peers, dht_prefix=prefix)
 
 
 def test_nothing_is_left_behind(swarm: Swarm, path: Path) -> None:
-    import json
-    import subprocess
-    import sys
-
-    command = [sys.executable, "-c", "from swarm.node.cli import main; main()", "status", str(path), "--json"]
-    command += ["--initial-peers", swarm.initial_peers[0]]
-    import time
-
     deadline = time.monotonic() + 90  # the records are refreshed every 20 s
     while True:
-        status = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        said = run_command(["swarm-node", "status", str(path), "--json", "--initial-peers", swarm.initial_peers[0]])
+        status = json.loads(said.stdout)
         assert status["holes"] == []
         assert sorted(node["blocks"] for node in status["nodes"]) == [[0, 3], [3, 6]]
         if all(node["sessions"] == 0 and node["cache_tokens_left"] == 1024 for node in status["nodes"]):
             return
         assert time.monotonic() < deadline, status
-        time.sleep(2)
+        time.sleep(0.5)

@@ -16,7 +16,7 @@ from swarm.node.engine.scheduling.turnstile import Turnstile, open_turnstile
 _GO_THROUGH = """
 import sys, time
 from pathlib import Path
-from swarm.node.engine.turnstile import Turnstile
+from swarm.node.engine.scheduling.turnstile import Turnstile
 turnstile = Turnstile(Path(sys.argv[1]))
 print("up", flush=True)
 sys.stdin.readline()
