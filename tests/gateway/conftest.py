@@ -44,6 +44,11 @@ class Api:
         return httpx.get(self.url.removesuffix("/v1") + path, headers=headers)
 
 
+def ask(content: str) -> Any:
+    """A conversation of one message."""
+    return [{"role": "user", "content": content}]
+
+
 @functools.cache
 def demo_adapter() -> Path:
     """A LoRA adapter for the demo model."""
