@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 if [ -n "${SWARM_SKIP_VERSIONS:-}" ]; then exit 0; fi
 
 tests="tests/swarm/compat tests/families tests/client tests/node/engine tests/node/rpc/test_handler.py tests/swarm/model/test_skeleton.py
-  tests/swarm/weights/hub/test_hub.py tests/gateway/test_api.py tests/swarm_e2e/test_families.py"
+  tests/swarm/weights/hub/test_hub.py tests/gateway/test_api.py tests/gateway/test_refusals.py tests/swarm_e2e/test_families.py"
 
 install() { # environment, options for pip and what to install
   local name=$1

@@ -44,6 +44,11 @@ class Api:
         return httpx.get(self.url.removesuffix("/v1") + path, headers=headers)
 
 
+def ask(content: str) -> Any:
+    """A conversation of one message."""
+    return [{"role": "user", "content": content}]
+
+
 @functools.cache
 def demo_adapter() -> Path:
     """A LoRA adapter for the demo model."""
@@ -53,7 +58,7 @@ def demo_adapter() -> Path:
 @pytest.fixture(scope="session")
 def swarm() -> Iterator[Swarm]:
     adapters = ("--adapters", str(demo_adapter()))
-    with run_swarm("demo", ("0:4", "4:8"), "--cache-tokens", str(CACHE_TOKENS), *adapters) as swarm:
+    with run_swarm("demo", ("0:4", "4:8"), "--cache-tokens", str(CACHE_TOKENS), *adapters, metrics=True) as swarm:
         yield swarm
 
 

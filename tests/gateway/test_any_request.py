@@ -133,7 +133,7 @@ def test_no_body_is_answered_with_500(api: Api, whole: Whole, document: Any, pat
     anything = as_json | st.builds(broken, as_json, st.integers(0, 200), st.binary(max_size=3))
     with httpx.Client(base_url=api.url.removesuffix("/v1"), timeout=60) as http:
 
-        @settings(max_examples=100, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=40, suppress_health_check=list(HealthCheck))
         @given(anything)
         def any_body(content: bytes) -> None:
             check(http.post(path, content=content))
@@ -158,7 +158,7 @@ HOSTS = st.sampled_from(["localhost", "[", "a:b", "", "\xff", "x" * 9000]) | st.
 ADDRESSES = st.sampled_from([b"\0", b"\xff", b"..", b"x" * 300, b"chat//", b"\xed\xa0\x80"]) | st.binary(max_size=12)
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(ADDRESSES, HOSTS, st.sampled_from(["GET", "POST", "HEAD", "OPTIONS", "DELETE"]), st.sampled_from(["/", *PATHS]))
 def test_no_address_and_no_header_is_answered_with_500(
     api: Api, path: bytes, host: str, method: str, above: str

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -23,9 +22,8 @@ import pytest
 from swarm.client.gateway.access.keys import KeyStore
 from swarm.client.gateway.server import GatewaySettings, running
 from tests.gateway.conftest import Api, Whole
-from tests.swarm_e2e.nodes import Swarm, figures, free_port, run_swarm
+from tests.swarm_e2e.nodes import Swarm, figures, run_command, run_swarm
 
-COMMAND = (sys.executable, "-c", "from swarm.client.cli import main; main()", "gateway")
 ENDLESS: Any = {"model": "demo", "prompt": "This returns", "max_tokens": 1500, "ignore_eos": True, "temperature": 0}
 
 
@@ -37,24 +35,6 @@ def until(condition: Callable[[], bool], seconds: float = 20) -> bool:
             return False
         time.sleep(0.02)
     return True
-
-
-@pytest.fixture(scope="module")
-def watched() -> Iterator[tuple[Swarm, list[str]]]:
-    """A swarm whose nodes tell how many sessions they have."""
-    ports = [free_port(), free_port()]
-    with run_swarm("demo", ()) as swarm:
-        for span, port in zip(("0:4", "4:8"), ports, strict=True):
-            swarm.add(span, "--metrics-port", str(port))
-        yield swarm, [f"http://127.0.0.1:{port}/metrics" for port in ports]
-
-
-@pytest.fixture(scope="module")
-def hung(settings: GatewaySettings, watched: tuple[Swarm, list[str]]) -> Iterator[Api]:
-    log: list[dict[str, Any]] = []
-    peers = tuple(watched[0].initial_peers)
-    with running(replace(settings, initial_peers=peers), log.append) as gateway:
-        yield Api(gateway.url, settings, log)
 
 
 @contextlib.contextmanager
@@ -71,28 +51,28 @@ def hanging(api: Api, stream: bool) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_who_hangs_up_frees_the_session_at_every_hop(hung: Api, watched: tuple[Swarm, list[str]], stream: bool) -> None:
+def test_who_hangs_up_frees_the_session_at_every_hop(api: Api, swarm: Swarm, stream: bool) -> None:
     def sessions() -> list[float]:
-        return [figures(address)["swarm_sessions"] for address in watched[1]]
+        return [node.figures["swarm_sessions"] for node in swarm.nodes]
 
     def cache() -> list[float]:
-        return [figures(address)["swarm_cache_tokens_used"] for address in watched[1]]
+        return [node.figures["swarm_cache_tokens_used"] for node in swarm.nodes]
 
-    before = len(hung.log)
-    with hanging(hung, stream):
+    before = len(api.log)
+    with hanging(api, stream):
         assert until(lambda: sessions() == [1, 1] and min(cache()) > 0)
     begin = time.monotonic()
     assert until(lambda: sessions() == [0, 0] and cache() == [0, 0])
     freed = time.monotonic() - begin
-    assert until(lambda: len(hung.log) > before)
-    assert hung.log[-1]["status"] == 499
-    assert hung.log[-1]["completion_tokens"] < 1500, f"went on to the end, freed after {freed:.1f} s"
+    assert until(lambda: len(api.log) > before)
+    assert api.log[-1]["status"] == 499
+    assert api.log[-1]["completion_tokens"] < 1500, f"went on to the end, freed after {freed:.1f} s"
 
 
-def test_a_stop_string_frees_the_session(hung: Api, watched: tuple[Swarm, list[str]]) -> None:
-    answer = hung.post("/completions", {**ENDLESS, "stop": "e"})
+def test_a_stop_string_frees_the_session(api: Api, swarm: Swarm) -> None:
+    answer = api.post("/completions", {**ENDLESS, "stop": "e"})
     assert answer.json()["choices"][0]["finish_reason"] == "stop"
-    assert until(lambda: all(figures(address)["swarm_sessions"] == 0 for address in watched[1]))
+    assert until(lambda: all(node.figures["swarm_sessions"] == 0 for node in swarm.nodes))
 
 
 def test_a_full_queue_says_when_to_come_back(small: Api) -> None:
@@ -210,17 +190,14 @@ def test_prompts_in_the_log_when_asked_for(settings: GatewaySettings) -> None:
 # the command
 
 
-def gateway(*argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *argv], capture_output=True, text=True, timeout=120, **options)
+def gateway(*argv: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return run_command(["swarm", "gateway", *argv], env=env)
 
 
 def test_the_command_alone_gives_a_working_endpoint_and_leaves_nothing(whole: Whole) -> None:
-    process = subprocess.Popen(
-        [*COMMAND, "demo", "--local", "--local-nodes", "1", "--port", "0"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    code = "from swarm.client.cli import main; main()"
+    argv = [sys.executable, "-c", code, "gateway", "demo", "--local", "--local-nodes", "1", "--port", "0"]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         ready = json.loads(process.stdout.readline())
@@ -243,15 +220,14 @@ def test_the_command_alone_gives_a_working_endpoint_and_leaves_nothing(whole: Wh
 
 def test_keys_by_command(tmp_path: Path) -> None:
     file = str(tmp_path / "keys.sqlite")
-    environment = {**os.environ, "SWARM_KEYS_FILE": file}
-    refused = gateway("demo", "--initial-peers", "/ip4/127.0.0.1/tcp/1", "--host", "0.0.0.0", env=environment)
+    refused = gateway("demo", "--initial-peers", "/ip4/127.0.0.1/tcp/1", "--host", "0.0.0.0", SWARM_KEYS_FILE=file)
     assert refused.returncode == 2
     assert "swarm gateway keys add" in refused.stderr
-    made = gateway("keys", "add", "alice", "--requests-per-minute", "7", env=environment)
+    made = gateway("keys", "add", "alice", "--requests-per-minute", "7", SWARM_KEYS_FILE=file)
     assert KeyStore(Path(file)).find(made.stdout.strip()) is not None
-    assert "alice" in gateway("keys", "list", env=environment).stdout
-    assert gateway("keys", "remove", "alice", env=environment).returncode == 0
-    assert gateway("keys", "remove", "alice", env=environment).returncode == 2
+    assert "alice" in gateway("keys", "list", SWARM_KEYS_FILE=file).stdout
+    assert gateway("keys", "remove", "alice", SWARM_KEYS_FILE=file).returncode == 0
+    assert gateway("keys", "remove", "alice", SWARM_KEYS_FILE=file).returncode == 2
 
 
 def test_without_the_extra_the_command_says_how_to_get_it() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,7 @@ from swarm.client.gateway.server import GatewaySettings, running
 from swarm.client.session.trace import Answered, HopName, split_time
 from swarm.network.overview import Meter, NodeView, Overview
 from tests.gateway.conftest import Api, Whole
-from tests.swarm_e2e.nodes import Swarm
-
-BIN = Path(sys.executable).parent
+from tests.swarm_e2e.nodes import Swarm, run_command
 
 
 def ask(api: Api, **fields: Any) -> list[dict[str, Any]]:
@@ -74,8 +71,7 @@ def test_other_hosts_may_not_look(api: Api) -> None:
 
 def test_commands_ask_a_gateway(api: Api, whole: Whole) -> None:
     def run(*argv: str, said: str = "") -> subprocess.CompletedProcess[str]:
-        command = [str(BIN / "swarm"), *argv, "--api", api.url]
-        done = subprocess.run(command, input=said, capture_output=True, text=True, timeout=120)
+        done = run_command(["swarm", *argv, "--api", api.url], said=said)
         assert done.returncode == 0, done.stderr
         return done
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from swarm.client import SwarmModelForCausalLM
 from tests.models import tiny_model
 from tests.swarm_e2e.nodes import Swarm
+from tests.swarm_e2e.processes import Processes
 
 
 @pytest.fixture(scope="module")
@@ -28,3 +29,16 @@ def whole(path: Path) -> PreTrainedModel:
 def model(swarm: Swarm) -> Iterator[Any]:
     with SwarmModelForCausalLM.from_pretrained(swarm.model, initial_peers=swarm.initial_peers) as model:
         yield model
+
+
+@pytest.fixture(scope="session")
+def files() -> Path:
+    """A model of some 12 MB, in shards."""
+    return tiny_model("llama-gqa", sharded=True, hidden=192)
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Iterator[Processes]:
+    running = Processes(tmp_path)
+    yield running
+    running.close()

@@ -2,105 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, StoppingCriteriaList, TextIteratorStreamer, set_seed
+from transformers import StoppingCriteriaList
 from transformers.cache_utils import DynamicCache
 
 from swarm.client import SwarmModelForCausalLM
 from swarm.errors import UsageError
-from swarm.model.load_ends import load_ends
-from swarm.model.source import resolve
-from tests.client.in_process import InProcessConnection
-from tests.models import tiny_model
-
-FAMILIES = ["llama-gqa", "mistral-window", "mixtral", "bloom", "falcon-180b", "falcon-7b", "falcon-rw"]
-OPTIONS: dict[str, Any] = {"max_new_tokens": 7, "eos_token_id": None, "pad_token_id": 0}
-
-
-@dataclass
-class Pair:
-    """The same model over engines, and whole."""
-
-    mine: Any
-    whole: PreTrainedModel
-    connection: InProcessConnection
-
-    def same(self, ids: Tensor, **options: Any) -> Tensor:
-        """What both generate, which has to be equal; no session is left open."""
-        made = []
-        for model in (self.mine, self.whole):
-            set_seed(5)
-            made.append(model.generate(ids, **(OPTIONS | options)))
-        assert made[0].tolist() == made[1].tolist()
-        result: Tensor = made[0]
-        return result
-
-    def all_closed(self) -> bool:
-        return all(session.closed for session in self.connection.sessions)
-
-
-def make_pair(like: str) -> Pair:
-    path = tiny_model(like, layers=4)
-    connection: Any = InProcessConnection(path)
-    mine = SwarmModelForCausalLM.from_ends(load_ends(resolve(str(path))), connection)
-    # With its usual attention, SDPA: for Falcon with ALiBi transformers' eager attention computes something else.
-    whole = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    return Pair(mine, whole, connection)
-
-
-@pytest.fixture(scope="module")
-def get_pair() -> Iterator[Callable[[str], Pair]]:
-    pairs: dict[str, Pair] = {}
-
-    def get(like: str) -> Pair:
-        if like not in pairs:
-            pairs[like] = make_pair(like)
-        pairs[like].connection.sessions.clear()
-        return pairs[like]
-
-    yield get
-    for pair in pairs.values():
-        pair.mine.close()
-
-
-@pytest.fixture
-def pair(get_pair: Callable[[str], Pair]) -> Pair:
-    return get_pair("llama-gqa")
-
-
-@pytest.fixture(params=FAMILIES)
-def each(request: pytest.FixtureRequest, get_pair: Callable[[str], Pair]) -> Pair:
-    return get_pair(request.param)
-
-
-def tokens(rows: int, columns: int, seed: int = 0) -> Tensor:
-    return torch.randint(10, 250, (rows, columns), generator=torch.Generator().manual_seed(seed))
-
-
-def padded() -> tuple[Tensor, Tensor]:
-    ids, mask = tokens(3, 9), torch.ones(3, 9, dtype=torch.int64)
-    mask[0, :4] = 0
-    mask[2, :1] = 0
-    return ids.masked_fill(mask == 0, 0), mask
-
-
-def close(mine: Tensor, theirs: Tensor) -> None:
-    torch.testing.assert_close(mine, theirs, atol=1e-4 * max(1.0, float(theirs.detach().abs().max())), rtol=0)
-
-
-def small_draft() -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(tiny_model("llama-gqa", layers=1)).eval()
-
+from tests.client.model.conftest import OPTIONS, Pair, close, make_pair, padded, small_draft, tokens
 
 # Every family
 
@@ -396,94 +311,3 @@ def test_blocks_are_differentiable(pair: Pair) -> None:
     assert whole.grad is not None
     assert pieces.grad is not None
     close(whole.grad, pieces.grad)
-
-
-# Streams
-
-
-def test_streamer_in_a_thread(pair: Pair) -> None:
-    class Numbers:
-        def decode(self, ids: list[int], **_: Any) -> str:
-            return "".join(f"{number} " for number in ids)
-
-    streamer: Any = TextIteratorStreamer(Numbers(), skip_prompt=True)  # type: ignore[arg-type]
-    ids = tokens(1, 5)
-    thread = threading.Thread(target=pair.mine.generate, args=(ids,), kwargs=OPTIONS | {"streamer": streamer})
-    thread.start()
-    text = "".join(streamer)
-    thread.join()
-    assert [int(part) for part in text.split()] == pair.whole.generate(ids, **OPTIONS)[0, 5:].tolist()
-
-
-def test_stream(pair: Pair) -> None:
-    async def collect(ids: Tensor, **options: Any) -> list[Any]:
-        return [token async for token in pair.mine.stream(ids, **(OPTIONS | options))]
-
-    ids = tokens(1, 5)
-    expected = pair.whole.generate(ids, **OPTIONS)[0, 5:].tolist()
-    assert asyncio.run(collect(ids)) == expected
-    assert asyncio.run(collect(ids, assistant_model=small_draft())) == expected
-    ids = tokens(2, 5)
-    made = asyncio.run(collect(ids))
-    assert torch.stack(made, dim=1).tolist() == pair.whole.generate(ids, **OPTIONS)[:, 5:].tolist()
-    with pytest.raises(ValueError, match="streamer"):
-        asyncio.run(collect(ids, num_beams=2))
-    assert pair.all_closed()
-
-
-def test_streams_at_once_in_their_sessions(pair: Pair) -> None:
-    async def one(seed: int) -> list[Any]:
-        with pair.mine.session(max_length=30) as session:
-            made = [token async for token in pair.mine.stream(tokens(1, 6, seed), **OPTIONS)]
-            assert session.position == 12
-            return made
-
-    async def all_of_them() -> list[list[Any]]:
-        return await asyncio.gather(*(one(seed) for seed in range(4)))
-
-    expected = [pair.whole.generate(tokens(1, 6, seed), **OPTIONS)[0, 6:].tolist() for seed in range(4)]
-    assert asyncio.run(all_of_them()) == expected
-
-
-@pytest.mark.parametrize("how", ["break", "cancel"])
-def test_leaving_a_stream_stops_it(pair: Pair, how: str) -> None:
-    options = OPTIONS | {"max_new_tokens": 500}
-
-    async def leave() -> None:
-        stream = pair.mine.stream(tokens(1, 5), **options)
-        seen = 0
-        async for _ in stream:
-            seen += 1
-            if seen == 3:
-                break
-        await stream.aclose()  # type: ignore[attr-defined]
-
-    async def cancel() -> None:
-        started = asyncio.Event()
-
-        async def read() -> None:
-            async for _ in pair.mine.stream(tokens(1, 5), **options):
-                started.set()
-
-        reader = asyncio.create_task(read())
-        await started.wait()
-        reader.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await reader
-
-    asyncio.run(leave() if how == "break" else cancel())
-    assert pair.all_closed()
-    assert len(pair.connection.steps()[0]) < 400
-
-
-def test_error_in_a_stream(pair: Pair) -> None:
-    async def read() -> None:
-        async for _ in pair.mine.stream(tokens(1, 5), **OPTIONS):
-            pair.connection.failure = "the swarm is gone"
-
-    try:
-        with pytest.raises(AssertionError, match="the swarm is gone"):
-            asyncio.run(read())
-    finally:
-        pair.connection.failure = None
-    assert pair.all_closed()
