@@ -46,6 +46,7 @@ MAX_NAMES = 4096
 """In one message."""
 _Text = Annotated[str, msgspec.Meta(max_length=1024)]
 _Count = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+_MAX_HOP_BLOCKS = 4096  # each is named one by one in what is sent there
 EMPTY = torch.empty(0)
 EMPTY_INT64 = torch.empty(0, dtype=torch.int64)
 
@@ -103,8 +104,8 @@ class Metadata:
     page_names: tuple[Any, ...] = ()  # of bytes
 
     def __post_init__(self) -> None:
-        if not all(hop.start < hop.end for hop in self.next_servers):
-            raise ValueError("next_servers is to be a list of (peer, session, start, end)")
+        if not all(0 < hop.end - hop.start <= _MAX_HOP_BLOCKS for hop in self.next_servers):
+            raise ValueError(f"next_servers is to have hops of 1 to {_MAX_HOP_BLOCKS} blocks")
         if len(self.prefix_context) > 64:
             raise ValueError("prefix_context is to be at most 64 bytes")
         rows = self.page_names
