@@ -261,7 +261,7 @@ class Handler:
             start=start,
             hypo_ids=step.hypo_ids,
             prompts=step.prompts,
-            names=[list(row) for row in metadata.page_names],
+            names=[list(row) for row in metadata.names],
             times=times,
         )
         self._busy += 1

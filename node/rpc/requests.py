@@ -91,7 +91,7 @@ def check_opening(request: runtime_pb2.ExpertRequest, metadata: Metadata, served
     if metadata.prefix_context:
         if len(metadata.page_names) not in (0, rows):
             raise BadRequestError("page_names is to have one item per row")
-        prefix = Prefix(metadata.prefix_context, metadata.page_names)
+        prefix = Prefix(metadata.prefix_context, metadata.names)
     return Opening(first, last, rows, metadata.max_length, padding, prefix, metadata.active_adapter)
 
 

@@ -6,13 +6,15 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 from hivemind.p2p import P2PHandlerError, PeerID
 from hivemind.proto import runtime_pb2
 
 from ..errors import BadRequestError
 from ..wire import rpc
+from ..wire.fields import read
 from ..wire.records import ServerState
 from . import dht
 from .dht import RemoteSpan
@@ -23,6 +25,7 @@ _ASK_SECONDS = 2.0
 _FIRST_ASK_SECONDS = 6.0  # as long as the network takes to find out that an address doesn't answer
 METER = ("sessions", "waiting", "prefill_tokens", "decode_tokens", "busy_s", "cache_tokens", "cache_tokens_free")
 """What a node tells about itself in the field ``meter`` of its ``rpc_info``: :class:`Meter` says what they are."""
+_Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,13 @@ class Meter:
 
     at: float
     rtt: float
-    sessions: int
-    waiting: int
-    prefill_tokens: int
-    decode_tokens: int
-    busy_s: float
-    cache_tokens: int
-    cache_tokens_free: int
+    sessions: _Count
+    waiting: _Count
+    prefill_tokens: _Count
+    decode_tokens: _Count
+    busy_s: Annotated[float, msgspec.Meta(ge=0, lt=2**53)]
+    cache_tokens: _Count
+    cache_tokens_free: _Count
 
 
 @dataclass(frozen=True)
@@ -105,19 +108,7 @@ class Overview:
         Raises:
             ValueError: fields are missing or of another kind.
         """
-        try:
-            nodes = []
-            for fields in source["nodes"]:
-                known = {name: fields[name] for name in NodeView.__dataclass_fields__ if name in fields}
-                meter, rates = known["meter"], known["rates"]
-                known["adapters"] = tuple(known["adapters"])
-                known["meter"] = None if meter is None else Meter(**meter)
-                known["rates"] = None if rates is None else Rates(**rates)
-                nodes.append(NodeView(**known))
-            holes = tuple((int(start), int(end)) for start, end in source["holes"])
-            return cls(source["model"], source["prefix"], int(source["num_blocks"]), tuple(nodes), holes)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not an overview of a swarm: {error!r}") from error
+        return read(cls, source)
 
 
 def find_holes(spans: Sequence[tuple[int, int]], num_blocks: int) -> tuple[tuple[int, int], ...]:
@@ -218,11 +209,6 @@ async def _ask(peer: Peer, peer_id: str, patience: float) -> Meter | str | None:
 
 def _meter(raw: bytes, at: float, rtt: float) -> Meter | None:
     try:
-        counts = rpc.load(raw).get("meter")
-    except BadRequestError:
-        return None
-    if not isinstance(counts, dict) or not all(
-        isinstance(counts.get(name), (int, float)) and 0 <= counts[name] < 2**53 for name in METER
-    ):
-        return None
-    return Meter(at=at, rtt=rtt, **{name: counts[name] for name in METER})
+        return read(Meter, {**rpc.load(raw)["meter"], "at": at, "rtt": rtt})
+    except (BadRequestError, KeyError, TypeError, ValueError):
+        return None  # Petals' servers count nothing

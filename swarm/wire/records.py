@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+from .fields import Natural, Number, read
 
 UID_DELIMITER = "."
 CHAIN_DELIMITER = " "
@@ -50,33 +52,14 @@ class Offer:
     fingerprint: str = ""
     push_stream: bool = False
     left_padding: bool = False
-    sessions: int = 0
-    started: float = 0.0
-    cache_tokens_total: int = 0
-    max_rows: int = 0
-    max_step_tokens: int = 0
+    sessions: Natural = 0
+    started: Number = 0.0
+    cache_tokens_total: Natural = 0
+    max_rows: Natural = 0
+    max_step_tokens: Natural = 0
     deterministic: bool = False
     manifest: str = ""
     adapters: Mapping[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def from_dict(cls, source: Mapping[str, Any]) -> Offer:
-        """Reads the known fields.
-
-        Raises:
-            ValueError: a field has another type than it should.
-        """
-        fields: dict[str, Any] = {}
-        for name in ("fingerprint", "manifest"):
-            fields[name] = _typed(source.get(name, ""), str, name)
-        for name in ("push_stream", "left_padding", "deterministic"):
-            fields[name] = _typed(source.get(name, False), bool, name)
-        for name in ("sessions", "cache_tokens_total", "max_rows", "max_step_tokens"):
-            fields[name] = _natural(source.get(name, 0), name)
-        fields["started"] = _number(source.get("started", 0.0), "started")
-        hashes = _typed(source.get("adapters", {}), dict, "adapters")
-        fields["adapters"] = {_typed(key, str, "adapters"): _typed(hashes[key], str, "adapters") for key in hashes}
-        return cls(**fields)
 
 
 @dataclass(frozen=True)
@@ -93,21 +76,21 @@ class ServerInfo:
     """
 
     state: ServerState
-    throughput: float
-    start_block: int | None = None
-    end_block: int | None = None
+    throughput: Number
+    start_block: Natural | None = None
+    end_block: Natural | None = None
     public_name: str | None = None
     version: str | None = None
-    network_rps: float | None = None
-    forward_rps: float | None = None
-    inference_rps: float | None = None
+    network_rps: Number | None = None
+    forward_rps: Number | None = None
+    inference_rps: Number | None = None
     adapters: tuple[str, ...] = ()
     torch_dtype: str | None = None
     quant_type: str | None = None
     using_relay: bool | None = None
-    cache_tokens_left: int | None = None
-    next_pings: Mapping[str, float] | None = None
-    offer: Offer | None = field(default=None)
+    cache_tokens_left: Natural | None = None
+    next_pings: Mapping[str, Number] | None = None
+    offer: Offer | None = None
 
     def names(self, block: int) -> bool:
         """Whether a record found at ``block`` still holds: right after a node has moved there are some that don't."""
@@ -128,15 +111,13 @@ class ServerInfo:
 
     def to_tuple(self) -> tuple[int, float, dict[str, Any]]:
         """The value as it stands in the DHT."""
-        extra: dict[str, Any] = {name: getattr(self, name) for name in _EXTRA_FIELDS}
+        extra = {**asdict(self), "adapters": list(self.adapters)}
+        state, throughput, offer = extra.pop("state"), extra.pop("throughput"), extra.pop("offer")
         if self.cache_tokens_left is not None:
             extra["cache_tokens_left"] = self.cache_tokens_left * _KEY_AND_VALUE * self._num_blocks()
-        extra["adapters"] = list(self.adapters)
-        if self.next_pings is not None:
-            extra["next_pings"] = dict(self.next_pings)
-        if self.offer is not None:
-            extra["swarm"] = vars(self.offer)
-        return int(self.state), float(self.throughput), extra
+        if offer is not None:
+            extra["swarm"] = offer
+        return int(state), float(throughput), extra
 
     @classmethod
     def from_tuple(cls, source: object) -> ServerInfo:
@@ -150,40 +131,18 @@ class ServerInfo:
         extra = source[2] if len(source) > 2 else {}
         if not isinstance(extra, Mapping):
             raise ValueError("the extra fields of a server record are a dict")
-        fields: dict[str, Any] = {}
-        for name in ("public_name", "version", "torch_dtype", "quant_type"):
-            fields[name] = _optional(extra, name, lambda value, name: _typed(value, str, name))
-        for name in ("network_rps", "forward_rps", "inference_rps"):
-            fields[name] = _optional(extra, name, _number)
-        for name in ("start_block", "end_block", "cache_tokens_left"):
-            fields[name] = _optional(extra, name, _natural)
-        fields["using_relay"] = _optional(extra, "using_relay", lambda value, name: _typed(value, bool, name))
-        fields["adapters"] = _strings(extra.get("adapters") or ())
-        fields["next_pings"] = _optional(extra, "next_pings", _pings)
-        fields["offer"] = _optional(extra, "swarm", lambda value, name: Offer.from_dict(_typed(value, dict, name)))
-        state = ServerState(_natural(source[0], "state"))
-        info = cls(state=state, throughput=_number(source[1], "throughput"), **fields)
+        fields = {**extra, "state": source[0], "throughput": source[1], "offer": extra.get("swarm")}
+        if isinstance(pings := extra.get("next_pings"), Mapping):
+            # an unreachable peer is recorded as infinity there; it says nothing that we need
+            fields["next_pings"] = {
+                peer: rtt for peer, rtt in pings.items() if isinstance(rtt, (int, float)) and math.isfinite(rtt)
+            }
+        info = read(cls, fields)
         if info.cache_tokens_left is None:
             return info
         blocks = info._num_blocks()
         left = info.cache_tokens_left // (_KEY_AND_VALUE * blocks) if blocks else None
         return replace(info, cache_tokens_left=left)
-
-
-_EXTRA_FIELDS = (
-    "start_block",
-    "end_block",
-    "public_name",
-    "version",
-    "network_rps",
-    "forward_rps",
-    "inference_rps",
-    "torch_dtype",
-    "quant_type",
-    "using_relay",
-    "cache_tokens_left",
-    "next_pings",
-)
 
 
 def block_uid(prefix: str, block: int) -> str:
@@ -211,40 +170,3 @@ def parse_span_uid(uid: str, prefix: str) -> tuple[int, int]:
     if blocks != list(range(blocks[0], blocks[0] + len(blocks))):
         raise ValueError(f"the blocks {blocks[:8]} do not follow one another")
     return blocks[0], blocks[-1] + 1
-
-
-def _optional(extra: Mapping[str, Any], name: str, check: Any) -> Any:
-    value = extra.get(name)
-    return None if value is None else check(value, name)
-
-
-def _typed(value: Any, kind: type, name: str) -> Any:
-    if type(value) is not kind:
-        raise ValueError(f"{name} is to be a {kind.__name__}")
-    return value
-
-
-def _number(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-        raise ValueError(f"{name} is to be a finite number that is not negative")
-    return float(value)
-
-
-def _natural(value: Any, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{name} is to be a whole number that is not negative")
-    return int(value)
-
-
-def _strings(value: Sequence[Any]) -> tuple[str, ...]:
-    if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
-        raise ValueError("adapters is to be a list of strings")
-    return tuple(value)
-
-
-def _pings(value: Any, name: str) -> dict[str, float]:
-    if not isinstance(value, Mapping):
-        raise ValueError("next_pings is to be a dict")
-    # an unreachable peer is recorded as infinity there; it says nothing that we need
-    finite = {peer: rtt for peer, rtt in value.items() if isinstance(rtt, (int, float)) and math.isfinite(rtt)}
-    return {_typed(peer, str, name): _number(rtt, name) for peer, rtt in finite.items()}

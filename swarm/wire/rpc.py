@@ -7,17 +7,18 @@ and ``reused`` in its reply; ``start`` in steps; ``page_names`` in both; ``step_
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeAlias
 
+import msgspec
 import torch
 from hivemind.p2p import PeerID
 from hivemind.proto import runtime_pb2
 from hivemind.utils import MSGPackSerializer
 
 from ..errors import BadRequestError, MalformedError
+from .fields import Natural, Number, read
 
 if TYPE_CHECKING:  # the generated module has no types
     Request: TypeAlias = Any
@@ -43,6 +44,9 @@ NAMED_TOKENS = 16
 """Tokens of a row that one name in ``page_names`` stands for."""
 MAX_NAMES = 4096
 """In one message."""
+_Text = Annotated[str, msgspec.Meta(max_length=1024)]
+_Count = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+_MAX_HOP_BLOCKS = 4096  # each is named one by one in what is sent there
 EMPTY = torch.empty(0)
 EMPTY_INT64 = torch.empty(0, dtype=torch.int64)
 
@@ -52,14 +56,13 @@ def handle_name(method: str) -> str:
     return f"TransformerConnectionHandler.{method}"
 
 
-@dataclass(frozen=True)
-class NextHop:
+class NextHop(NamedTuple):
     """Where a node pushes its output: a session of a peer, and the blocks that the peer runs in it."""
 
     peer_id: PeerID
     session_id: str
-    start: int
-    end: int
+    start: Natural
+    end: Natural
 
     def to_tuple(self) -> tuple[str, str, int, int]:
         """As it stands in ``next_servers``."""
@@ -75,7 +78,6 @@ class Metadata:
         max_length: columns that the session is to hold at most.
         step_id: the same at every hop; a step that comes twice (pushed and sent) is run once.
         next_servers: the hops that follow, nearest first.
-        pushed: came from another node, not from the client.
         start: columns done before this step, if the client says so.
         left_padding: columns that each row ignores at its left.
         args_structure: where hidden states, prompts and hypo_ids stand among the tensors.
@@ -83,23 +85,42 @@ class Metadata:
         output_compression: how the client wants the answer encoded.
         alloc_timeout: seconds that the client is ready to wait for KV cache when it opens a session.
         prefix_context: what else decides the content of the session's cache than the inputs that the names stand for.
-        page_names: for each row the names of its pages: in the message that opens a session those that the client would
-            like to find there, in a step those that are full after it. Same name and context means same content.
+        page_names: for each row the names of its pages, one after the other: in the message that opens a session those
+            that the client would like to find there, in a step those that are full after it. Same name and context
+            means same content.
     """
 
-    session_id: str | None = None
-    max_length: int | None = None
-    step_id: str | None = None
+    session_id: _Text | None = None
+    max_length: _Count | None = None
+    step_id: _Text | None = None
     next_servers: tuple[NextHop, ...] = ()
-    pushed: bool = False
-    start: int | None = None
-    left_padding: tuple[int, ...] = ()
+    start: _Count | None = None
+    left_padding: tuple[_Count, ...] = ()
     args_structure: Any = None
-    active_adapter: str = ""
-    output_compression: tuple[int, ...] = ()
-    alloc_timeout: float = 0.0
+    active_adapter: _Text = ""
+    output_compression: tuple[_Count, ...] = ()
+    alloc_timeout: Number = 0.0
     prefix_context: bytes = b""
-    page_names: tuple[tuple[bytes, ...], ...] = ()
+    page_names: tuple[Any, ...] = ()  # of bytes
+
+    def __post_init__(self) -> None:
+        if not all(0 < hop.end - hop.start <= _MAX_HOP_BLOCKS for hop in self.next_servers):
+            raise ValueError(f"next_servers is to have hops of 1 to {_MAX_HOP_BLOCKS} blocks")
+        if len(self.prefix_context) > 64:
+            raise ValueError("prefix_context is to be at most 64 bytes")
+        rows = self.page_names
+        if (
+            not all(isinstance(row, bytes) and len(row) % NAME_BYTES == 0 for row in rows)
+            or sum(map(len, rows)) > MAX_NAMES * NAME_BYTES
+        ):
+            raise ValueError(f"page_names is to be a list of rows of {NAME_BYTES}-byte names, {MAX_NAMES} at most")
+
+    @property
+    def names(self) -> tuple[tuple[bytes, ...], ...]:
+        """``page_names``, the names one by one."""
+        return tuple(
+            tuple(row[at : at + NAME_BYTES] for at in range(0, len(row), NAME_BYTES)) for row in self.page_names
+        )
 
 
 def dump(fields: Mapping[str, Any]) -> bytes:
@@ -132,21 +153,10 @@ def parse(fields: Mapping[str, Any]) -> Metadata:
     Raises:
         BadRequestError: a field has a type or value that it can't have.
     """
-    return Metadata(
-        session_id=_text(fields, "session_id"),
-        max_length=_count(fields, "max_length"),
-        step_id=_text(fields, "step_id"),
-        next_servers=_hops(fields.get("next_servers")),
-        pushed=bool(fields.get("pushed")),
-        start=_count(fields, "start"),
-        left_padding=_counts(fields, "left_padding"),
-        args_structure=fields.get("args_structure"),
-        active_adapter=_text(fields, "active_adapter") or "",
-        output_compression=_counts(fields, "output_compression"),
-        alloc_timeout=_seconds(fields, "alloc_timeout"),
-        prefix_context=_bytes(fields, "prefix_context"),
-        page_names=_names(fields, "page_names"),
-    )
+    try:
+        return read(Metadata, fields)
+    except ValueError as error:
+        raise BadRequestError(f"metadata of a request: {error}") from error
 
 
 def arrange(tensors: Sequence[torch.Tensor], args_structure: Any, *, count: int) -> list[torch.Tensor]:
@@ -177,78 +187,3 @@ def _marked(mark: Any, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     if not isinstance(mark, bytes) or not mark.startswith(b"__T") or not mark[3:].isdigit():
         raise ValueError("no mark of a tensor")
     return tensors[int(mark[3:])]
-
-
-def _text(fields: Mapping[str, Any], name: str) -> str | None:
-    value = fields.get(name)
-    if value is not None and (not isinstance(value, str) or len(value) > 1024):
-        raise BadRequestError(f"{name} is to be a string")
-    return value
-
-
-def _count(fields: Mapping[str, Any], name: str) -> int | None:
-    value = fields.get(name)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31):
-        raise BadRequestError(f"{name} is to be a whole number that is not negative")
-    return value
-
-
-def _counts(fields: Mapping[str, Any], name: str) -> tuple[int, ...]:
-    value = fields.get(name)
-    if value is None:
-        return ()
-    if not isinstance(value, (list, tuple)) or not all(type(item) is int and 0 <= item < 2**31 for item in value):
-        raise BadRequestError(f"{name} is to be a list of whole numbers")
-    return tuple(value)
-
-
-def _seconds(fields: Mapping[str, Any], name: str) -> float:
-    value = fields.get(name) or 0.0
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-        raise BadRequestError(f"{name} is to be a number of seconds")
-    return float(value)
-
-
-def _bytes(fields: Mapping[str, Any], name: str) -> bytes:
-    value = fields.get(name) or b""
-    if not isinstance(value, bytes) or len(value) > 64:
-        raise BadRequestError(f"{name} is to be at most 64 bytes")
-    return value
-
-
-def _names(fields: Mapping[str, Any], name: str) -> tuple[tuple[bytes, ...], ...]:
-    """Each row's names stand one after the other in one piece of bytes."""
-    value = fields.get(name)
-    if value is None:
-        return ()
-    if (
-        not isinstance(value, (list, tuple))
-        or not all(isinstance(row, bytes) and len(row) % NAME_BYTES == 0 for row in value)
-        or sum(map(len, value)) > MAX_NAMES * NAME_BYTES
-    ):
-        raise BadRequestError(f"{name} is to be a list of rows of {NAME_BYTES}-byte names, {MAX_NAMES} at most")
-    return tuple(tuple(row[at : at + NAME_BYTES] for at in range(0, len(row), NAME_BYTES)) for row in value)
-
-
-@functools.lru_cache(maxsize=1024)
-def _peer_id(text: str) -> PeerID:
-    return PeerID.from_base58(text)  # the same few over and over, at a tenth of a millisecond each
-
-
-def _hops(value: Any) -> tuple[NextHop, ...]:
-    if not value:
-        return ()
-    try:
-        hops = []
-        for peer, session_id, start, end in value:
-            if (
-                not isinstance(session_id, str)
-                or type(start) is not int
-                or type(end) is not int
-                or not 0 <= start < end
-            ):
-                raise ValueError("no hop")
-            hops.append(NextHop(_peer_id(peer), session_id, start, end))
-    except (TypeError, ValueError) as error:
-        raise BadRequestError("next_servers is to be a list of (peer, session, start, end)") from error
-    return tuple(hops)

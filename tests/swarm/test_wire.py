@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from hivemind.compression import deserialize_torch_tensor, serialize_torch_tensor
+from hivemind.p2p import PeerID
 from hivemind.proto import runtime_pb2
 from hivemind.utils import MSGPackSerializer
 from hypothesis import example, given
@@ -154,6 +155,18 @@ def test_metadata_from_a_stranger_is_right_or_refused(fields: dict[str, Any]) ->
     except (errors.BadRequestError, OverflowError):  # the latter: no msgpack can hold it
         return
     assert metadata.max_length is None or metadata.max_length >= 0
+
+
+def test_hops_in_metadata() -> None:
+    peer = PeerID(b"\x12\x20" + bytes(32))
+    for form in (list, tuple):
+        hops = form([form(rpc.NextHop(peer, "s", 3, 7).to_tuple())])
+        assert rpc.parse({"next_servers": hops}).next_servers == (rpc.NextHop(peer, "s", 3, 7),)
+    right = (peer.to_base58(), "s", 3, 7)
+    wrong = [(5, "s", 3, 7), ([], "s", 3, 7), (right[0], None, 3, 7), (right[0], "s", 7, 3), (right[0], "s", -1, 3)]
+    for hop in (*wrong, (right[0], "s", 0, 2**40), right[:3], (*right, 1), (right[0], "s", 3, 7.0), "hop", None):
+        with pytest.raises(errors.BadRequestError, match="next_servers"):
+            rpc.parse({"next_servers": [right, hop]})
 
 
 @given(st.binary(max_size=200))

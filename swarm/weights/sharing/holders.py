@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
 
+import msgspec
 from hivemind.dht import DHTNode
 from hivemind.p2p import P2P, PeerID
 from hivemind.utils.timed_storage import get_dht_time
@@ -21,6 +22,7 @@ from ...errors import ModelError, SwarmError, UsageError
 from ...model.source import default_dht_prefix
 from ...network import dht
 from ...network.peer import Peer
+from ...wire.fields import read
 from ...wire.rpc import Response
 from ...wire.stream import MessageStream
 from .manifest import Manifest
@@ -37,7 +39,7 @@ class Holder:
     """What a peer says it has of the weights that ``root`` names: ``blocks`` as ranges, or the ``whole`` model."""
 
     root: str
-    blocks: tuple[tuple[int, int], ...] = ()
+    blocks: Annotated[tuple[tuple[int, int], ...], msgspec.Meta(max_length=_MAX_RANGES)] = ()
     whole: bool = False
 
     @classmethod
@@ -47,15 +49,10 @@ class Holder:
         Raises:
             ValueError: it is none.
         """
-        if not isinstance(found, Mapping) or not is_root(found.get("root")):
+        holder = read(cls, found)
+        if not is_root(holder.root):
             raise ValueError("a holder's record has a root")
-        blocks, whole = found.get("blocks", ()), found.get("whole", False)
-        if not isinstance(blocks, (list, tuple)) or len(blocks) > _MAX_RANGES or type(whole) is not bool:
-            raise ValueError("a holder's record has a list of ranges")
-        for each in blocks:
-            if not isinstance(each, (list, tuple)) or len(each) != 2 or not all(type(end) is int for end in each):
-                raise ValueError("a range of blocks is (start, end)")
-        return cls(found["root"], tuple((start, end) for start, end in blocks if 0 <= start < end), whole)
+        return replace(holder, blocks=tuple((start, end) for start, end in holder.blocks if 0 <= start < end))
 
 
 @dataclass(frozen=True)
