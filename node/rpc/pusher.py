@@ -51,6 +51,8 @@ class Pusher:
             raise PeerLostError(f"can't push to {peer_id}: {error}") from error
         finally:
             self._waiting[peer_id] -= 1
+            if not self._waiting[peer_id]:  # clients name the peers, so nothing is kept of any number of them
+                del self._waiting[peer_id], self._locks[peer_id]
 
     def close(self) -> None:
         """Closes all streams."""

@@ -1,18 +1,20 @@
-"""Checks of what arrives, before anything is allocated or computed. Pure functions that raise ``BadRequestError``, or
-``NotServedError`` for what another node may serve."""
+"""Messages that arrive, checked and decoded before anything is allocated or computed, as what the engine takes.
+Pure functions that raise ``BadRequestError``, or ``NotServedError`` for what another node may serve."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from hivemind.proto import runtime_pb2
+from hivemind.p2p import PeerID
+from hivemind.proto.runtime_pb2 import Tensor
 
 from swarm.errors import BadRequestError, NotServedError, OutOfOrderError
 from swarm.wire.codec import all_finite, decode
-from swarm.wire.records import parse_span_uid
-from swarm.wire.rpc import Metadata, arrange
+from swarm.wire.records import parse_span_uid, span_uid
+from swarm.wire.rpc import Metadata, Request, arrange, dump, load, parse
 
 from ..engine.scheduling.session import Prefix
 from .limits import Limits
@@ -48,6 +50,29 @@ class Served:
             raise NotServedError(f"adapter {name!r} is not served here; this node has {here}")
 
 
+class Message(NamedTuple):
+    """A request, and what its metadata says."""
+
+    request: Request
+    fields: dict[str, Any]
+    metadata: Metadata
+
+    @classmethod
+    def of(cls, request: Request) -> Message:
+        """Reads the metadata."""
+        fields = load(request.metadata)
+        return cls(request, fields, parse(fields))
+
+    def passed_on(self, output: Tensor, prefix: str) -> tuple[PeerID, Request]:
+        """The next of ``next_servers``, and the step as that one gets it: with this node's ``output`` as input."""
+        hop, *rest = self.metadata.next_servers
+        fields = dict(
+            self.fields, session_id=hop.session_id, next_servers=[each.to_tuple() for each in rest], pushed=True
+        )
+        uid, tensors = span_uid(prefix, hop.start, hop.end), [output, *self.request.tensors[1:]]
+        return hop.peer_id, Request(uid=uid, tensors=tensors, metadata=dump(fields))
+
+
 @dataclass(frozen=True)
 class Opening:
     """What the first message of a session asks for."""
@@ -62,18 +87,39 @@ class Opening:
 
 
 @dataclass(frozen=True)
-class StepInput:
-    """The tensors of a step: hidden ``[rows, T, H]``, prompts ``[blocks, rows or 1, P, H]``, hypo_ids ``[rows]``."""
+class Step:
+    """Hidden ``[rows, T, H]`` from column ``start`` on, hypo_ids ``[rows]``, prompts ``[blocks, rows or 1, P, H]``, and
+    of each row the names of the pages that the step completes."""
 
     hidden: torch.Tensor
-    prompts: torch.Tensor | None
+    start: int
     hypo_ids: torch.Tensor | None
+    prompts: torch.Tensor | None
+    names: list[list[bytes]]
 
 
-def check_opening(request: runtime_pb2.ExpertRequest, metadata: Metadata, served: Served, limits: Limits) -> Opening:
+@dataclass(frozen=True)
+class Forward:
+    """Hidden ``[rows, T, H]`` for the blocks ``first:last``, without a session; prompts as in a step."""
+
+    first: int
+    last: int
+    adapter: str
+    hidden: torch.Tensor
+    prompts: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Backward(Forward):
+    """And the gradient of the output, of the same shape."""
+
+    grad: torch.Tensor
+
+
+def read_opening(message: Message, served: Served, limits: Limits) -> Opening:
     """Checks the message that opens a session."""
-    first, last = served.blocks_of(request.uid)
-    served.check_adapter(metadata.active_adapter)
+    request, _, metadata = message
+    first, last, adapter = _where(message, served)
     if metadata.max_length is None:
         raise BadRequestError("the message that opens a session needs max_length")
     if metadata.max_length > limits.max_length:
@@ -92,20 +138,13 @@ def check_opening(request: runtime_pb2.ExpertRequest, metadata: Metadata, served
         if len(metadata.page_names) not in (0, rows):
             raise BadRequestError("page_names is to have one item per row")
         prefix = Prefix(metadata.prefix_context, metadata.names)
-    return Opening(first, last, rows, metadata.max_length, padding, prefix, metadata.active_adapter)
+    return Opening(first, last, rows, metadata.max_length, padding, prefix, adapter)
 
 
-def read_step(
-    request: runtime_pb2.ExpertRequest,
-    metadata: Metadata,
-    opening: Opening,
-    served: Served,
-    limits: Limits,
-    *,
-    position: int,
-) -> StepInput:
-    """Decodes and checks a step of a session that has done ``position`` columns."""
-    hidden, prompts, hypo_ids = _tensors(request, metadata, served, limits, count=3)
+def read_step(message: Message, opening: Opening, served: Served, limits: Limits, *, position: int) -> Step:
+    """Checks and decodes a step of a session that has done ``position`` columns."""
+    metadata = message.metadata
+    hidden, prompts, hypo_ids = _tensors(message, served, limits, count=3)
     if metadata.active_adapter not in ("", opening.adapter):
         raise BadRequestError("the adapter of a session can't change: open another session for another adapter")
     start = position if metadata.start is None else metadata.start
@@ -117,48 +156,49 @@ def read_step(
         raise BadRequestError(f"the session has {opening.rows} rows; the step has {rows}")
     if start + columns > opening.max_length:
         raise BadRequestError(f"the step ends at {start + columns}; the session was opened for {opening.max_length}")
-    return StepInput(
+    return Step(
         hidden,
-        _check_prompts(prompts, rows, columns, opening.last - opening.first, served),
-        _check_hypo_ids(hypo_ids, rows),
+        start,
+        prompts=_check_prompts(prompts, hidden, opening.last - opening.first, served),
+        hypo_ids=_check_hypo_ids(hypo_ids, rows),
+        names=[list(row) for row in metadata.names],
     )
 
 
-def read_forward(
-    request: runtime_pb2.ExpertRequest, metadata: Metadata, served: Served, limits: Limits
-) -> tuple[int, int, torch.Tensor, torch.Tensor | None]:
-    """Checks a forward: ``(first, last, hidden, prompts)``."""
-    first, last = served.blocks_of(request.uid)
-    served.check_adapter(metadata.active_adapter)
-    hidden, prompts = _tensors(request, metadata, served, limits, count=2)
+def read_forward(message: Message, served: Served, limits: Limits) -> Forward:
+    """Checks and decodes a forward."""
+    first, last, adapter = _where(message, served)
+    hidden, prompts = _tensors(message, served, limits, count=2)
     _check_hidden(hidden, served, limits)
-    return first, last, hidden, _check_prompts(prompts, hidden.shape[0], hidden.shape[1], last - first, served)
+    return Forward(first, last, adapter, hidden, _check_prompts(prompts, hidden, last - first, served))
 
 
-def read_backward(
-    request: runtime_pb2.ExpertRequest, metadata: Metadata, served: Served, limits: Limits
-) -> tuple[int, int, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Checks a backward: ``(first, last, hidden, gradient of the output, prompts)``."""
-    first, last = served.blocks_of(request.uid)
-    served.check_adapter(metadata.active_adapter)
-    hidden, grad, prompts = _tensors(request, metadata, served, limits, count=3)
+def read_backward(message: Message, served: Served, limits: Limits) -> Backward:
+    """Checks and decodes a backward."""
+    first, last, adapter = _where(message, served)
+    hidden, grad, prompts = _tensors(message, served, limits, count=3)
     _check_hidden(hidden, served, limits)
     _check_hidden(grad, served, limits)
     if grad.shape != hidden.shape:
         raise BadRequestError("the gradient has another shape than the hidden states")
-    prompts_or_none = _check_prompts(prompts, hidden.shape[0], hidden.shape[1], last - first, served)
-    return first, last, hidden, grad, prompts_or_none
+    return Backward(first, last, adapter, hidden, _check_prompts(prompts, hidden, last - first, served), grad)
 
 
-def _tensors(
-    request: runtime_pb2.ExpertRequest, metadata: Metadata, served: Served, limits: Limits, *, count: int
-) -> list[torch.Tensor]:
-    if not 1 <= len(request.tensors) <= 8:
-        raise BadRequestError(f"the request has {len(request.tensors)} tensors")
+def _where(message: Message, served: Served) -> tuple[int, int, str]:
+    """The blocks that a message is for, as ``(first, last)``, and the adapter."""
+    adapter = message.metadata.active_adapter
+    first, last = served.blocks_of(message.request.uid)
+    served.check_adapter(adapter)
+    return first, last, adapter
+
+
+def _tensors(message: Message, served: Served, limits: Limits, *, count: int) -> list[torch.Tensor]:
+    tensors = message.request.tensors
+    if not 1 <= len(tensors) <= 8:
+        raise BadRequestError(f"the request has {len(tensors)} tensors")
     limit = limits.max_step_tokens * served.hidden_size
-    return arrange(
-        [decode(tensor, max_elements=limit) for tensor in request.tensors], metadata.args_structure, count=count
-    )[:count]
+    decoded = [decode(tensor, max_elements=limit) for tensor in tensors]
+    return arrange(decoded, message.metadata.args_structure, count=count)[:count]
 
 
 def _check_hidden(hidden: torch.Tensor, served: Served, limits: Limits) -> None:
@@ -177,9 +217,10 @@ def _check_hidden(hidden: torch.Tensor, served: Served, limits: Limits) -> None:
         raise BadRequestError("hidden states are not finite")
 
 
-def _check_prompts(prompts: torch.Tensor, rows: int, columns: int, blocks: int, served: Served) -> torch.Tensor | None:
+def _check_prompts(prompts: torch.Tensor, hidden: torch.Tensor, blocks: int, served: Served) -> torch.Tensor | None:
     if prompts.numel() == 0:
         return None
+    rows, columns, _ = hidden.shape
     shape: Sequence[int] = prompts.shape
     if (
         len(shape) != 4
