@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from swarm.client import SwarmModelForCausalLM
 from swarm.errors import ModelError, UsageError
-from swarm.model.skeleton import block_tensors, end_tensors
 from swarm.model.source import resolve
+from swarm.model.tensors import block_tensors, end_tensors
 from swarm.network import dht
 from swarm.network.peer import Peer, PeerOptions
 from swarm.weights.sharing.holders import Holder, announce_holder, fetch_holders

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
 from swarm.client import SwarmModelForCausalLM
-from swarm.model.skeleton import load_ends
+from swarm.model.load_ends import load_ends
 from swarm.model.source import resolve
 from tests.client.in_process import InProcessConnection
 from tests.models import tiny_model
