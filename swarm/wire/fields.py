@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -24,10 +23,13 @@ def read(kind: type[T], found: Any) -> T:
     Raises:
         ValueError: no dict, or a field is missing, or has a type or value that it can't have.
     """
-    if not isinstance(found, Mapping):
+    if not isinstance(found, dict):
         raise ValueError("the fields are to be a dict")
-    known = {name: found[name] for name in kind.__dataclass_fields__ if found.get(name) is not None}  # type: ignore[attr-defined]
-    return msgspec.convert(known, kind, builtin_types=(bytes,), dec_hook=_peer_id)  # type: ignore[arg-type]
+    given = {name: value for name, value in found.items() if value is not None and isinstance(name, str)}
+    try:
+        return msgspec.convert(given, kind, builtin_types=(bytes,), dec_hook=_peer_id)  # type: ignore[arg-type]
+    except msgspec.ValidationError as error:  # before 0.21 it is no ValueError
+        raise ValueError(str(error)) from error
 
 
 @functools.lru_cache(maxsize=1024)
