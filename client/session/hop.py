@@ -40,6 +40,7 @@ class Hop:
         self.limits = limits_of(leg.span.info)
         self.dtype = DTYPES.get(leg.span.info.torch_dtype or "")
         self.is_petals = leg.span.info.offer is None  # passes nothing on, and can't forget columns
+        self.left_padding: tuple[int, ...] = ()  # of its rows, in the order in which it was opened
         self.reused = 0  # columns that it had in its cache when the session was opened
         self.cropped = False  # was to forget columns, and is to be replaced as it can't
         self._uid = span_uid(model, leg.start, leg.end)

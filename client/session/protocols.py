@@ -27,6 +27,7 @@ class HopLike(Protocol):
     session_id: str
     history: History
     limits: MessageLimits
+    left_padding: tuple[int, ...]
     is_petals: bool
     reused: int
     cropped: bool

@@ -138,7 +138,8 @@ class RouteSession:
         def prefixes(legs: Sequence[Leg]) -> Sequence[Prefix | None]:
             return self._prefixes(legs, inputs.dtype, spare)
 
-        self._pipeline.hops = await self._open(self._first, self._last, order, prefixes)
+        padding = _reordered(self._left_padding, order)
+        self._pipeline.hops = await self._open(self._first, self._last, padding, prefixes)
         self._pipeline.sharing = self._names is not None
         self._tell("route", self.hops)
         start = min(spare, *(hop.reused for hop in self.hops))
@@ -244,7 +245,7 @@ class RouteSession:
         self._pipeline.sharing = False  # what comes out of another hop is not quite the same
 
         async def open_hops(order: torch.Tensor) -> list[Hop]:
-            return await self._open(failed.start, failed.end, order)
+            return await self._open(failed.start, failed.end, _reordered(failed.left_padding, order))
 
         replacement = await replay(failed, self._rows, self._pipeline, self._failures, open_hops, self._width)
         self.hops[index : index + 1] = replacement
@@ -254,11 +255,10 @@ class RouteSession:
         self,
         first: int,
         last: int,
-        order: torch.Tensor,
+        padding: tuple[int, ...],
         prefixes: Callable[[Sequence[Leg]], Sequence[Prefix | None]] | None = None,
     ) -> list[Hop]:
-        """Hops for the blocks ``first:last``, for rows that began as ``order`` says. Raises as :func:`open_route`."""
-        padding = self._left_padding and tuple(self._left_padding[row] for row in order.tolist())
+        """Hops for the blocks ``first:last``, for rows with ``padding`` at their left. Raises as :func:`open_route`."""
         needs = Needs(
             rows=self._rows,
             columns=self._pipeline.columns,
@@ -295,6 +295,7 @@ class RouteSession:
             max_bytes=4 * self._hidden_size * (self._settings.prefill_tokens + self._rows) + 2**20,
             timeout=self._settings.connect_timeout,
         )
+        hop.left_padding = tuple(left_padding)
         hop.on_push_failed = lambda step_id: self._pipeline.push_failed(hop, step_id)
         return hop
 
@@ -304,6 +305,10 @@ class RouteSession:
         except Exception:
             return False
         return True
+
+
+def _reordered(padding: tuple[int, ...], order: torch.Tensor) -> tuple[int, ...]:
+    return padding and tuple(padding[row] for row in order.tolist())
 
 
 def _name(hop: Hop) -> HopName:

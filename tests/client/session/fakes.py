@@ -34,6 +34,7 @@ class FakeHop:
         self.session_id = f"{leg.peer_id}-{leg.start}"
         self.history = History()
         self.limits: MessageLimits = limits_of(leg.span.info)
+        self.left_padding: tuple[int, ...] = ()
         self.is_petals, self.cropped, self.reused = False, False, 0
         self.on_push_failed: Callable[[str], None] | None = None
         self.broken: SwarmError | None = None
