@@ -15,7 +15,7 @@ from swarm.client.model.family_check import require_right_ends
 from swarm.compat import versions
 from swarm.compat.versions import Versions
 from swarm.errors import ConnectError, ModelError
-from swarm.model import skeleton
+from swarm.model import load_ends, skeleton
 from tests.models import tiny_model
 
 NOBODY = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWLmKfRzFrKg5fmyAZbGSDiXQMSFGwPQ4YNBSqWXGCUFpJ"
@@ -52,14 +52,14 @@ def test_embeddings_that_are_scaled_otherwise_are_refused(monkeypatch: pytest.Mo
 
 
 def test_a_norm_that_is_another_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    load: Any = skeleton.load_weights
+    load: Any = load_ends.load_weights
 
     def load_otherwise(model: Any, *rest: Any, **options: Any) -> Any:
         missing = load(model, *rest, **options)
         model.model.norm.weight.data.add_(0.1)
         return missing
 
-    monkeypatch.setattr(skeleton, "load_weights", load_otherwise)
+    monkeypatch.setattr(load_ends, "load_weights", load_otherwise)
     with pytest.raises(ModelError, match=r"ends of llama .*logits are off by"):
         require_right_ends("llama", SwarmModelForCausalLM.from_ends)
 
