@@ -54,13 +54,13 @@ def step_ms(session: Any, hidden: torch.Tensor, steps: int) -> tuple[list[float]
     taken, turns = [], []
     for _ in range(20):
         session.step(hidden)
-    ((_, inference),) = session.cache._session._inference._parts  # a batch of one row is not divided
-    inference.on_route = lambda event: None  # so that it keeps what the nodes tell
+    ((_, route),) = session.cache._session._divided._parts  # a batch of one row is not divided
+    route.on_route = lambda event: None  # so that it keeps what the nodes tell
     for _ in range(steps):
         begin = time.perf_counter()
         session.step(hidden)
         taken.append((time.perf_counter() - begin) * 1e3)
-        turns.append(sum(hop.compute_s for hop in inference.times) * 1e3)
+        turns.append(sum(hop.compute_s for hop in route.times) * 1e3)
     return taken, turns
 
 

@@ -19,7 +19,7 @@ from .route_session import RouteSession
 T = TypeVar("T")
 
 
-class DividedInference:
+class DividedSession:
     """As :class:`RouteSession`, for any number of rows. Each part has its own route and its own place in the KV cache.
 
     Args:

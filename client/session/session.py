@@ -15,7 +15,7 @@ from swarm.network.forks import is_forked
 
 from ..checks import sendable
 from ..runtime import Runtime
-from .divided import DividedInference
+from .divided import DividedSession
 from .hop import Hop
 from .prefix import column_digests
 
@@ -32,8 +32,8 @@ class Session:
     ...     hidden = session.step(hidden)
     """
 
-    def __init__(self, runtime: Runtime, inference: DividedInference, max_length: int, *, shares: bool = False) -> None:
-        self._runtime, self._inference = runtime, inference
+    def __init__(self, runtime: Runtime, divided: DividedSession, max_length: int, *, shares: bool = False) -> None:
+        self._runtime, self._divided = runtime, divided
         self._in_use = threading.Lock()
         self.together = 1
         self.max_length = max_length
@@ -44,12 +44,12 @@ class Session:
     @property
     def position(self) -> int:
         """Columns done."""
-        return self._inference.position
+        return self._divided.position
 
     @property
     def route(self) -> list[Hop]:
         """The hops, first to last; empty before the first step."""
-        return list(self._inference.hops)
+        return list(self._divided.hops)
 
     def step(
         self,
@@ -82,7 +82,7 @@ class Session:
         """
         if self._closed:
             raise ValueError("the session is closed")
-        self._inference.check(hidden, hypo_ids)
+        self._divided.check(hidden, hypo_ids)
         if self.position + hidden.shape[1] > self.max_length:
             raise ValueError(
                 f"the session holds {self.max_length} tokens; it has {self.position} and gets {hidden.shape[1]} more: "
@@ -111,24 +111,24 @@ class Session:
 
         async def crop() -> None:
             async with self._turn:
-                self._inference.crop(position)
+                self._divided.crop(position)
 
         with self._used():
             self._runtime.run(crop())
 
     async def _step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         async with self._turn:
-            return await self._inference.step(*args, **kwargs)
+            return await self._divided.step(*args, **kwargs)
 
     async def _take_back(self, start: int) -> None:
         async with self._turn:
-            self._inference.take_back(start)  # if it was done before it heard that nobody waits
+            self._divided.take_back(start)  # if it was done before it heard that nobody waits
 
     def close(self) -> None:
         """Ends the session and frees its KV cache at every hop. May be called twice."""
         if not self._closed and not is_forked():
             self._closed = True
-            self._runtime.run(self._inference.close())
+            self._runtime.run(self._divided.close())
 
     @contextmanager
     def _used(self) -> Iterator[None]:
@@ -147,4 +147,4 @@ class Session:
 
     def __del__(self) -> None:
         if not getattr(self, "_closed", True) and not is_forked():
-            self._runtime.start(self._inference.close())
+            self._runtime.start(self._divided.close())

@@ -18,7 +18,7 @@ from ..routing.swarm_view import SwarmView
 from ..runtime import Runtime
 from ..settings import ClientSettings
 from . import parallel
-from .divided import DividedInference
+from .divided import DividedSession
 from .route_session import RouteSession
 from .session import Session
 
@@ -90,12 +90,12 @@ class SwarmConnection:
             UsageError: the model was not made for so many positions.
         """
         end = self.num_blocks if last is None else last
-        make = partial(self.inference, max_length=max_length, first=first, last=end, adapter=adapter)
+        make = partial(self.route_session, max_length=max_length, first=first, last=end, adapter=adapter)
         self._check_length(max_length)
-        inference = DividedInference(make, lambda: self._view.limits(first, end).rows_of(1), self._source.hidden_size)
-        return Session(self._runtime, inference, max_length, shares=self._salt is not None)
+        divided = DividedSession(make, lambda: self._view.limits(first, end).rows_of(1), self._source.hidden_size)
+        return Session(self._runtime, divided, max_length, shares=self._salt is not None)
 
-    def inference(
+    def route_session(
         self, *, max_length: int, first: int = 0, last: int | None = None, adapter: str | None = None
     ) -> RouteSession:
         """The asynchronous side of :meth:`session`, for work in the runtime's event loop.

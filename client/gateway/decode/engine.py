@@ -112,8 +112,8 @@ class GatewayEngine:
         try:
             timing.started = time.monotonic()
             max_length = len(job.prompt) + job.max_tokens
-            inference = self._connection.inference(max_length=max_length, adapter=job.adapter)
-            generation = Generation(job, inference, timing)
+            session = self._connection.route_session(max_length=max_length, adapter=job.adapter)
+            generation = Generation(job, session, timing)
             hidden = await self.compute(partial(self._embed_prompt, job.prompt))
             self._send(generation, hidden, decoding=False)
             prefill = generation.step if job.score_prompt else None
@@ -121,7 +121,7 @@ class GatewayEngine:
                 result = await generation.results.get()
                 if isinstance(result, BaseException):
                     raise result
-                _describe(inference, route)
+                _describe(session, route)
                 if prefill is not None and isinstance(result, Sampled):
                     yield await score_prompt(
                         self._ends, self.compute, job.prompt, prefill.result(), job.top_logprobs or 0
@@ -134,31 +134,31 @@ class GatewayEngine:
             # not awaited here: whoever leaves may be in the middle of being cancelled
             if generation is not None:
                 generation.closed = True
-                self._in_background(self._end(generation.inference, generation.step))
+                self._in_background(self._end(generation.session, generation.step))
             else:
                 self._admission.release()
 
     async def _embed_text(self, prompt: tuple[int, ...], route: list[str], adapter: str | None) -> Tensor:
         await self._admission.acquire()
-        inference: RouteSession | None = None
+        session: RouteSession | None = None
         try:
-            inference = self._connection.inference(max_length=len(prompt), adapter=adapter)
+            session = self._connection.route_session(max_length=len(prompt), adapter=adapter)
             hidden = await self.compute(partial(self._embed_prompt, prompt))
-            output = await inference.step(hidden, None, None)
-            _describe(inference, route)
+            output = await session.step(hidden, None, None)
+            _describe(session, route)
             return await self.compute(partial(self._pool, output))
         finally:
-            if inference is not None:
-                self._in_background(self._end(inference, None))
+            if session is not None:
+                self._in_background(self._end(session, None))
             else:
                 self._admission.release()
 
-    async def _end(self, inference: RouteSession, step: asyncio.Task[Tensor] | None) -> None:
+    async def _end(self, session: RouteSession, step: asyncio.Task[Tensor] | None) -> None:
         try:
             if step is not None:
                 step.cancel()
                 await asyncio.wait({step})
-            await inference.close()
+            await session.close()
         finally:
             self._admission.release()
 
@@ -172,7 +172,7 @@ class GatewayEngine:
     def _send(self, generation: Generation, hidden: Tensor, *, decoding: bool) -> None:
         generation.decoding = decoding
         self._decoding += decoding
-        generation.step = asyncio.get_running_loop().create_task(generation.inference.step(hidden, None, None))
+        generation.step = asyncio.get_running_loop().create_task(generation.session.step(hidden, None, None))
         generation.step.add_done_callback(lambda step: self._arrive(generation, step))
 
     def _arrive(self, generation: Generation, step: asyncio.Task[Tensor]) -> None:
@@ -227,7 +227,7 @@ class GatewayEngine:
             generation.timing.first = generation.timing.first or now
             generation.timing.last = now
             if isinstance(result, Sampled) and generation.job.trace:  # before the next step puts its own times there
-                times = generation.inference.times
+                times = generation.session.times
                 results[index] = result = replace(result, times=times, gateway_s=now - generation.back_at)
             if isinstance(result, Sampled) and result.finish is None and not generation.closed:
                 self._send(generation, embedded[index : index + 1], decoding=True)
@@ -284,6 +284,6 @@ def _attempt(work: Callable[[], T]) -> T | Exception:
         return error
 
 
-def _describe(inference: RouteSession, route: list[str]) -> None:
+def _describe(session: RouteSession, route: list[str]) -> None:
     if not route:
-        route += [f"{hop.peer_id}[{hop.start}:{hop.end}]" for hop in inference.hops]
+        route += [f"{hop.peer_id}[{hop.start}:{hop.end}]" for hop in session.hops]

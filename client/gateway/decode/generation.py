@@ -110,7 +110,7 @@ class Generation:
     """A job's state. Its fields belong to the engine's loop, its methods are called in the torch thread."""
 
     job: Job
-    inference: RouteSession
+    session: RouteSession
     timing: Timing
     tokens: list[int] = field(default_factory=list)
     results: asyncio.Queue[Sampled | RouteEvent | BaseException] = field(default_factory=asyncio.Queue)
@@ -121,7 +121,7 @@ class Generation:
 
     def __post_init__(self) -> None:
         if self.job.trace:
-            self.inference.on_route = self.results.put_nowait
+            self.session.on_route = self.results.put_nowait
         self._random = torch.Generator().manual_seed(self.job.seed)
         self._counts: Counter[int] = Counter()
         self._seen = set(self.job.prompt)

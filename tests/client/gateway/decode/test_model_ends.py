@@ -70,9 +70,9 @@ def test_a_grammar_that_fails_ends_its_own_text_alone() -> None:
     connection: Any = InProcessConnection(path)
     with SwarmModelForCausalLM.from_ends(load_ends(resolve(str(path))), connection) as model:
         engine = GatewayEngine(ModelEnds(model), connection, Admission(2, 2), lambda rows: None)
-        greedy, inference = SamplingParams(temperature=0), None
+        greedy, session = SamplingParams(temperature=0), None
         jobs = [Job((1, 2), 5, greedy, 0, grammar=TooMuch()), Job((1, 2), 5, greedy, 0)]
-        batch = [Generation(job, inference, Timing()) for job in jobs]  # type: ignore[arg-type]
+        batch = [Generation(job, session, Timing()) for job in jobs]  # type: ignore[arg-type]
         hidden = torch.randn(1, model.config.hidden_size)
         (failed, other), embedded = engine._compute(batch, [hidden, hidden])
         assert str(failed) == "too much"
