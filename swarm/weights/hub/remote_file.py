@@ -47,9 +47,11 @@ class HubFile:
         """Of the file, or else of the sparse file with a part of it; None if neither is here."""
         if self._whole.exists():
             return self._whole
-        partial = self._known_partial()
-        if partial is not None and partial.present():
-            return partial.path
+        if (partial := self._known_partial()) is not None:
+            if partial.present():
+                return partial.path
+            if (blob := self._blob(partial)).exists():  # whole, though the Hub's library hasn't named it yet
+                return blob
         return self._whole if self._whole.exists() else None  # it may have become whole just now
 
     def ranges(self) -> Mapping[str, TensorRange]:
@@ -108,7 +110,9 @@ class HubFile:
         self._read_header()
         partial = self._partial(self._remote())
         with partial.locked():
-            plan = self._plan(names)  # under the lock: another process may have been at it
+            if self._whole.exists():  # by another process, while this one waited
+                return
+            plan = self._plan(names)
             if plan.whole:
                 raise RangesNotServed
             self._get(partial, plan.missing, report, stopped)
@@ -122,7 +126,7 @@ class HubFile:
                 f"{self.name} of {self._repo.name!r} is all here now, but does not have the SHA-256 that the Hub "
                 "says: it has been removed; start again"
             )
-        partial.become(self._blobs / partial.path.name)
+        partial.become(self._blob(partial))
         self._fetch_whole(None)  # which finds the blob, and gives it its name
 
     def _download_whole(self, report: Report) -> None:
@@ -156,7 +160,10 @@ class HubFile:
         try:
             return partial.path.open("rb")
         except FileNotFoundError:  # another process has just made it whole
-            return self._whole.open("rb")
+            return (self._whole if self._whole.exists() else self._blob(partial)).open("rb")
+
+    def _blob(self, partial: PartialFile) -> Path:
+        return self._blobs / partial.path.name
 
     def _ensure(self, partial: PartialFile, wanted: Range) -> None:
         if not subtract([wanted], partial.present()):

@@ -37,6 +37,7 @@ class HubServer:
     Attributes:
         faults: each is used up by one GET of a range.
         busy: statuses with which HEADs of weights are answered, each once.
+        before_head: called before a HEAD of weights is answered.
         cdn: redirect large files to a second server, on another origin.
         gated: answer only to :data:`TOKEN`.
         asked: all GETs so far.
@@ -45,6 +46,7 @@ class HubServer:
     files: Path
     faults: list[Fault] = field(default_factory=list)
     busy: list[int] = field(default_factory=list)
+    before_head: Callable[[], Any] = lambda: None
     ranges: bool = True
     cdn: bool = False
     gated: bool = False
@@ -102,6 +104,8 @@ class _Handler(BaseHTTPRequestHandler):
         asked = Asked(self.host, filename, self.headers.get("Range"), token)
         if body:
             self.hub.asked.append(asked)
+        if not body and filename.endswith(".safetensors"):
+            self.hub.before_head()
         if not body and self.hub.busy and filename.endswith(".safetensors"):
             return self._send(self.hub.busy.pop(), {})
         if self.host == "hub" and self.hub.gated and token != TOKEN:

@@ -265,6 +265,26 @@ def test_nodes_that_share_a_cache(
     assert _blob(tmp_path).exists()
 
 
+def test_a_file_that_has_just_become_whole_is_read(
+    hub: HubServer, source: ModelSource, expected: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """Another process has all of it, and the Hub's library has not given it its name yet."""
+    checkpoint = open_checkpoint(source)
+    checkpoint.fetch(["t1"])
+    whole, go_on = threading.Event(), threading.Event()
+    hub.before_head = lambda: (whole.set(), go_on.wait(30))
+    other = threading.Thread(target=_read, args=(source, expected, 0, 2, 3, 4, 5, 6))
+    try:
+        other.start()
+        assert whole.wait(30)
+        assert not _blob(tmp_path).exists()
+        assert torch.equal(checkpoint.read("t1"), expected["t1"])
+    finally:
+        go_on.set()
+        other.join()
+    assert _blob(tmp_path).exists()
+
+
 def test_without_a_network_what_is_here_is_used(
     hub: HubServer, source: ModelSource, expected: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
