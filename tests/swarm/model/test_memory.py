@@ -35,14 +35,19 @@ print(span.parameter_bytes, peak() - before)
 """
 
 
+def load(path: Path, start: int, end: int) -> tuple[int, int]:
+    """Bytes of the weights of these blocks, and the peak of loading them, in a process of its own."""
+    command = [sys.executable, "-c", PROGRAM, str(path), str(start), str(end)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    weights, peak = map(int, done.stdout.split())
+    return weights, peak
+
+
 @pytest.mark.parametrize(("like", "options"), [("llama-gqa", {}), ("mixtral", {"intermediate": 1024})])
 def test_the_peak_is_the_span_and_fifteen_percent(tmp_path: Path, like: str, options: dict[str, int]) -> None:
     sizes = {"hidden": 1024, "heads": 16, "kv_heads": 4, "intermediate": 4096, "layers": 9, **options}
     path = make_checkpoint(tmp_path / "m", make_config(like, dtype="bfloat16", **sizes), max_shard_bytes=100 << 20)
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(path), "2", "8"], capture_output=True, text=True, check=True
-    )
-    weights, peak = map(int, done.stdout.split())
+    weights, peak = load(path, 2, 8)
     assert weights > 120 << 20
     assert peak <= 1.15 * weights
 
@@ -51,10 +56,7 @@ def test_the_peak_of_one_large_block(tmp_path: Path) -> None:
     """Whose largest matrices, of 64 MiB each, are not there twice when they are packed."""
     sizes = {"hidden": 2048, "heads": 16, "kv_heads": 4, "intermediate": 16384, "layers": 2}
     path = make_checkpoint(tmp_path / "m", make_config("llama-gqa", dtype="bfloat16", **sizes))
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(path), "1", "2"], capture_output=True, text=True, check=True
-    )
-    weights, peak = map(int, done.stdout.split())
+    weights, peak = load(path, 1, 2)
     assert weights > 200 << 20
     assert peak <= 1.15 * weights
 
@@ -72,10 +74,7 @@ def test_the_peak_of_a_quantized_checkpoint(tmp_path: Path) -> None:
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     (path / "config.json").write_text(json.dumps(config))
     del tensors
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(path), "2", "5"], capture_output=True, text=True, check=True
-    )
-    weights, peak = map(int, done.stdout.split())
+    weights, peak = load(path, 2, 5)
     largest = 1024 * 4096
     assert weights > 80 << 20
     assert peak <= 1.15 * weights + largest * 4
