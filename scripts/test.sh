@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sets up and runs the whole suite; arguments go to pytest. SWARM_SKIP_PETALS=1 leaves out the tests against Petals,
+# Sets up and runs the whole suite, two files at a time (nodes wait for each other much of the time); arguments go to
+# pytest, -n 0 runs one file after another. SWARM_SKIP_PETALS=1 leaves out the tests against Petals,
 # SWARM_SKIP_BROWSER=1 those of the gateway's pages, which need chromium.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -7,4 +8,4 @@ cd "$(dirname "$0")/.."
 if [ -z "${SWARM_SKIP_PETALS:-}" ]; then ./scripts/petals/setup.sh; fi
 ./scripts/setup_browser.sh
 ./scripts/check.sh
-exec .venv/bin/python -m pytest "$@"
+exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers, tqdm
 
 from ...errors import ModelError
-from .range_download import FileChanged, RangesNotServed, RemoteFile, patiently
+from .range_download import FileChanged, RangesNotServed, RemoteFile
 
 
 class NoSuchFileError(Exception):
@@ -76,7 +76,7 @@ class HubRepo:
         """
         url = self.url(filename)
         with self.explained(filename):
-            found = patiently(lambda: get_hf_file_metadata(url, token=self.token))
+            found = get_hf_file_metadata(url, token=self.token, retry_on_errors=True)
         if found.etag is None or found.size is None:
             raise ModelError(f"can't get {filename} of {self.name!r}: the server tells neither its ETag nor its size")
         return RemoteFile(url, found.etag, found.size)

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import email.utils
-import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 from huggingface_hub import constants, get_session
-from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import hf_raise_for_status
+from huggingface_hub.utils import hf_raise_for_status, parse_ratelimit_headers
 
 from ...chance import CHANCE
 from ...compat.hub import transport_error
-
-T = TypeVar("T")
 
 TRIES = 6
 """In a row without a byte in between."""
@@ -95,22 +91,6 @@ def download_range(
         _sleep(_waiting(wait, tries), stopped)
 
 
-def patiently(work: Callable[[], T]) -> T:
-    """Some other request, again while the server is busy or can't be reached. The last error is raised."""
-    for tries in range(1, TRIES):
-        wait = 0.0
-        try:
-            return work()
-        except HfHubHTTPError as error:
-            if error.response.status_code not in _BUSY:
-                raise
-            wait = _asked_to_wait(error.response.headers)
-        except transport_error():
-            pass
-        _sleep(_waiting(wait, tries), lambda: False)
-    return work()
-
-
 def _waiting(asked: float, tries: int) -> float:
     """Seconds, at least what the server has asked for."""
     return min(max(asked, FIRST_WAIT * 2 ** (tries - 1) * CHANCE.uniform(0.75, 1.25)), LONGEST_WAIT)
@@ -155,8 +135,8 @@ def _asked_to_wait(headers: Mapping[str, str]) -> float:
     try:
         return max(0.0, email.utils.parsedate_to_datetime(after).timestamp() - time.time())
     except (TypeError, ValueError):
-        found = re.search(r";\s*t=(\d+)", headers.get("RateLimit", ""))
-        return float(found[1]) if found else 0.0
+        limit = parse_ratelimit_headers(headers)
+        return 0.0 if limit is None else float(limit.reset_in_seconds)
 
 
 def _sleep(seconds: float, stopped: Callable[[], bool]) -> None:
