@@ -169,7 +169,7 @@ def of_the_whole_model() -> tuple[list[torch.Tensor], list[torch.Tensor], list[s
     return ids, made, [tokenizer.decode(one, skip_special_tokens=True) for one in made]
 
 
-LENGTH: dict[str, Any] = {"do_sample": False, "max_new_tokens": TOKENS, "min_new_tokens": TOKENS}
+LENGTH: dict[str, Any] = {"do_sample": False, "max_new_tokens": TOKENS}
 
 
 def by_client(model: Any, ids: torch.Tensor, expected: torch.Tensor, tally: Tally) -> None:
@@ -188,9 +188,8 @@ def by_client(model: Any, ids: torch.Tensor, expected: torch.Tensor, tally: Tall
 def by_gateway(url: str, prompt: str, expected: str, tally: Tally) -> None:
     """One text through the gateway."""
     body = {"model": MODEL, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "stream": True}
-    body["min_tokens"] = TOKENS
     since, text = time.monotonic(), ""
-    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=STUCK) as reply:
+    with httpx.stream("POST", f"{url}/completions", json=body, timeout=STUCK) as reply:
         if reply.status_code != 200:
             raise RuntimeError(f"the gateway answers {reply.status_code}: {reply.read().decode()[:300]}")
         for line in reply.iter_lines():
@@ -207,7 +206,6 @@ def by_gateway(url: str, prompt: str, expected: str, tally: Tally) -> None:
 def run_gateway(peers: list[str], log: Path) -> Iterator[tuple[str, int]]:
     """``swarm gateway``; its address and process."""
     command = [sys.executable, "-c", "from swarm.client.cli import main; main()", "gateway", MODEL, "--port", "0"]
-    command += ["--host", "127.0.0.1", "--log-format", "json"]
     command += [part for peer in peers for part in ("--initial-peers", peer)]
     with log.open("w") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
@@ -298,7 +296,7 @@ def main(
             stuck = sum(thread.is_alive() for thread in threads)
             left = left_behind(swarm, 60.0)
             after = descriptors(gateway), descriptors(os.getpid())
-    print(f"\n{tally.done} texts of {TOKENS} tokens, {len(faults.past)} faults in {seconds:.0f} s, {sessions} sessions")
+    print(f"\n{tally.done} texts of up to {TOKENS} tokens, {len(faults.past)} faults in {seconds:.0f} s, {sessions} sessions")
     for kind, longest in sorted(pauses(faults.past, tally.gaps).items()):
         longest.sort()
         worst = longest[min(len(longest) - 1, int(0.99 * len(longest)))]
