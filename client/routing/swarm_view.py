@@ -14,6 +14,7 @@ from swarm.chance import CHANCE
 from swarm.errors import MissingBlocksError, SwarmError, UsageError
 from swarm.network import dht
 from swarm.network.dht import RemoteSpan
+from swarm.network.info import ask_info
 from swarm.network.peer import Peer, ping
 from swarm.wire.limits import MessageLimits, limits_of
 from swarm.wire.records import ServerState
@@ -21,7 +22,9 @@ from swarm.wire.records import ServerState
 from ..settings import ClientSettings
 from .bans import Bans
 from .left_out import LeftOut, Needs, Seen, explain
+from .pulse import Pulse
 from .route import Leg, describe_blocks, find_route
+from .step_times import StepTimes
 
 logger = logging.getLogger(__name__)
 _MAX_PINGED = 16
@@ -53,6 +56,12 @@ class SwarmView:
         self._unusable: tuple[RemoteSpan, ...] = ()  # other models under the same name, and nodes that are loading
         self._adapters: set[str] = set()  # that were seen so far
         self._rtts: dict[PeerID, float] = {}
+        self.step_times = StepTimes()
+        self.pulse = Pulse(
+            lambda peer_id, timeout: ask_info(peer.p2p, peer_id, timeout),
+            lambda peer_id: peer.p2p._client.disconnect(peer_id),
+            settings.silence,
+        )
         self._task: asyncio.Task[None] | None = None
         self._pinging: set[asyncio.Task[None]] = set()
 
@@ -67,6 +76,7 @@ class SwarmView:
 
     def close(self) -> None:
         """Ends the background work."""
+        self.pulse.close()
         for task in (self._task, *self._pinging):
             if task is not None:
                 task.cancel()
@@ -174,6 +184,19 @@ class SwarmView:
             await asyncio.sleep(_POLL_SECONDS)
             await self.refresh()
 
+    async def is_worth_waiting(self, peer_id: PeerID, first: int, last: int, needs: Needs) -> bool:
+        """Whether to wait for a peer that is overdue with the blocks ``first:last``: it lives, or nobody else can do
+        them."""
+        if await self.pulse.lives(peer_id):
+            return True
+        if self.pulse.silent_for(peer_id) is None:
+            return False  # it can't be reached at all
+        try:
+            self._find(first, last, replace(needs, deterministic=self._settings.deterministic), frozenset())
+        except MissingBlocksError:
+            return True
+        return False
+
     async def _check_adapter(self, adapter: str | None) -> None:
         if not adapter or not self._spans or adapter in self._adapters:
             return
@@ -207,7 +230,11 @@ class SwarmView:
         if span.info.state < ServerState.ONLINE:
             return "is still loading"
         started = span.info.offer.started if span.info.offer else 0.0
-        return needs.unmet(span.info) or self._bans.why(span.peer_id, started=started)
+        return needs.unmet(span.info) or self._why_silent(span) or self._bans.why(span.peer_id, started=started)
+
+    def _why_silent(self, span: RemoteSpan) -> str | None:
+        seconds = self.pulse.silent_for(span.peer_id)
+        return None if seconds is None else f"has not answered for {seconds:.0f} s (frozen, or the way to it is dead)"
 
     def _left_out(self, missing: Iterable[int], needs: Needs) -> list[LeftOut]:
         wanted = set(missing)
@@ -254,6 +281,7 @@ class SwarmView:
         seconds = await ping(self.peer, peer_id, 3.0)
         if seconds is not None:
             self._rtts[peer_id] = seconds
+            self.pulse.note(peer_id, seconds)
 
 
 def _one_line(error: SwarmError) -> str:

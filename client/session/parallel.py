@@ -21,7 +21,9 @@ from swarm.wire.stream import MessageStream
 
 from ..checks import sendable
 from ..routing.left_out import Needs
+from ..routing.pulse import watched
 from ..routing.route import Leg
+from ..routing.step_times import UNKNOWN_SECONDS
 from ..routing.swarm_view import SwarmView
 from ..settings import ClientSettings
 from .divided import all_of
@@ -144,7 +146,10 @@ class _Pass:
         return grad
 
     async def _route(self, first: int, last: int, hidden: torch.Tensor) -> tuple[Leg, ...]:
-        return await self._failures.route(first, last, Needs(columns=hidden.shape[1], adapter=self._adapter))
+        return await self._failures.route(first, last, self._needs(hidden))
+
+    def _needs(self, hidden: torch.Tensor) -> Needs:
+        return Needs(columns=hidden.shape[1], adapter=self._adapter)
 
     async def _try(self, leg: Leg, method: str, tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
         """What a leg's node makes of ``tensors`` (``[B, T, H]`` each), or None if another one is to be asked."""
@@ -166,9 +171,15 @@ class _Pass:
         expected = tuple(tensors[0].shape)
         elements = math.prod(expected)
         call = _stream if large else _unary
+        needs = self._needs(tensors[0])
+
+        async def worth() -> bool:
+            return await self._view.is_worth_waiting(leg.peer_id, leg.start, leg.end, needs)
+
+        calling = call(self._view.peer.p2p, leg.peer_id, method, request, elements)
         try:
             messages = await asyncio.wait_for(
-                call(self._view.peer.p2p, leg.peer_id, method, request, elements), self._settings.step_timeout
+                watched(calling, leg.peer_id, UNKNOWN_SECONDS, worth), self._settings.step_timeout
             )
         except asyncio.TimeoutError as error:
             raise PeerLostError(f"{leg.peer_id} does not answer") from error

@@ -13,12 +13,15 @@ import torch
 
 from swarm.errors import PeerLostError, RemoteError, SwarmError
 
+from ..routing.pulse import watched
+from ..routing.step_times import UNKNOWN_SECONDS, StepTimes
 from ..settings import ClientSettings
 from .protocols import HopLike
 
 logger = logging.getLogger(__name__)
 
 H = TypeVar("H", bound=HopLike)
+_LARGE_BYTES = 2**15  # of a message; smaller ones find room in the buffers on the way
 
 
 @dataclass(eq=False)
@@ -44,15 +47,16 @@ class Pipeline(Generic[H]):
     """The hops of a session and the chunks that go through them.
 
     Args:
-        alive: whether a silent hop lives.
+        worth: whether a hop that is overdue is worth waiting for.
+        times: how long steps usually take.
 
     Attributes:
         hops: along the route; whoever repairs it puts others in their place.
         sharing: whether the chunks' names say truly what the hops hold.
     """
 
-    def __init__(self, settings: ClientSettings, alive: Callable[[H], Awaitable[bool]]) -> None:
-        self._settings, self._alive = settings, alive
+    def __init__(self, settings: ClientSettings, worth: Callable[[H], Awaitable[bool]], times: StepTimes) -> None:
+        self._settings, self._worth, self._times = settings, worth, times
         self._in_flight: dict[str, Chunk] = {}
         self._resending: set[asyncio.Task[None]] = set()
         self.hops: list[H] = []
@@ -67,7 +71,10 @@ class Pipeline(Generic[H]):
         """Sends all chunks to the first hop: the next hop works on one while this one works on the next."""
         self._in_flight = {chunk.step_id: chunk for chunk in chunks}
         for chunk in chunks:
-            await self.send(0, chunk, chunk.hidden, must=False)
+            try:
+                await self.send(0, chunk, chunk.hidden)
+            except SwarmError:
+                return  # found out again, and repaired, when the chunk is collected
 
     def end(self, chunks: Sequence[Chunk]) -> None:
         """Lets go of the answers to ``chunks``."""
@@ -89,19 +96,14 @@ class Pipeline(Generic[H]):
         hops, self.hops = self.hops, []
         await asyncio.gather(*(hop.close() for hop in hops))
 
-    async def send(self, index: int, chunk: Chunk, hidden: torch.Tensor, *, must: bool) -> None:
+    async def send(self, index: int, chunk: Chunk, hidden: torch.Tensor) -> None:
         """Sends a chunk to a hop unless it has it or gets it pushed; the hops behind it get it pushed from there."""
         hop, following = self.hops[index], self._pushed_from(index, chunk)
         if hop in chunk.covered or hop.has_answered(chunk.step_id):
             return
         for behind in following:
             behind.expect(chunk.step_id)
-        try:
-            await self._pass(hop, chunk, hidden, following)
-        except SwarmError:
-            if must:
-                raise
-            return  # found out, and repaired, when the chunk is collected
+        await self._pass(hop, chunk, hidden, following)
         # A push to a Petals server may be lost, and nobody hears of it: it is sent the step from here too, as its own
         # client does, and runs the one that comes first.
         chunk.covered.update((hop, *(behind for behind in following if not behind.is_petals)))
@@ -114,22 +116,53 @@ class Pipeline(Generic[H]):
         async def again() -> None:  # a node runs a step that it gets twice only once
             await self._pass(hop, chunk, hidden, following)
 
-        output = await self.answer(hop, chunk.step_id, again)
+        output = await self.answer(hop, chunk.step_id, hidden, again)
         if output.shape[1] != chunk.hidden.shape[1]:
             raise RemoteError(f"{hop.peer_id} answered for {output.shape[1]} tokens, not {chunk.hidden.shape[1]}")
         return output
 
-    async def answer(self, hop: H, step_id: str, again: Callable[[], Awaitable[None]] | None = None) -> torch.Tensor:
-        """A hop's answer to a step. A silent hop is asked whether it lives; if so, ``again`` is called, once."""
+    async def answer(
+        self, hop: H, step_id: str, hidden: torch.Tensor, again: Callable[[], Awaitable[None]] | None = None
+    ) -> torch.Tensor:
+        """A hop's answer to a step with ``hidden``. A hop that is overdue is asked whether it lives; if it still has
+        not answered after ``silence`` seconds, ``again`` is called, once."""
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._settings.step_timeout
-        while (output := await hop.reply(step_id, self._settings.silence)) is None:
-            if loop.time() > deadline or not await self._alive(hop):
-                raise PeerLostError(f"{hop.peer_id} does not answer")
-            if again is not None:
-                await again()
-                again = None
+        began, tokens = loop.time(), hidden.shape[0] * hidden.shape[1]
+        patience = min(self._settings.silence, self._times.overdue_after(hop.peer_id, tokens))
+        output = await hop.reply(step_id, patience)
+        if output is None:
+
+            async def worth() -> bool:
+                nonlocal again
+                if not await self._worth(hop):
+                    return False
+                if again is not None and loop.time() > began + self._settings.silence:
+                    resend, again = again, None
+                    await resend()
+                return True
+
+            output = await watched(hop.reply(step_id, self._settings.step_timeout), hop.peer_id, 0.0, worth)
+        if output is None:
+            raise PeerLostError(f"{hop.peer_id} has not done a step in {self._settings.step_timeout:.0f} s")
+        self._times.add(hop.peer_id, tokens, loop.time() - began)
         return output
+
+    async def pass_to(
+        self,
+        hop: H,
+        step_id: str,
+        start: int,
+        hidden: torch.Tensor,
+        hypo_ids: torch.Tensor | None = None,
+        following: Sequence[H] = (),
+        names: list[bytes] | None = None,
+    ) -> None:
+        """Sends a step to a hop. A frozen one takes a large message no more than it answers."""
+        sending = hop.send(step_id, start, hidden, hypo_ids, following, names)
+        if hidden.nbytes < _LARGE_BYTES:
+            await sending
+        else:
+            await watched(sending, hop.peer_id, UNKNOWN_SECONDS, lambda: self._worth(hop))
 
     def push_failed(self, hop: H, step_id: str) -> None:
         """A hop could not push a chunk to the next: send it from here."""
@@ -155,7 +188,7 @@ class Pipeline(Generic[H]):
 
     async def _pass(self, hop: H, chunk: Chunk, hidden: torch.Tensor, following: Sequence[H]) -> None:
         names = chunk.names if self.sharing else None
-        await hop.send(chunk.step_id, chunk.start, hidden, chunk.hypo_ids, following, names)
+        await self.pass_to(hop, chunk.step_id, chunk.start, hidden, chunk.hypo_ids, following, names)
 
     def _pushed_from(self, index: int, chunk: Chunk) -> list[H]:
         """The hops that get a chunk pushed when it is sent to hop ``index``.

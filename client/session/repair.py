@@ -65,8 +65,8 @@ async def _refill(hop: H, hidden: torch.Tensor, pipeline: Pipeline[H], width: in
     outputs = []
     for at in range(0, hidden.shape[1], width):
         step_id, part = uuid.uuid4().hex, hidden[:, at : at + width]
-        await hop.send(step_id, at, part, None, ())
-        outputs.append(await pipeline.answer(hop, step_id))
+        await pipeline.pass_to(hop, step_id, at, part)
+        outputs.append(await pipeline.answer(hop, step_id, part))
         hop.forget(step_id)
     hop.history.append(0, hidden, None)
     return torch.cat(outputs, dim=1)

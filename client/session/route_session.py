@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
 from swarm.errors import SwarmError
-from swarm.network.info import ask_info
 
 from ..routing.left_out import Needs
+from ..routing.pulse import watched
 from ..routing.route import Leg
+from ..routing.step_times import UNKNOWN_SECONDS
 from ..routing.swarm_view import SwarmView
 from ..settings import ClientSettings
 from .failures import Failures
@@ -25,7 +27,6 @@ from .repair import InputsMissing, replay
 from .trace import HopName, HopTime, RouteEvent, split_time
 
 logger = logging.getLogger(__name__)
-_ALIVE_TIMEOUT = 5.0
 
 
 class RouteSession:
@@ -62,7 +63,7 @@ class RouteSession:
         self._failures = Failures(view, settings)
         self._rows = 0
         self._left_padding: tuple[int, ...] = ()
-        self._pipeline: Pipeline[Hop] = Pipeline(settings, self._alive)
+        self._pipeline: Pipeline[Hop] = Pipeline(settings, self._worth, view.step_times)
         self._inputs = History()
         self._names: PageNames | None = None
         self._before: tuple[int, PageNames | None] | None = None  # the position and the names as the last step began
@@ -214,7 +215,7 @@ class RouteSession:
         while index < len(self.hops):
             hop = self.hops[index]
             try:
-                await self._pipeline.send(index, chunk, hidden, must=True)
+                await self._pipeline.send(index, chunk, hidden)
                 output = await self._pipeline.wait(index, chunk, hidden)
             except SwarmError as error:
                 await self._replace(index, error)
@@ -259,18 +260,24 @@ class RouteSession:
         prefixes: Callable[[Sequence[Leg]], Sequence[Prefix | None]] | None = None,
     ) -> list[Hop]:
         """Hops for the blocks ``first:last``, for rows with ``padding`` at their left. Raises as :func:`open_route`."""
-        needs = Needs(
+
+        async def dial(leg: Leg, prefix: Prefix | None, *, wait: float = 0.0) -> Hop:
+            dialing = self._dial(leg, padding, prefix, wait)
+            if not self._view.pulse.knows(leg.peer_id):
+                return await dialing  # the first connection to a peer may take longer than an answer
+            lives = partial(self._view.pulse.lives, leg.peer_id)
+            return await watched(dialing, leg.peer_id, UNKNOWN_SECONDS, lives)
+
+        return await open_route(dial, self._failures, first, last, self._needs(padding), prefixes)
+
+    def _needs(self, padding: Sequence[int]) -> Needs:
+        return Needs(
             rows=self._rows,
             columns=self._pipeline.columns,
             cache_tokens=self._rows * self._max_length,
             left_padding=any(padding),
             adapter=self._adapter,
         )
-
-        async def dial(leg: Leg, prefix: Prefix | None, *, wait: float = 0.0) -> Hop:
-            return await self._dial(leg, padding, prefix, wait)
-
-        return await open_route(dial, self._failures, first, last, needs, prefixes)
 
     def _prefixes(self, legs: Sequence[Leg], dtype: torch.dtype, spare: int) -> Sequence[Prefix | None]:
         """For each hop the context and the names under which it may have the beginning of the session."""
@@ -299,12 +306,8 @@ class RouteSession:
         hop.on_push_failed = lambda step_id: self._pipeline.push_failed(hop, step_id)
         return hop
 
-    async def _alive(self, hop: Hop) -> bool:
-        try:
-            await ask_info(self._view.peer.p2p, hop.peer_id, _ALIVE_TIMEOUT)
-        except Exception:
-            return False
-        return True
+    async def _worth(self, hop: Hop) -> bool:
+        return await self._view.is_worth_waiting(hop.peer_id, hop.start, hop.end, self._needs(hop.left_padding))
 
 
 def _reordered(padding: tuple[int, ...], order: torch.Tensor) -> tuple[int, ...]:

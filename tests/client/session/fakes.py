@@ -10,7 +10,9 @@ import torch
 from hivemind.p2p import PeerID
 
 from swarm.client.routing.left_out import Needs
+from swarm.client.routing.pulse import Pulse
 from swarm.client.routing.route import Leg, find_route
+from swarm.client.routing.step_times import StepTimes
 from swarm.client.session.history import History
 from swarm.client.session.protocols import HopLike, View
 from swarm.client.session.trace import Answered
@@ -79,7 +81,7 @@ class FakeHop:
     async def reply(self, step_id: str, timeout: float) -> torch.Tensor | None:
         if self.broken is not None:
             raise self.broken
-        await asyncio.wait({self._replies[step_id]}, timeout=0.01 if self.silent else timeout)
+        await asyncio.wait({self._replies[step_id]}, timeout=timeout)
         return self._replies[step_id].result() if self._replies[step_id].done() else None
 
     def answered(self, step_id: str) -> Answered | None:
@@ -112,6 +114,8 @@ class FakeView:
         self.were_full: list[PeerID] = []
         self.good: list[PeerID] = []
         self.asked: list[Needs] = []
+        self.step_times = StepTimes()
+        self.pulse = Pulse(self.answer, self.answer, 1.0)
 
     @property
     def peer(self) -> FakeView:
@@ -119,6 +123,12 @@ class FakeView:
 
     def check_daemon(self) -> None:
         """It lives."""
+
+    async def answer(self, *_: object) -> None:
+        """All of them live."""
+
+    async def is_worth_waiting(self, peer_id: PeerID, first: int, last: int, needs: Needs) -> bool:
+        return await self.pulse.lives(peer_id)
 
     async def route(
         self,

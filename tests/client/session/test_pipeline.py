@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from swarm.client.routing.route import Leg
+from swarm.client.routing.step_times import StepTimes
 from swarm.client.session.pipeline import Chunk, Pipeline
 from swarm.client.settings import ClientSettings
 from swarm.errors import PeerLostError, RemoteError
@@ -34,7 +35,7 @@ def run(hops: list[FakeHop], parts: list[Chunk], *, alive: bool = True) -> torch
         return alive
 
     async def through() -> torch.Tensor:
-        pipeline: Pipeline[FakeHop] = Pipeline(ClientSettings(), lives)
+        pipeline: Pipeline[FakeHop] = Pipeline(ClientSettings(silence=0.05), lives, StepTimes())
         pipeline.hops = hops
         for hop in hops:
             hop.on_push_failed = lambda step_id, hop=hop: pipeline.push_failed(hop, step_id)  # type: ignore[misc]
@@ -44,7 +45,7 @@ def run(hops: list[FakeHop], parts: list[Chunk], *, alive: bool = True) -> torch
         for part in parts:
             hidden = part.hidden
             for index in range(len(hops)):
-                await pipeline.send(index, part, hidden, must=True)
+                await pipeline.send(index, part, hidden)
                 hidden = await pipeline.wait(index, part, hidden)
             outputs.append(hidden)
         pipeline.end(parts)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from swarm.client.routing.route import Leg
+from swarm.client.routing.step_times import StepTimes
 from swarm.client.session import failures as failures_module
 from swarm.client.session.failures import Failures
 from swarm.client.session.pipeline import Pipeline
@@ -35,8 +36,8 @@ def repair(failed: FakeHop, routes: list[list[FakeHop]], view: FakeView | None =
         return False
 
     async def run() -> list[FakeHop]:
-        settings = ClientSettings()
-        pipeline: Pipeline[FakeHop] = Pipeline(settings, alive)
+        settings = ClientSettings(silence=0.05)
+        pipeline: Pipeline[FakeHop] = Pipeline(settings, alive, StepTimes())
 
         async def open_hops(order: torch.Tensor) -> list[FakeHop]:
             orders.append(order.tolist())
