@@ -24,7 +24,7 @@ class LoopbackP2P:
     def __init__(self, streams: dict[str, Serve] | None = None, answers: dict[str, Answer] | None = None) -> None:
         self.streams, self.answers = streams or {}, answers or {}
         self.unreachable: set[PeerID] = set()
-        self.opened = 0
+        self.opened = self.restarts = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def call_binary_stream_handler(

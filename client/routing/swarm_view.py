@@ -159,7 +159,7 @@ class SwarmView:
             DaemonError: this process's own network daemon is gone.
         """
         needs = replace(needs, deterministic=self._settings.deterministic)
-        self.peer.check_daemon()  # a call by way of a daemon that is gone may never end
+        await self.peer.check_daemon()
         await self._check_adapter(needs.adapter)
         deadline = time.monotonic() + (self._settings.wait_timeout if patience is None else patience)
         announced = False
@@ -168,7 +168,7 @@ class SwarmView:
                 return self._find(first, last, needs, avoid)
             except MissingBlocksError as error:
                 missing = error.blocks
-            self.peer.check_daemon()
+            await self.peer.check_daemon()
             if time.monotonic() >= deadline:
                 raise MissingBlocksError(explain(await self._look_closer(missing, needs)), missing)
             if not announced:

@@ -68,6 +68,7 @@ class Failures:
         self._waited = 0.0
         self._full_since: float | None = None
         self._furthest = -1
+        self._restarts = view.peer.restarts  # of the own daemon, when the route was found
 
     def progress(self, at: int) -> None:
         """The work has come to ``at``, whatever that counts: if that is further than ever, waiting starts anew."""
@@ -88,6 +89,7 @@ class Failures:
             SwarmError: as there.
         """
         began = time.monotonic()
+        self._restarts = self._view.peer.restarts
         try:
             return await self._view.route(
                 first,
@@ -99,16 +101,21 @@ class Failures:
         finally:
             self._waited += time.monotonic() - began
 
-    def met(self, asked: Asked, error: SwarmError) -> None:
-        """Counts an error against its owner.
+    async def met(self, asked: Asked, error: SwarmError, *, restarts: int | None = None) -> None:
+        """Counts an error against its owner. That of a connection which ended with the own daemon is nobody's.
+
+        Args:
+            restarts: of the own daemon, when the connection was opened; default: when the route was found.
 
         Raises:
             SwarmError: it is ``error``, and to ask elsewhere is of no use.
-            DaemonError: no peer can be reached, as this process's daemon is gone.
+            DaemonError: no peer can be reached, as this process's daemon is gone for good.
         """
         peer_id = asked.peer_id
         if error.owner is Owner.NETWORK:
-            self._view.peer.check_daemon()
+            await self._view.peer.check_daemon()
+            if self._view.peer.restarts != (self._restarts if restarts is None else restarts):
+                return
         refused_before = any(other.start < asked.end and asked.start < other.end for other in self._refused)
         decided = course(error, refused_before=refused_before, forgiven_before=peer_id in self._forgiven)
         if decided is Course.RAISE:

@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 import torch
-from hivemind.p2p import P2P, PeerID
+from hivemind.p2p import PeerID
 
 from swarm.errors import BadRequestError, PeerLostError, RemoteError, SwarmError
+from swarm.network.daemon import LastingP2P
 from swarm.network.reach import call_failed
 from swarm.wire import rpc
 from swarm.wire.codec import DTYPES, all_finite, decode, encode
@@ -42,6 +43,7 @@ class Hop:
         self.is_petals = leg.span.info.offer is None  # passes nothing on, and can't forget columns
         self.left_padding: tuple[int, ...] = ()  # of its rows, in the order in which it was opened
         self.reused = 0  # columns that it had in its cache when the session was opened
+        self.restarts = 0  # of the own daemon, when it was opened
         self.cropped = False  # was to forget columns, and is to be replaced as it can't
         self._uid = span_uid(model, leg.start, leg.end)
         self._stream = stream
@@ -55,7 +57,7 @@ class Hop:
     @classmethod
     async def open(
         cls,
-        p2p: P2P,
+        p2p: LastingP2P,
         leg: Leg,
         model: str,
         *,
@@ -102,7 +104,7 @@ class Hop:
     @classmethod
     async def _open(
         cls,
-        p2p: P2P,
+        p2p: LastingP2P,
         leg: Leg,
         model: str,
         shape: tuple[int, int],
@@ -114,6 +116,7 @@ class Hop:
         except Exception as error:
             raise call_failed(error) from error
         hop = cls(leg, model, str(uuid.uuid4()), MessageStream(reader, writer, max_bytes=max_bytes), shape)
+        hop.restarts = p2p.restarts
         try:
             fields["session_id"] = hop.session_id
             # no columns yet: the answer says that the session is there, so that others may push to it

@@ -72,7 +72,7 @@ async def open_route(
             if not isinstance(error, SwarmError):
                 raise error
             logger.info("Blocks %d:%d: %s", leg.start, leg.end, error)
-            failures.met(leg, error)
+            await failures.met(leg, error)
         crowded |= {leg.peer_id for leg, error in errors if isinstance(error, OutOfCacheError)}
         await failures.pause(*(error for _, error in errors), share=CHANCE.random())
 

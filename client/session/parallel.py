@@ -158,7 +158,7 @@ class _Pass:
         try:
             outputs = [await self._call(leg, method, [tensor[part] for tensor in tensors]) for part in parts]
         except SwarmError as error:
-            self._failures.met(leg, error)
+            await self._failures.met(leg, error)
             return None
         self._view.succeeded(leg.peer_id)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

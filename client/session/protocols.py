@@ -31,6 +31,7 @@ class HopLike(Protocol):
     is_petals: bool
     reused: int
     cropped: bool
+    restarts: int
     on_push_failed: Callable[[str], None] | None
 
     async def send(
@@ -54,7 +55,9 @@ class HopLike(Protocol):
 class Daemon(Protocol):
     """What :class:`~swarm.network.peer.Peer` promises about the process that reaches others."""
 
-    def check_daemon(self) -> None: ...
+    @property
+    def restarts(self) -> int: ...
+    async def check_daemon(self) -> None: ...
 
 
 class View(Protocol):

@@ -56,7 +56,7 @@ async def replay(
                 opened.abandon()
             if not isinstance(error, SwarmError):
                 raise
-            failures.met(hop, error)
+            await failures.met(hop, error)
             await failures.pause(error)
 
 

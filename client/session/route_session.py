@@ -228,7 +228,7 @@ class RouteSession:
     async def _replace(self, index: int, error: SwarmError) -> None:
         """Puts other hops in the place of one that failed, with its history played back."""
         failed = self.hops[index]
-        self._failures.met(failed, error)
+        await self._failures.met(failed, error, restarts=failed.restarts)
         await self._failures.pause(error)
         logger.warning("Blocks %d:%d: %s; finding another way…", failed.start, failed.end, error)
         failed.abandon()

@@ -6,18 +6,17 @@ import asyncio
 import contextlib
 import logging
 import socket
-import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from hivemind.dht import DHTNode, node, routing
-from hivemind.p2p import P2P, PeerID
+from hivemind.p2p import PeerID
 from hivemind.utils.multiaddr import Multiaddr
 
 from ..chance import CHANCE
-from ..errors import ConnectError, DaemonError, UsageError
+from ..errors import ConnectError, UsageError
 from .clock import describe_skew, measure_skew, skew_told
+from .daemon import LastingP2P
 from .forks import belongs_to_process
 from .options import PeerOptions
 
@@ -25,17 +24,26 @@ logging.getLogger("hivemind").setLevel(logging.CRITICAL)  # its warnings repeat,
 for _module in (node, routing):
     vars(_module)["random"] = CHANCE  # its names for itself and its turns don't come out of a program's own numbers
 
+logger = logging.getLogger(__name__)
 _STOP_SECONDS = 2.0
-_LEAVE_SESSION = "import os, sys; os.setsid(); os.execv(sys.argv[1], sys.argv[1:])"
+_REJOIN_SECONDS = 5.0
 _ASKED = 8  # peers, for their time
 
 
 class Peer:
-    """A running daemon (:attr:`p2p`) and DHT node (:attr:`dht`)."""
+    """A daemon (:attr:`p2p`), which is started again when it dies, and a DHT node (:attr:`dht`).
 
-    def __init__(self, p2p: P2P, dht: DHTNode, addresses: Sequence[str], initial_peers: Sequence[str] = ()) -> None:
+    Attributes:
+        after_restart: is called, one after the other, when the daemon was started again and has rejoined.
+    """
+
+    def __init__(
+        self, p2p: LastingP2P, dht: DHTNode, addresses: Sequence[str], initial_peers: Sequence[str] = ()
+    ) -> None:
         self.p2p, self.dht, self.addresses = p2p, dht, tuple(addresses)
-        self._initial_peers = [PeerID.from_base58(Multiaddr(address)["p2p"]) for address in initial_peers]
+        self._initial_peers = {PeerID.from_base58(Multiaddr(address)["p2p"]): address for address in initial_peers}
+        self.after_restart: list[Callable[[], Awaitable[None]]] = []
+        self._keeping = asyncio.create_task(p2p.keep(self._rejoin))
 
     @property
     def peer_id(self) -> PeerID:
@@ -75,14 +83,42 @@ class Peer:
         )
         return cls(p2p, dht, addresses, options.initial_peers)
 
-    def check_daemon(self) -> None:
-        """Raises DaemonError if the daemon has ended: then nothing that fails says anything about other peers."""
-        child = self.p2p._child
-        if child is not None and child.returncode is not None:
-            raise DaemonError(
-                f"this process's network daemon (p2pd) has ended with code {child.returncode}, so no peer can be "
-                "reached: start the process again, or open the model anew"
-            )
+    @property
+    def restarts(self) -> int:
+        """How often the daemon was started again."""
+        return self.p2p.restarts
+
+    async def check_daemon(self) -> None:
+        """Waits for the daemon if it is being started again: asked when a call has failed.
+
+        Raises:
+            DaemonError: it is lost.
+        """
+        await self.p2p.check()
+
+    async def watch_daemon(self) -> None:
+        """Goes on as long as the daemon can be kept up.
+
+        Raises:
+            DaemonError: it is lost.
+        """
+        await asyncio.wait({self._keeping})
+        await self.p2p.check()
+
+    async def _rejoin(self) -> None:
+        """Finds the initial peers again with a daemon that knows nobody, and then tells who wants to know."""
+        await asyncio.gather(*(self._find(*peer) for peer in self._initial_peers.items()))
+        for tell in [*self.after_restart]:
+            try:
+                await tell()
+            except Exception as error:
+                logger.warning("after a restart of the network daemon: %s", error)
+
+    async def _find(self, peer_id: PeerID, address: str) -> None:
+        with contextlib.suppress(Exception):  # whoever isn't there is looked for again, as always
+            there = [Multiaddr(address.rpartition("/p2p/")[0])]
+            await asyncio.wait_for(self.p2p._client.connect(peer_id, there), _REJOIN_SECONDS)
+            await asyncio.wait_for(self.dht.protocol.call_ping(peer_id), _REJOIN_SECONDS)
 
     async def skews(self, timeout: float) -> list[float]:
         """Seconds that this machine's clock is ahead of others' by: of peers that answer within ``timeout`` seconds."""
@@ -92,12 +128,14 @@ class Peer:
 
     async def stop(self) -> None:
         """Leaves the DHT and ends the daemon. Never hangs, even if the daemon is gone already."""
+        self._keeping.cancel()
+        await asyncio.wait({self._keeping})
         for ending in (self.dht.shutdown(), self.p2p.shutdown()):
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(ending, _STOP_SECONDS)
 
 
-async def _start_daemon(options: PeerOptions) -> P2P:
+async def _start_daemon(options: PeerOptions) -> LastingP2P:
     if not options.client:
         _check_port(options.host, options.port)
     if options.identity is not None:
@@ -111,7 +149,7 @@ async def _start_daemon(options: PeerOptions) -> P2P:
         kind = "ip6" if ":" in options.public_ip else "ip4"
         announce.append(f"/{kind}/{options.public_ip}/tcp/{options.port}")
     try:
-        p2p = await _DetachedP2P.create(
+        p2p = await LastingP2P.create(
             initial_peers=list(options.initial_peers),
             host_maddrs=None if options.client else [f"/{family}/{options.host}/tcp/{options.port}"],
             announce_maddrs=announce or None,
@@ -142,16 +180,6 @@ async def _start_daemon(options: PeerOptions) -> P2P:
         raise ConnectError(
             f"could not start the network daemon: {text.splitlines()[-1] if text else error!r}"
         ) from error
-
-
-class _DetachedP2P(P2P):
-    """``P2P`` with the daemon in a session of its own: a Ctrl-C in the terminal is for this process alone, which needs
-    the daemon to say goodbye. The daemon still ends with this process, whichever way that ends."""
-
-    @staticmethod
-    def _make_process_args(*args: Any, **kwargs: Any) -> list[str]:
-        # the command leaves the session, and then becomes the daemon; hivemind lets nobody ask for start_new_session
-        return [sys.executable, "-I", "-S", "-c", _LEAVE_SESSION, *P2P._make_process_args(*args, **kwargs)]
 
 
 def _check_address(address: str, *, needs_peer: bool) -> None:

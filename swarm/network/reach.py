@@ -26,7 +26,9 @@ def describe_dialing(text: str) -> str:
 
 
 def call_failed(error: BaseException) -> SwarmError:
-    """The error of a call to a peer: what the peer answered, or why it can't be reached."""
+    """The error of a call to a peer: what the peer answered, or why it can't be reached; an error of ours as it is."""
+    if isinstance(error, SwarmError):
+        return error
     if isinstance(error, P2PHandlerError):
         return from_wire(str(error))
     return PeerLostError(describe_dialing(str(error)))

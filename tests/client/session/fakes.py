@@ -37,7 +37,7 @@ class FakeHop:
         self.history = History()
         self.limits: MessageLimits = limits_of(leg.span.info)
         self.left_padding: tuple[int, ...] = ()
-        self.is_petals, self.cropped, self.reused = False, False, 0
+        self.is_petals, self.cropped, self.reused, self.restarts = False, False, 0, 0
         self.on_push_failed: Callable[[str], None] | None = None
         self.broken: SwarmError | None = None
         self.silent = False
@@ -121,7 +121,9 @@ class FakeView:
     def peer(self) -> FakeView:
         return self
 
-    def check_daemon(self) -> None:
+    restarts = 0
+
+    async def check_daemon(self) -> None:
         """It lives."""
 
     async def answer(self, *_: object) -> None:

@@ -91,7 +91,10 @@ def test_refusals_keep_their_owner_over_the_wire_also_those_of_petals(text: str,
 
 
 def view_of(*spans: Any, **settings: Any) -> SwarmView:
-    alive: Any = SimpleNamespace(check_daemon=lambda: None)
+    async def check_daemon() -> None:
+        """It lives."""
+
+    alive: Any = SimpleNamespace(check_daemon=check_daemon, restarts=0)
     view = SwarmView(alive, "demo", 8, "shape", ClientSettings(**settings))
     view._spans = spans
     return view
@@ -105,24 +108,37 @@ def test_a_refusal_bans_nobody_and_the_second_one_is_the_last() -> None:
     one, two = span("one", 0, 8), span("two", 0, 8)
     view = view_of(one, two)
     failures = Failures(view, ClientSettings())
-    failures.met(one, CALLER)
+    asyncio.run(failures.met(one, CALLER))
     assert view._bans.why(one.peer_id) is None
     with pytest.raises(errors.BadRequestError) as raised:
-        failures.met(two, CALLER)
+        asyncio.run(failures.met(two, CALLER))
     assert raised.value is CALLER, "unchanged"
     assert view._bans.why(two.peer_id) is None
-    failures.met(one, NODE)
+    asyncio.run(failures.met(one, NODE))
     why = view._bans.why(one.peer_id)
     assert why is not None
     assert "answered nonsense" in why
 
 
+def test_what_broke_with_the_own_daemon_is_no_peers_fault() -> None:
+    one, lost = span("one", 0, 8), errors.PeerLostError("the stream ended")
+    view = view_of(one)
+    failures = Failures(view, ClientSettings())
+    view.peer.restarts = 1  # type: ignore[misc]
+    asyncio.run(failures.met(one, lost))
+    assert view._bans.why(one.peer_id) is None
+    asyncio.run(failures.met(one, lost, restarts=0))
+    assert view._bans.why(one.peer_id) is None
+    asyncio.run(failures.met(one, lost, restarts=1))
+    assert view._bans.why(one.peer_id) is not None
+
+
 def test_refusals_of_different_blocks_are_no_two_refusals() -> None:
     failures = Failures(view_of(), ClientSettings())
-    failures.met(span("one", 0, 4), CALLER)
-    failures.met(span("two", 4, 8), CALLER)
+    asyncio.run(failures.met(span("one", 0, 4), CALLER))
+    asyncio.run(failures.met(span("two", 4, 8), CALLER))
     with pytest.raises(errors.BadRequestError):
-        failures.met(span("three", 3, 5), CALLER)
+        asyncio.run(failures.met(span("three", 3, 5), CALLER))
 
 
 def test_who_refused_is_gone_around_and_if_there_is_nobody_else_asked_again() -> None:
@@ -138,13 +154,13 @@ def test_without_progress_work_waits_for_room_only_so_long() -> None:
     full, one = errors.OutOfCacheError("full"), span("one", 0, 8)
     failures = Failures(view_of(one), ClientSettings(wait_timeout=0.0))
     with pytest.raises(errors.OutOfCacheError):
-        failures.met(one, full)
+        asyncio.run(failures.met(one, full))
     patient = Failures(view_of(one), ClientSettings(wait_timeout=60.0))
-    patient.met(one, full)
+    asyncio.run(patient.met(one, full))
     before = patient.patience
     patient.progress(3)
     assert patient.patience >= before
-    patient.met(one, full)
+    asyncio.run(patient.met(one, full))
     since = patient._full_since
     patient.progress(3)
     assert patient._full_since == since, "no further than before"

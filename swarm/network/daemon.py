@@ -1,0 +1,237 @@
+"""The network daemon (p2pd) of a process: a child that is started again when it dies, under all that uses it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hivemind.p2p import P2P, P2PDaemonError
+from hivemind.proto import crypto_pb2
+from hivemind.utils.asyncio import cancel_task_if_running
+from hivemind.utils.logging import loglevel, python_level_to_golog
+
+from ..errors import DaemonError
+
+logger = logging.getLogger(__name__)
+_LEAVE_SESSION = "import os, sys; os.setsid(); os.execv(sys.argv[1], sys.argv[1:])"
+_ATTEMPTS = 2
+_STEADY_SECONDS = 5.0  # a daemon that dies sooner than that has not really started
+_PAUSE_SECONDS = 1.0
+_START_SECONDS = 30.0
+_ANSWER_SECONDS = 2.0
+_PORT = re.compile(r"/[^/]+/[^/]+/tcp/(\d+)(?!.*/p2p-circuit)")
+
+
+class LastingP2P(P2P):
+    """``P2P`` that outlives its daemon. While :meth:`keep` runs, a daemon that has died is started again under the same
+    identity, at the same addresses, with the same handlers. Calls that were under way fail; later ones wait for it.
+
+    The daemon is in a session of its own: a Ctrl-C in the terminal is for this process alone, which needs the daemon to
+    say goodbye. The daemon still ends with this process, whichever way that ends.
+
+    Attributes:
+        restarts: how often the daemon was started again.
+        lost: why it can't be started again, if it can't.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.restarts = 0
+        self.lost: DaemonError | None = None
+        self._settled = asyncio.Event()  # the daemon is up, or lost
+        self._settled.set()
+        self._args: list[str] = []
+        self._key: tuple[Path, bytes] | None = None
+
+    @classmethod
+    async def create(cls, *args: Any, identity_path: str | None = None, **kwargs: Any) -> LastingP2P:
+        """As ``P2P.create``. Without ``identity_path``, this object keeps the key that a daemon would make itself."""
+        if identity_path is not None:
+            return await super().create(*args, identity_path=identity_path, **kwargs)  # type: ignore[return-value]
+        key = Path(tempfile.gettempdir(), f"swarm-{os.urandom(8).hex()}", "key"), _make_key()
+        with _on_disk(key):
+            p2p = await super().create(*args, identity_path=str(key[0]), check_if_identity_free=False, **kwargs)
+        assert isinstance(p2p, LastingP2P)
+        p2p._key = key
+        return p2p
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the daemon runs, as far as is known."""
+        return self._settled.is_set() and self.lost is None
+
+    async def keep(self, restarted: Callable[[], Awaitable[None]]) -> None:
+        """Starts the daemon again whenever it has died, and runs ``restarted`` beside each time.
+
+        Ends when the daemon is lost: twice in a row it did not start, or died at once.
+        """
+        loop = asyncio.get_running_loop()
+        failed, began, why = 0, -math.inf, ""
+        telling: asyncio.Future[None] | None = None
+        while True:
+            code = await self._child.wait()
+            self._break_off()
+            cancel_task_if_running(telling)
+            failed = failed + 1 if loop.time() - began < _STEADY_SECONDS else 0
+            if failed == _ATTEMPTS:
+                break
+            logger.warning("the network daemon (p2pd) has ended with code %s: starting it again", code)
+            try:
+                await asyncio.sleep(_PAUSE_SECONDS * failed)
+                await self._start_again(restart_args(self._args, () if failed else self._visible_maddrs))
+            except Exception as error:
+                why = str(error) or repr(error)
+            else:
+                self.restarts, why = self.restarts + 1, "it ends at once"
+                self._settled.set()
+                telling = asyncio.ensure_future(restarted())
+            began = loop.time()
+        self.lost = DaemonError(
+            f"this process's network daemon (p2pd) has ended and can't be started again ({why}), so no peer can be "
+            "reached: start the process again"
+        )
+        self._settled.set()
+
+    async def check(self) -> None:
+        """Waits until the daemon is up. Who knows that a call failed learns here whether that was the daemon's fault.
+
+        Raises:
+            DaemonError: the daemon is lost.
+        """
+        if self.is_up and not await self._answers():
+            with suppress(asyncio.TimeoutError):  # it is just dying
+                await asyncio.wait_for(self._child.wait(), _ANSWER_SECONDS)
+                self._settled.clear()
+        await self._wait()
+
+    async def shutdown(self) -> None:
+        """Ends the daemon for good; :meth:`keep` has ended before."""
+        self.lost = self.lost or DaemonError("the connection to the network was closed")
+        self._settled.set()
+        await super().shutdown()
+
+    # All that is asked of other peers goes through these two.
+
+    async def _call_unary_protobuf_handler(self, *args: Any, **kwargs: Any) -> Any:
+        await self._wait()
+        return await super()._call_unary_protobuf_handler(*args, **kwargs)
+
+    async def call_binary_stream_handler(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``P2P``'s, once the daemon is up."""
+        await self._wait()
+        return await super().call_binary_stream_handler(*args, **kwargs)
+
+    async def _wait(self) -> None:
+        await self._settled.wait()
+        if self.lost is not None:
+            raise self.lost
+
+    async def _answers(self) -> bool:
+        try:
+            await asyncio.wait_for(self._client.identify(), _ANSWER_SECONDS)
+        except asyncio.TimeoutError:
+            return True  # it is there, and slow
+        except (OSError, asyncio.IncompleteReadError):
+            return False
+        return True
+
+    def _make_process_args(self, *args: Any, **kwargs: Any) -> list[str]:  # type: ignore[override]
+        self._args = P2P._make_process_args(*args, **kwargs)
+        return _detached(self._args)
+
+    def _break_off(self) -> None:
+        """The daemon is gone: ends what waits for its answers, which nothing else would."""
+        self._settled.clear()
+        control = self._client.control
+        control.close()
+        control._pending_messages = asyncio.Queue()
+        for call in control._pending_calls.values():
+            if not call.done():
+                call.set_exception(P2PDaemonError("the network daemon has ended"))
+        for task in control._handler_tasks.values():
+            task.cancel()
+        control._handler_tasks.clear()
+
+    async def _start_again(self, args: Sequence[str]) -> None:
+        """
+        Raises:
+            Exception: no daemon is there.
+        """
+        with suppress(FileNotFoundError):
+            os.remove(self._daemon_listen_maddr["unix"])
+        with _on_disk(self._key):
+            self._child = await asyncio.create_subprocess_exec(
+                *_detached(args),
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                env={"GOLOG_LOG_LEVEL": python_level_to_golog(loglevel), **os.environ, "GOLOG_LOG_FMT": "json"},
+            )
+            try:
+                await asyncio.wait_for(self._connect(), _START_SECONDS)
+            except BaseException:
+                with suppress(ProcessLookupError):
+                    self._child.kill()
+                await self._child.wait()
+                raise
+
+    async def _connect(self) -> None:
+        """To a daemon that has just been started, for all that was registered with the one before."""
+        ready = asyncio.get_running_loop().create_future()
+        self._reader_task = asyncio.create_task(self._read_outputs(ready))  # the one before has come to its end
+        await ready
+        control = self._client.control
+        await control._ensure_persistent_conn()
+        await self._ping_daemon()
+        unary = dict(control.unary_handlers)
+        for name, answer in unary.items():
+            del control.unary_handlers[name]  # or it would be refused as registered already
+            await control.add_unary_handler(name, answer)
+        for name, handle in [*control.handlers.items()]:
+            await control.stream_handler(name, handle)
+
+
+def restart_args(args: Sequence[str], addresses: Sequence[object]) -> list[str]:
+    """With what a daemon is started again that was started with ``args``, and was reached at ``addresses`` then.
+
+    A port that it chose is asked for again. It must not bootstrap, as it would end if nobody answers.
+    """
+    port = next((found[1] for address in addresses if (found := _PORT.match(str(address)))), "0")
+    kept = [arg for arg in args if not arg.startswith(("-b=", "-bootstrapPeers="))]
+    return [re.sub(r"/tcp/0(?=,|$)", f"/tcp/{port}", arg) if arg.startswith("-hostAddrs=") else arg for arg in kept]
+
+
+def _detached(args: Sequence[str]) -> list[str]:
+    # the command leaves the session, and then becomes the daemon; hivemind lets nobody ask for start_new_session
+    return [sys.executable, "-I", "-S", "-c", _LEAVE_SESSION, *args]
+
+
+def _make_key() -> bytes:
+    key = Ed25519PrivateKey.generate()  # as the daemon does
+    data = key.private_bytes_raw() + key.public_key().public_bytes_raw()
+    return crypto_pb2.PrivateKey(key_type=crypto_pb2.KeyType.Ed25519, data=data).SerializeToString()
+
+
+@contextmanager
+def _on_disk(key: tuple[Path, bytes] | None) -> Iterator[None]:
+    """Has a key where the daemon reads it, while it starts."""
+    if key is None:
+        yield
+        return
+    path, data = key
+    path.parent.mkdir(mode=0o700)
+    try:
+        path.write_bytes(data)
+        yield
+    finally:
+        shutil.rmtree(path.parent)
