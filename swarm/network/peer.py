@@ -9,7 +9,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hivemind.dht import DHTNode, node, routing
 from hivemind.p2p import P2P, PeerID
@@ -21,6 +21,9 @@ from .clock import describe_skew, measure_skew, skew_told
 from .forks import belongs_to_process
 from .options import PeerOptions
 
+if TYPE_CHECKING:
+    from .lan.presence import Presence
+
 logging.getLogger("hivemind").setLevel(logging.CRITICAL)  # its warnings repeat, with traces, what we raise ourselves
 for _module in (node, routing):
     vars(_module)["random"] = CHANCE  # its names for itself and its turns don't come out of a program's own numbers
@@ -31,10 +34,11 @@ _ASKED = 8  # peers, for their time
 
 
 class Peer:
-    """A running daemon (:attr:`p2p`) and DHT node (:attr:`dht`)."""
+    """A running daemon (:attr:`p2p`) and DHT node (:attr:`dht`), and its :attr:`presence` on a LAN, if any."""
 
     def __init__(self, p2p: P2P, dht: DHTNode, addresses: Sequence[str], initial_peers: Sequence[str] = ()) -> None:
         self.p2p, self.dht, self.addresses = p2p, dht, tuple(addresses)
+        self.presence: Presence | None = None
         self._initial_peers = [PeerID.from_base58(Multiaddr(address)["p2p"]) for address in initial_peers]
 
     @property
@@ -92,7 +96,8 @@ class Peer:
 
     async def stop(self) -> None:
         """Leaves the DHT and ends the daemon. Never hangs, even if the daemon is gone already."""
-        for ending in (self.dht.shutdown(), self.p2p.shutdown()):
+        leaving = [] if self.presence is None else [self.presence.stop()]
+        for ending in (*leaving, self.dht.shutdown(), self.p2p.shutdown()):
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(ending, _STOP_SECONDS)
 
