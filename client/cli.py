@@ -108,6 +108,22 @@ def top(where: Looking, view: Annotated[View, Only("interval")] = _TOP_VIEW) -> 
     _watch(where, view, top=True)
 
 
+@app.command("list")
+@takes_settings
+@errors()
+def list_swarms(
+    as_json: Annotated[bool, Option("Print one JSON object.", flags=("--json",))] = False,
+    seconds: Annotated[float, Option("How long to listen.", min=0.1)] = 2.0,
+) -> None:
+    """Show which swarms there are on this network: their names, models, nodes and addresses."""
+    import asyncio
+
+    with importing():
+        from swarm.commands.lan_list import show_swarms
+
+    asyncio.run(show_swarms(seconds, as_json=as_json))
+
+
 app.add_typer(gateway, name="gateway")
 
 
@@ -138,6 +154,7 @@ def _load(where: Where, ends: Ends) -> tuple[SwarmModelForCausalLM, PreTrainedTo
     facade = SwarmModelForCausalLM.from_pretrained(
         where.model,
         initial_peers=where.initial_peers,
+        lan=where.lan.lan_name or where.lan.lan,
         dht_prefix=where.dht_prefix,
         **asdict(ends),
         **asdict(where.client),
@@ -163,7 +180,8 @@ def _watch(where: Where, view: View, *, top: bool) -> None:
             overviews = watch_gateway(where.api, where.api_key, where.model, interval=view.interval)
         else:
             assert where.model is not None
-            overviews = watch(where.model, where.initial_peers, dht_prefix=where.dht_prefix, interval=view.interval)
+            lan, prefix = where.lan, where.dht_prefix
+            overviews = watch(where.model, where.initial_peers, lan=lan, dht_prefix=prefix, interval=view.interval)
         await show(overviews, view, top=top, stop=asyncio.Event())
 
     asyncio.run(run())

@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
-from collections.abc import Coroutine
+from collections.abc import Collection, Coroutine, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import uvloop
 
+from swarm.errors import ConnectError
 from swarm.network.forks import belongs_to_process, is_forked, refuse_fork
+from swarm.network.lan.look import find_peers
+from swarm.network.lan.presence import Presence
+from swarm.network.options import LanOptions
 from swarm.network.peer import Peer, PeerOptions
 
 T = TypeVar("T")
@@ -30,6 +35,7 @@ class Runtime:
         belongs_to_process(self)
         self._peers: dict[tuple[str, ...], tuple[Peer, int]] = {}
         self._peers_lock = asyncio.Lock()
+        self._lan: dict[tuple[str, ...], str] = {}  # the names of swarms that were found on the local network
 
     @classmethod
     def get(cls) -> Runtime:
@@ -64,6 +70,17 @@ class Runtime:
         refuse_fork()
         return asyncio.run_coroutine_threadsafe(work, self.loop)
 
+    async def find(self, lan: LanOptions, models: Sequence[Collection[str]]) -> tuple[str, ...]:
+        """Initial peers of the swarm of ``models`` on the local network. A peer that joins by them goes on
+        looking there.
+
+        Raises:
+            ConnectError, UsageError: as :func:`find_peers`.
+        """
+        name, initial_peers = await find_peers(lan, models)
+        self._lan[initial_peers] = name
+        return initial_peers
+
     async def join(self, initial_peers: tuple[str, ...], *, startup_timeout: float) -> Peer:
         """A peer in the swarm of ``initial_peers``, shared by all who ask; given back with :meth:`leave`.
 
@@ -75,6 +92,9 @@ class Runtime:
             if peer is None:
                 options = PeerOptions(initial_peers=initial_peers, client=True, startup_timeout=startup_timeout)
                 peer = await Peer.start(options)
+                if (name := self._lan.get(initial_peers)) is not None:
+                    with suppress(ConnectError):  # it is in the swarm already
+                        await Presence(peer, name, announces=False).start()
             self._peers[initial_peers] = (peer, users + 1)
             return peer
 

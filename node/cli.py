@@ -29,7 +29,7 @@ app = typer.Typer(
 )
 
 _BOOTSTRAP = PeerOptions(port=31337, serve_relay=True)
-_LISTEN = ("host", "port", "announce", "public_ip")
+_LISTEN = ("lan", "lan_name", "host", "port", "announce", "public_ip")
 
 
 @app.command()
@@ -37,7 +37,7 @@ _LISTEN = ("host", "port", "announce", "public_ip")
 def serve(settings: NodeSettings) -> None:
     """Serve some of MODEL's blocks.
 
-    Without --initial-peers this starts a new private swarm and prints the line with which others join it.
+    Without --initial-peers and --lan this starts a new private swarm and prints the line with which others join it.
     """
     output = open_output(settings.log_format)
     output.event("starting", f"Starting a node for {settings.model}…", model=settings.model)
@@ -109,10 +109,11 @@ def bootstrap(
 
     async def run(stop: asyncio.Event) -> None:
         with importing():
-            from swarm.network.peer import Peer
+            from swarm.network.lan.join import flags, start_peer
 
-        peer = await Peer.start(options)
-        lines = ["Others join with:", *(f"  --initial-peers {address}" for address in peer.addresses)]
+        peer = await start_peer(options, (), output.event)
+        near = [] if peer.presence is None else [f"  {flags(peer.presence.swarm)}"]
+        lines = ["Others join with:", *near, *(f"  --initial-peers {address}" for address in peer.addresses)]
         output.panel(
             "ready", "Bootstrap peer is up", lines, maddrs=list(peer.addresses), peer_id=peer.peer_id.to_base58()
         )
@@ -125,23 +126,25 @@ def bootstrap(
 
 @app.command()
 @takes_settings
-def status(settings: Annotated[NodeSettings, Only("model", "initial_peers", "dht_prefix")], view: View) -> None:
+def status(
+    settings: Annotated[NodeSettings, Only("model", "initial_peers", "lan", "lan_name", "dht_prefix")], view: View
+) -> None:
     """Show who serves which blocks of MODEL, how fast, what is free, and where blocks are missing."""
     with importing():
         from swarm.commands.status import show, watch
 
     async def run(stop: asyncio.Event) -> None:
         _require_peers(settings.peer)
-        peers, prefix = settings.peer.initial_peers, settings.dht_prefix
-        overviews = watch(settings.model, peers, dht_prefix=prefix, interval=view.interval)
+        peers, lan, prefix = settings.peer.initial_peers, settings.peer.lan, settings.dht_prefix
+        overviews = watch(settings.model, peers, lan=lan, dht_prefix=prefix, interval=view.interval)
         await show(overviews, view, top=False, stop=stop)
 
     run_until_stopped(run, lambda text: print(f"Error: {text}", file=sys.stderr))
 
 
 def _require_peers(options: PeerOptions) -> None:
-    if not options.initial_peers:
-        raise UsageError("say which swarm: --initial-peers MADDR")
+    if not options.initial_peers and not options.lan.wanted:
+        raise UsageError("say which swarm: --initial-peers MADDR, or --lan for one on this network")
 
 
 def main() -> None:

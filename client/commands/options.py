@@ -5,7 +5,7 @@ from typing import Annotated
 
 from swarm.commands.options import WEIGHTS, CacheDir, DhtPrefix, Manifest
 from swarm.errors import UsageError
-from swarm.network.options import InitialPeers
+from swarm.network.options import InitialPeers, LanOptions
 from swarm.option import NETWORK, Only, Option
 
 from ..settings import ClientSettings
@@ -26,6 +26,7 @@ class Where:
         ),
     ] = None
     initial_peers: InitialPeers = ()
+    lan: LanOptions = field(default_factory=LanOptions)
     dht_prefix: DhtPrefix = None
     client: ClientSettings = field(default_factory=ClientSettings)
     api: Annotated[
@@ -46,12 +47,15 @@ class Where:
         """
         if self.api is None and self.model is None:
             raise UsageError("say which MODEL, a directory or a Hub id, or where a gateway is: --api URL")
-        if self.api is None and not self.initial_peers:
+        if self.api is None and not self.initial_peers and not self.lan.wanted:
             raise UsageError(
-                "say which swarm: --initial-peers MADDR, as printed by swarm-node serve, or a gateway: --api URL"
+                "say which swarm: --lan for one on this network, --initial-peers MADDR, as printed by swarm-node "
+                "serve, or a gateway: --api URL"
             )
-        if self.api is not None and self.initial_peers:
-            raise UsageError("--api and --initial-peers can't be given together: a gateway knows its swarm")
+        if self.api is not None and (self.initial_peers or self.lan.wanted):
+            raise UsageError("--api and --initial-peers or --lan can't be given together: a gateway knows its swarm")
+        if self.initial_peers and self.lan.wanted:
+            raise UsageError("--initial-peers and --lan can't be given together: both say which swarm")
 
 
 @dataclass(frozen=True)
@@ -84,4 +88,4 @@ class Sampling:
 
 
 MaxNewTokens = Annotated[int, Option("How many tokens to generate at most.", min=1)]
-Looking = Annotated[Where, Only("model", "initial_peers", "dht_prefix", "api", "api_key")]
+Looking = Annotated[Where, Only("model", "initial_peers", "lan", "lan_name", "dht_prefix", "api", "api_key")]

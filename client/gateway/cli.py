@@ -62,10 +62,14 @@ def serve(settings: GatewaySettings) -> None:
 
 def _check(settings: GatewaySettings) -> None:
     several = len(settings.models) > 1
-    if settings.local and (settings.initial_peers or several):
-        raise UsageError("--local starts a swarm of its own, for one model: leave out --initial-peers")
-    if not settings.local and not settings.initial_peers:
-        raise UsageError("say which swarm: --initial-peers MADDR, or start one on this machine with --local")
+    asked = settings.initial_peers or settings.lan.wanted
+    if settings.local and (asked or several):
+        raise UsageError("--local starts a swarm of its own, for one model: leave out --initial-peers and --lan")
+    if not settings.local and not asked:
+        raise UsageError(
+            "say which swarm: --lan for one on this network, --initial-peers MADDR, or start one on this machine with "
+            "--local"
+        )
     if settings.dht_prefix is not None and several:
         raise UsageError("--dht-prefix is the name of one model: leave it out, or start a gateway for each model")
     if settings.ends.manifest is not None and several:

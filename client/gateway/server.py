@@ -110,7 +110,7 @@ def running(settings: GatewaySettings, log: Callable[[dict[str, Any]], None]) ->
         from .app import Gateway, make_app
         from .swarm_watch import SwarmWatch
 
-        peers = settings.initial_peers if finish_swarm is None else finish_swarm()
+        peers = _find_swarm(settings) if finish_swarm is None else finish_swarm()
         admission = Admission(settings.max_sessions, settings.max_queue)
         metrics = Metrics(admission)
         models = {model.id: model for model in _load(settings, peers, admission, metrics, stack)}
@@ -173,6 +173,13 @@ def _start_swarm(settings: GatewaySettings, stack: ExitStack) -> Callable[[], tu
         return tuple(swarm.peers)
 
     return finish
+
+
+def _find_swarm(settings: GatewaySettings) -> tuple[str, ...]:
+    from ..model.find_swarm import find_swarm
+
+    lan = settings.lan.lan_name or settings.lan.lan
+    return find_swarm(tuple(settings.initial_peers), lan, settings.models, settings.dht_prefix)
 
 
 def _load(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from swarm.commands.options import DhtPrefix
-from swarm.network.options import InitialPeers
+from swarm.network.options import InitialPeers, LanOptions
 from swarm.option import LIST, NETWORK, Form, Option
 
 from ..commands.options import Ends
@@ -40,6 +40,7 @@ class GatewaySettings:
         ),
     ]
     initial_peers: InitialPeers = ()
+    lan: LanOptions = field(default_factory=LanOptions)
     local: Annotated[bool, Option("Start a private swarm for MODEL beside it.", panel=NETWORK)] = False
     local_nodes: Annotated[int, Option("With --local: how many nodes.", panel=NETWORK, min=1)] = 2
     host: Annotated[str, Option("Address to listen on.", env="SWARM_GATEWAY_HOST", panel=NETWORK)] = "127.0.0.1"

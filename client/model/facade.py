@@ -78,7 +78,8 @@ class SwarmModelForCausalLM(GenerateHooks, _Family):
         cls,
         model: str | os.PathLike[str],
         *,
-        initial_peers: str | Sequence[str],
+        initial_peers: str | Sequence[str] = (),
+        lan: bool | str = False,
         dtype: str | torch.dtype | None = None,
         torch_dtype: str | torch.dtype | None = None,
         device_map: Any = None,
@@ -96,6 +97,7 @@ class SwarmModelForCausalLM(GenerateHooks, _Family):
             model: a local directory, a Hub id, or ``"demo"``. With ``weights="peers"`` its name in the swarm, or its
                 manifest's root: the tokenizer is then in :attr:`files`.
             initial_peers: multiaddresses of nodes that are in the swarm, or one.
+            lan: instead of them, to find the swarm on the local network: ``True``, or its name.
             dtype: of the ends: ``"auto"``, the default, for the checkpoint's own, else a torch dtype or its name.
             torch_dtype: its old name.
             device_map: where the ends go: a device, ``{"": device}``, or ``"auto"``. Default: the CPU.
@@ -109,15 +111,16 @@ class SwarmModelForCausalLM(GenerateHooks, _Family):
         Raises:
             ModelError: the model can't be found or used, or the versions of transformers and torch that are installed
                 aren't tested and compute models of its type wrong.
-            ConnectError: none of ``initial_peers`` answers.
+            ConnectError: none of ``initial_peers`` answers, or no swarm is found on the local network.
             UsageError: an argument can't be, or the process was forked from one that is in a swarm.
             TypeError: an argument isn't known.
         """
         from .find_model import find_model
+        from .find_swarm import find_swarm
 
         refuse_fork()
-        chosen, peers = settings_of(settings), peers_of(initial_peers)
-        ends_dtype, device = dtype_of(dtype, torch_dtype), device_of(device_map)
+        chosen, ends_dtype, device = settings_of(settings), dtype_of(dtype, torch_dtype), device_of(device_map)
+        peers = find_swarm(peers_of(initial_peers), lan, [os.fspath(model)], dht_prefix)
         source = find_model(
             os.fspath(model),
             peers,

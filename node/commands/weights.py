@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 from swarm.model.layout import parse_blocks
 from swarm.network import dht
 
-from ..hosting.invitation import reachable
+from ..hosting.invitation import how_to_join
 from ..hosting.life import finish_unless, run_until
 from ..hosting.weights.find import find_source
 from ..output import Output
@@ -61,18 +61,20 @@ async def _seed(settings: NodeSettings, output: Output, stack: AsyncExitStack) -
     assert peer is not None
     assert sharing is not None
     await sharing.begin(stack)
+    if peer.presence is not None:
+        peer.presence.serve(sharing.prefix)
     await dht.announce_model(peer.dht, sharing.prefix, source.num_blocks, None, ttl=_LISTED_SECONDS)
-    join = reachable(peer)
+    join = how_to_join(peer)
     output.panel(
         "ready",
         f"Handing out the weights of {source.name}",
         [
             "Others serve blocks of it with:",
-            f"  swarm-node serve {sharing.prefix} --weights peers --initial-peers {join}",
+            f"  swarm-node serve {sharing.prefix} --weights peers {join}",
             "talk to it, once all blocks are served, with:",
-            f"  swarm chat {sharing.prefix} --weights peers --initial-peers {join}",
+            f"  swarm chat {sharing.prefix} --weights peers {join}",
             "or get a copy with:",
-            f"  swarm-node fetch {sharing.prefix} --initial-peers {join}",
+            f"  swarm-node fetch {sharing.prefix} {join}",
             "To be sure of getting exactly these weights, they add:",
             f"  --manifest {sharing.root}",
         ],

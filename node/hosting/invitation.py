@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from swarm.network.lan.addresses import announced, own_interfaces
+from swarm.network.lan.join import flags
 from swarm.network.peer import Peer
 
 from .means import Means
@@ -9,11 +11,14 @@ from .means import Means
 
 def say_serving(means: Means, start: int, end: int, ready: tuple[int, int]) -> None:
     """Says that the blocks ``ready`` of the span ``start:end`` are served."""
-    model, peer, join = means.settings.model, means.peer, reachable(means.peer)
+    model, peer, join = means.settings.model, means.peer, how_to_join(means.peer)
+    python = f"initial_peers=[{reachable(peer)!r}]"
+    if peer.presence is not None:
+        python = "lan=True" if join == "--lan" else f"lan={peer.presence.swarm!r}"
     fields = {"maddrs": list(peer.addresses), "peer_id": peer.peer_id.to_base58(), "blocks": list(ready)}
     if ready != (start, end):
         text = f"Serving blocks {ready[0]}:{ready[1]} already, until all of {start}:{end} are here. Others join with"
-        means.output.event("serving", f"{text} --initial-peers {join}", span=[start, end], **fields)
+        means.output.event("serving", f"{text} {join}", span=[start, end], **fields)
         return
     option, argument = ("", "") if means.source.store is None else (" --weights peers", ", weights='peers'")
     adapters = means.adapter_names
@@ -23,11 +28,12 @@ def say_serving(means: Means, start: int, end: int, ready: tuple[int, int]) -> N
         f"Serving blocks {start}:{end} of {means.source.name}",
         [
             "Others join with:",
-            f"  swarm-node serve {model}{option} --initial-peers {join}",
+            f"  swarm-node serve {model}{option} {join}",
             "Generate with:",
-            f"  swarm chat {model}{option} --initial-peers {join}",
+            f"  swarm chat {model}{option} {join}",
             "or in Python:",
-            f"  model = SwarmModelForCausalLM.from_pretrained({model!r}, initial_peers=[{join!r}]{argument})",
+            f"  model = SwarmModelForCausalLM.from_pretrained({model!r}, {python}{argument})",
+            *([f"beyond this network with --initial-peers {reachable(peer)}"] if peer.presence is not None else []),
             *([f"with LoRA adapters, {by}: {', '.join(adapters)}"] if adapters else []),
         ],
         model=means.source.name,
@@ -36,7 +42,12 @@ def say_serving(means: Means, start: int, end: int, ready: tuple[int, int]) -> N
     )
 
 
+def how_to_join(peer: Peer) -> str:
+    """What others add to their commands."""
+    return flags(peer.presence.swarm) if peer.presence is not None else f"--initial-peers {reachable(peer)}"
+
+
 def reachable(peer: Peer) -> str:
-    """The address that others can use: not the loopback one, if there is another."""
-    others = [address for address in peer.addresses if "/127.0.0.1/" not in address and "/::1/" not in address]
-    return (others or peer.addresses)[0]
+    """The address that others can use: one in a local network, if it has any, and not loopback nor docker's."""
+    usable = announced(peer.addresses, own_interfaces())
+    return f"{usable[0]}/p2p/{peer.peer_id.to_base58()}" if usable else peer.addresses[0]

@@ -28,6 +28,7 @@ from ..settings import NodeSettings
 from .agreement import require_agreement
 from .family_check import require_right_blocks
 from .host import Host
+from .joining import join
 from .life import run_until
 from .means import Means
 from .placement.balance import covered_by_others
@@ -60,7 +61,7 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
     await in_thread(lambda: require_right_blocks(source.model_type, output))
     dtype = choose_dtype(settings.dtype, source.dtype, devices[0])
     adapters = await in_thread(lambda: _open_adapters(specs, source, settings))
-    joining = asyncio.ensure_future(_join(settings, peer, stack))  # while the memory is planned
+    joining = asyncio.ensure_future(_join(settings, source, peer, output, stack))  # while the memory is planned
     stack.push_async_callback(_end, joining)
     size = sum(adapter.block_bytes for adapter in adapters)
     plan, use = await in_thread(lambda: plan_blocks(settings, source, dtype, devices, size))
@@ -103,10 +104,14 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
     return host
 
 
-async def _join(settings: NodeSettings, peer: Peer | None, stack: AsyncExitStack) -> Peer:
+async def _join(
+    settings: NodeSettings, source: ModelSource, peer: Peer | None, output: Output, stack: AsyncExitStack
+) -> Peer:
     if peer is None:
-        peer = await Peer.start(settings.peer)
+        peer = await join(settings, source, output)
         stack.push_async_callback(peer.stop)
+    if peer.presence is not None:
+        peer.presence.serve(source.dht_prefix)
     return peer
 
 

@@ -1,7 +1,7 @@
 """How a process joins the network. hivemind isn't imported, so that the command line starts at once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +21,34 @@ InitialPeers = Annotated[
 
 
 @dataclass(frozen=True)
+class LanOptions:
+    """Whether to find the swarm on the local network. A name is enough to say so."""
+
+    lan: Annotated[
+        bool,
+        Option(
+            "Find the swarm on this network by multicast DNS: no address has to be copied.",
+            env="SWARM_LAN",
+            panel=NETWORK,
+        ),
+    ] = False
+    lan_name: Annotated[
+        str | None,
+        Option(
+            "As --lan, and which swarm, if there are several: swarm list shows their names.",
+            env="SWARM_LAN_NAME",
+            panel=NETWORK,
+            metavar="NAME",
+        ),
+    ] = None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether it is asked for."""
+        return self.lan or self.lan_name is not None
+
+
+@dataclass(frozen=True)
 class PeerOptions:
     """How to join.
 
@@ -31,6 +59,7 @@ class PeerOptions:
     """
 
     initial_peers: InitialPeers = ()
+    lan: LanOptions = field(default_factory=LanOptions)
     host: Annotated[str, Option("Address to listen on.", env="SWARM_HOST", panel=NETWORK)] = "0.0.0.0"
     port: Annotated[int, Option("TCP port; 0 takes a free one.", env="SWARM_PORT", panel=NETWORK, min=0, max=65535)] = 0
     announce: Annotated[

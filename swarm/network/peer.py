@@ -8,6 +8,7 @@ import logging
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hivemind.dht import DHTNode, node, routing
 from hivemind.p2p import PeerID
@@ -19,6 +20,9 @@ from .clock import describe_skew, measure_skew, skew_told
 from .daemon import LastingP2P
 from .forks import belongs_to_process
 from .options import PeerOptions
+
+if TYPE_CHECKING:
+    from .lan.presence import Presence
 
 logging.getLogger("hivemind").setLevel(logging.CRITICAL)  # its warnings repeat, with traces, what we raise ourselves
 for _module in (node, routing):
@@ -34,6 +38,7 @@ class Peer:
     """A daemon (:attr:`p2p`), which is started again when it dies, and a DHT node (:attr:`dht`).
 
     Attributes:
+        presence: on a local network, if any.
         after_restart: is called, one after the other, when the daemon was started again and has rejoined.
     """
 
@@ -41,6 +46,7 @@ class Peer:
         self, p2p: LastingP2P, dht: DHTNode, addresses: Sequence[str], initial_peers: Sequence[str] = ()
     ) -> None:
         self.p2p, self.dht, self.addresses = p2p, dht, tuple(addresses)
+        self.presence: Presence | None = None
         self._initial_peers = {PeerID.from_base58(Multiaddr(address)["p2p"]): address for address in initial_peers}
         self.after_restart: list[Callable[[], Awaitable[None]]] = []
         self._keeping = asyncio.create_task(p2p.keep(self._rejoin))
@@ -130,7 +136,8 @@ class Peer:
         """Leaves the DHT and ends the daemon. Never hangs, even if the daemon is gone already."""
         self._keeping.cancel()
         await asyncio.wait({self._keeping})
-        for ending in (self.dht.shutdown(), self.p2p.shutdown()):
+        leaving = [] if self.presence is None else [self.presence.stop()]
+        for ending in (*leaving, self.dht.shutdown(), self.p2p.shutdown()):
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(ending, _STOP_SECONDS)
 

@@ -25,6 +25,7 @@ from swarm.weights.sharing.store import WeightStore
 
 from ...output import Output
 from ...settings import NodeSettings
+from ..joining import join
 from .sharing import Sharing, manifests_folder
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ async def find_source(settings: NodeSettings, output: Output, stack: AsyncExitSt
         if unasked and (settings.weights == "hub" or source.path.is_file()):  # GGUF has no manifest
             return source, None, None
         store = await _seed_store(settings, source, output)
-    peer = await Peer.start(settings.peer)
+    peer = await join(settings, source, output)
     stack.push_async_callback(peer.stop)
     if source is None or store is None:
         return await _find_at_peers(settings, peer, output, stack)
