@@ -296,7 +296,7 @@ def main(
             stuck = sum(thread.is_alive() for thread in threads)
             left = left_behind(swarm, 60.0)
             after = descriptors(gateway), descriptors(os.getpid())
-    print(f"\n{tally.done} texts of up to {TOKENS} tokens, {len(faults.past)} faults in {seconds:.0f} s, {sessions} sessions")
+    print(f"\n{tally.done} texts of up to {TOKENS} tokens, {len(faults.past)} faults in {seconds:.0f} s")
     for kind, longest in sorted(pauses(faults.past, tally.gaps).items()):
         longest.sort()
         worst = longest[min(len(longest) - 1, int(0.99 * len(longest)))]
