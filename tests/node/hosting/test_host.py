@@ -95,8 +95,9 @@ def test_it_ends_when_its_engine_breaks_and_nobody_waits_for_it(monkeypatch: pyt
         running = asyncio.create_task(host.run())
         _, reader, writer = await other.p2p.call_binary_stream_handler(node.peer_id, rpc.handle_name(rpc.INFERENCE))
         stream = MessageStream(reader, writer, max_bytes=2**20)
-        hidden, prefix = torch.zeros(1, 3, 64), means.source.dht_prefix
-        step = Request(uid=span_uid(prefix, 0, 2), tensors=[encode(hidden)], metadata=rpc.dump({"max_length": 8}))
+        tensors, prefix = (torch.zeros(1, 3, 64), rpc.EMPTY, rpc.EMPTY_INT64), means.source.dht_prefix
+        about = rpc.dump({"max_length": 8})
+        step = Request(uid=span_uid(prefix, 0, 2), tensors=[*map(encode, tensors)], metadata=about)
         await stream.send(step)
         assert await stream.receive(Response) is not None
         assert host._serving is not None
@@ -115,7 +116,7 @@ def test_it_ends_when_its_engine_breaks_and_nobody_waits_for_it(monkeypatch: pyt
 
 
 def test_it_announces_itself_at_once_when_its_daemon_was_started_again() -> None:
-    async def work(node: Peer, other: Peer) -> None:
+    async def work(other: Peer, node: Peer) -> None:  # a node that was told an initial peer
         means = make_means(tiny_model("llama-gqa", layers=2), node, Recorder(), count=2, update_period=3600)
         prefix, host = means.source.dht_prefix, Host(means, JOINING)
         await host.take(0, 2, [0.0] * 2)
