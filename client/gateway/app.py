@@ -187,8 +187,11 @@ async def _read(request: Request) -> bytes:
 
 
 async def _health(request: Request) -> Response:
-    """Whether the gateway runs, and for which models."""
-    return JSONResponse({"status": "ok", "models": list(request.app.state.gateway.models)})
+    """Whether the gateway runs, and for which models; 503 while its network daemon doesn't."""
+    models = request.app.state.gateway.models
+    up = all(model.peer.p2p.is_up for model in models.values())
+    status = "ok" if up else "the network daemon is down"
+    return JSONResponse({"status": status, "models": list(models)}, 200 if up else 503)
 
 
 async def _metrics(request: Request) -> Response:

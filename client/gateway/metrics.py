@@ -9,6 +9,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from .decode.admission import Admission
 
 if TYPE_CHECKING:
+    from swarm.network.peer import Peer
+
     from .api.call import Call
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -39,6 +41,14 @@ class Metrics:
         running.set_function(lambda: admission.running)
         waiting = Gauge("swarm_gateway_queue_depth", "Sessions that wait for their turn", registry=registry)
         waiting.set_function(lambda: admission.waiting)
+
+    def watch(self, peer: Peer) -> None:
+        """Tells of the gateway's network daemon, too."""
+        up = Gauge("swarm_gateway_daemon_up", "Whether the network daemon runs (0 or 1)", registry=self._registry)
+        up.set_function(lambda: peer.p2p.is_up)
+        text = "Times that the network daemon was started again"
+        restarts = Gauge("swarm_gateway_daemon_restarts", text, registry=self._registry)
+        restarts.set_function(lambda: peer.restarts)
 
     def count(self, call: Call, status: int) -> None:
         """Notes a request that is done."""

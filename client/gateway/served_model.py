@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from swarm.network.overview import Overview
+from swarm.network.peer import Peer
 
 from ..ends.model_ends import ModelEnds
 from .decode.admission import Admission
@@ -64,6 +65,11 @@ class ServedModel:
             made.id = made.adapter = adapter
             made._base = self.id
         return self._with_adapters[adapter]
+
+    @property
+    def peer(self) -> Peer:
+        """The gateway in the swarm, which models may share."""
+        return self._facade._connection.peer  # type: ignore[no-any-return]
 
     @property
     def grammars(self) -> GrammarFactory:

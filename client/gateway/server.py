@@ -33,6 +33,8 @@ from .metrics import Metrics
 from .settings import GatewaySettings
 
 if TYPE_CHECKING:
+    from swarm.network.peer import Peer
+
     from .served_model import ServedModel
     from .swarm_watch import SwarmWatch
 
@@ -99,7 +101,7 @@ def running(settings: GatewaySettings, log: Callable[[dict[str, Any]], None]) ->
 
     Raises:
         UsageError: what was asked for can't be done; the message says what to do.
-        SwarmError: the swarm can't be reached, or a node of the local one did not start.
+        SwarmError: the swarm can't be reached, any longer or at all, or a node of the local one did not start.
     """
     access = access_for(settings)
     with ExitStack() as stack:
@@ -114,6 +116,8 @@ def running(settings: GatewaySettings, log: Callable[[dict[str, Any]], None]) ->
         admission = Admission(settings.max_sessions, settings.max_queue)
         metrics = Metrics(admission)
         models = {model.id: model for model in _load(settings, peers, admission, metrics, stack)}
+        peer = next(iter(models.values())).peer  # all have the same
+        metrics.watch(peer)
         watch = SwarmWatch(models, peers)
         gateway = Gateway(models, watch, metrics, access, log, log_prompts=settings.log_prompts)
         server = uvicorn.Server(
@@ -126,7 +130,7 @@ def running(settings: GatewaySettings, log: Callable[[dict[str, Any]], None]) ->
                 timeout_graceful_shutdown=_STOP_SECONDS,
             )
         )
-        serving = Runtime.get().start(_serve(server, listening, models.values(), watch, access.keys))
+        serving = Runtime.get().start(_serve(server, listening, models.values(), watch, peer, access.keys))
         address, port = listening.getsockname()[:2]
         host = f"[{address}]" if ":" in address else address
         try:
@@ -216,14 +220,22 @@ async def _serve(
     listening: socket.socket,
     models: Iterable[ServedModel],
     watch: SwarmWatch,
+    peer: Peer,
     keys: KeyDesk | None,
 ) -> None:
     watch.start()
     for model in models:
         model.engine.start()
+    daemon = asyncio.ensure_future(peer.watch_daemon())
+    serving = asyncio.ensure_future(server.serve(sockets=[listening]))
     try:
-        await server.serve(sockets=[listening])
+        await asyncio.wait({daemon, serving}, return_when=asyncio.FIRST_COMPLETED)
+        server.should_exit = True
+        await serving
+        if daemon.done():
+            daemon.result()
     finally:
+        daemon.cancel()
         await asyncio.gather(*(model.engine.stop() for model in models))
         if keys is not None:
             await keys.close()

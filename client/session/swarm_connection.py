@@ -12,6 +12,7 @@ from swarm.model.fingerprint import fingerprint
 from swarm.model.model_source import ModelSource
 from swarm.network.forks import is_forked
 from swarm.network.overview import Overview, look, measure
+from swarm.network.peer import Peer
 
 from ..checks import check_hidden
 from ..routing.swarm_view import SwarmView
@@ -44,6 +45,11 @@ class SwarmConnection:
         self.active_adapter = settings.active_adapter
         self._salt = None if source.keeps_states else settings.salt()
         self._closed = False
+
+    @property
+    def peer(self) -> Peer:
+        """This process in the swarm."""
+        return self._view.peer
 
     @classmethod
     def open(

@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 
 from swarm.model.layout import parse_blocks
 from swarm.network import dht
+from swarm.network.peer import Peer
 
 from ..hosting.invitation import how_to_join
 from ..hosting.life import finish_unless, run_until
@@ -51,12 +52,13 @@ async def seed(settings: NodeSettings, output: Output, stop: asyncio.Event) -> N
 
     Raises:
         UsageError: it can't be used, or the swarm has others under its name.
+        DaemonError: the network daemon is lost.
     """
-    await run_until(stop, lambda stack: _seed(settings, output, stack))
+    await run_until(stop, lambda stack: _seed(settings, output, stack), work=Peer.watch_daemon)
     output.event("stopped", "Stopped.")
 
 
-async def _seed(settings: NodeSettings, output: Output, stack: AsyncExitStack) -> None:
+async def _seed(settings: NodeSettings, output: Output, stack: AsyncExitStack) -> Peer:
     source, peer, sharing = await find_source(dataclasses.replace(settings, seed=True), output, stack)
     assert peer is not None
     assert sharing is not None
@@ -84,3 +86,4 @@ async def _seed(settings: NodeSettings, output: Output, stack: AsyncExitStack) -
         prefix=sharing.prefix,
         model=source.name,
     )
+    return peer

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from swarm.errors import BadRequestError, LeavingError, OutOfCacheError
+from swarm.errors import BadRequestError, LeavingError, OutOfCacheError, RemoteError
 from swarm.model.span import Span
 
 from .cache.kv_cache import KVCache, Row
@@ -36,7 +36,6 @@ from .turn import TurnRunner
 logger = logging.getLogger(__name__)
 
 STATE_ROWS = 64
-_LEAVING = "the node is shutting down"
 
 
 class Engine:
@@ -45,6 +44,9 @@ class Engine:
     Results arrive on :class:`concurrent.futures.Future`; their callbacks run in the engine's thread, so they must be
     short (``loop.call_soon_threadsafe`` is what they are for). Result tensors are views that may share memory, made in
     ``torch.inference_mode``: read them, don't write to them.
+
+    Attributes:
+        ended: done when the thread has ended: with an error, the one that all who come then get too, if it broke.
 
     Args:
         cache_tokens: how many tokens the KV cache holds, over all sessions.
@@ -106,11 +108,13 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._gate = threading.Lock()  # between those who put work in and the end of the thread that takes it out
         self._running = False
+        self._broke = ""  # how
+        self.ended: Future[None] = Future()
 
     def start(self) -> None:
         """Start the engine's thread."""
         self._running = True
-        self._thread = threading.Thread(target=self._loop, name="swarm-engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="swarm-engine", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -137,7 +141,7 @@ class Engine:
         check_blocks(self.span, first, last)
         check_adapter(self._adapters, adapter)
         if not self._running:
-            raise LeavingError(_LEAVING)
+            raise self._gone()
         if rows < 1 or len(left_padding) not in (0, rows) or any(padding < 0 for padding in left_padding):
             raise BadRequestError(f"a session of {rows} rows can't have left_padding {list(left_padding)}")
         if rows > self._cache.pages.count:
@@ -268,9 +272,26 @@ class Engine:
 
     def _submit(self, message: Message) -> None:
         if not self._put(message):
-            refuse(message, LeavingError(_LEAVING))
+            refuse(message, self._gone())
+
+    def _gone(self) -> RemoteError:
+        return RemoteError(self._broke) if self._broke else LeavingError("the node is shutting down")
 
     # What follows from here on runs in the engine's thread.
+
+    def _run(self) -> None:
+        try:
+            self._loop()
+        except BaseException as error:  # nothing of it may stay behind: the node would seem to be there, and be dead
+            logger.exception("the engine broke")
+            self._broke = f"the node's engine broke ({error!r}): the node has to be started again"
+        try:
+            self._end()
+        finally:
+            if self._broke:
+                self.ended.set_exception(self._gone())
+            else:
+                self.ended.set_result(None)
 
     def _loop(self) -> None:
         if self.span.device.type == "cuda":
@@ -286,7 +307,6 @@ class Engine:
                     logger.exception("a turn of the engine failed")
                     for session in list(self._queue.ready):
                         fail(self._queue.drop_first(session).future, error)
-        self._end()
 
     def _turn(self, turns: StepTurns | DenseTurns) -> None:
         """Receive, choose, run, deliver. Other nodes of this machine may compute before anybody hears of the results:
@@ -353,15 +373,18 @@ class Engine:
     def _end(self) -> None:
         """The thread ends: nothing may be left that somebody waits for."""
         with self._gate:
+            self._running = False
             unread = [self._inbox.get() for _ in range(self._inbox.qsize())]
         left: list[Message] = [Step(session, work) for session in self._sessions for work in session.waiting]
         left += [*map(Dense, self._dense.waiting), *self._admissions, *unread]
         self._admissions.clear()
         self._dense.waiting.clear()
-        for session in self._sessions:
-            session.closed = True
-            self._queue.remove(session)
-            self._session_cache.release(session)
-        self._sessions.clear()
-        for message in left:
-            refuse(message, LeavingError(_LEAVING))
+        try:
+            for session in self._sessions:
+                session.closed = True
+                self._queue.remove(session)
+                self._session_cache.release(session)
+            self._sessions.clear()
+        finally:
+            for message in left:
+                refuse(message, self._gone())

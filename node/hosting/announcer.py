@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import time
 
 from swarm.chance import CHANCE
 from swarm.network import dht
@@ -58,6 +59,12 @@ class Announcer:
         await self._store()
         if state != ServerState.OFFLINE:
             self._task = asyncio.create_task(self._repeat())
+
+    async def renew(self) -> None:
+        """Announces the same again now, as of a node that has just started; nothing, if nothing is announced."""
+        if self._task is not None:
+            offer = self._info.offer and dataclasses.replace(self._info.offer, started=time.time())
+            await self.announce(self._info.state, offer=offer)
 
     async def _repeat(self) -> None:
         while True:

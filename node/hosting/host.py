@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import gc
 from collections.abc import Sequence
@@ -11,8 +12,10 @@ import torch
 from swarm.compute.memory import trim
 from swarm.wire.records import ServerInfo
 
+from ..engine.engine import Engine
 from ..engine.stats import EngineStats
 from .invitation import say_serving
+from .life import together
 from .means import Means
 from .metrics import serve_metrics
 from .moving import wait_for_better
@@ -37,6 +40,8 @@ class Host:
         self._serving: Serving | None = None
         self._stats: EngineStats | None = None  # of an engine that has ended
         self._metrics = False
+        self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        means.peer.after_restart.append(self._announce_again)
 
     async def take(self, start: int, end: int, covered: Sequence[float]) -> None:
         """Brings up the blocks ``start:end``, or some of them. ``covered``: what others serve, for the order.
@@ -53,10 +58,12 @@ class Host:
         await loading.begin()
         await loading.load_next()
         changes = await serving.start(loading.span, loading.ready)
+        assert serving.engine is not None
+        self._watch(serving.engine)
         port = self._means.settings.metrics_port
         if port is not None and not self._metrics:
             self._metrics = True
-            serve_metrics(self._stats_now, port)
+            serve_metrics(self._stats_now, self._means.peer, port)
         await serving.announce(loading.ready, **changes)
         say_serving(self._means, start, end, loading.ready)
 
@@ -66,7 +73,12 @@ class Host:
 
         Raises:
             ModelError, UsageError: a block can't be used.
+            DaemonError: the network daemon is lost.
+            RemoteError: the engine broke.
         """
+        await together(self._work(), self._means.peer.watch_daemon(), self._broken)
+
+    async def _work(self) -> None:
         await self._grow()
         while self._means.settings.blocks is None and self._means.settings.balance_quality:
             await self._move()
@@ -82,6 +94,21 @@ class Host:
             await self._loading.give_up()
         if self._serving is not None and self._serving.engine is not None:
             self._serving.engine.stop()
+
+    def _watch(self, engine: Engine) -> None:
+        """Has :meth:`run` raise what an engine breaks with."""
+        loop = asyncio.get_running_loop()
+
+        def tell() -> None:
+            error = engine.ended.exception()
+            if error is not None and not self._broken.done():
+                self._broken.set_exception(error)
+
+        engine.ended.add_done_callback(lambda _: loop.is_closed() or loop.call_soon_threadsafe(tell))
+
+    async def _announce_again(self) -> None:
+        if self._serving is not None:
+            await self._serving.announce_again()
 
     async def _grow(self) -> None:
         loading, serving = self._loading, self._serving

@@ -32,6 +32,17 @@ async def run_until(
             working.result()
 
 
+async def together(*works: Awaitable[None]) -> None:
+    """Does them all. The first that fails ends the others, and is raised."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
 async def finish_unless(stop: asyncio.Event, work: Awaitable[T]) -> asyncio.Future[T] | None:
     """Waits for ``work``, and returns it when it has ended, in any way; ``None``: it was given up for ``stop``."""
     working = asyncio.ensure_future(work)

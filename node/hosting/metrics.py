@@ -8,15 +8,16 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from swarm.errors import ConnectError
+from swarm.network.peer import Peer
 
 from ..engine.stats import EngineStats
 
 
-class EngineCollector:
-    """Reads the engine's figures when Prometheus asks. Counters begin anew when a node moves to other blocks."""
+class NodeCollector:
+    """Reads the figures when Prometheus asks. Those of the engine begin anew when a node moves to other blocks."""
 
-    def __init__(self, stats: Callable[[], EngineStats]) -> None:
-        self._stats = stats
+    def __init__(self, stats: Callable[[], EngineStats], peer: Peer) -> None:
+        self._stats, self._peer = stats, peer
 
     def collect(self) -> Iterator[Metric]:
         """The metrics; called by the Prometheus client."""
@@ -42,16 +43,19 @@ class EngineCollector:
         for quantile in (0.5, 0.9, 0.99) if recent else ():
             times.add_metric([str(quantile)], recent[min(len(recent) - 1, int(quantile * len(recent)))])
         yield times
+        yield GaugeMetricFamily("swarm_daemon_up", "Whether the network daemon runs (0 or 1)", self._peer.p2p.is_up)
+        restarts = self._peer.restarts
+        yield CounterMetricFamily("swarm_daemon_restarts", "Times that the network daemon was started again", restarts)
 
 
-def serve_metrics(stats: Callable[[], EngineStats], port: int) -> None:
+def serve_metrics(stats: Callable[[], EngineStats], peer: Peer, port: int) -> None:
     """Serves ``/metrics`` on ``port`` of every address, in a thread of its own.
 
     Raises:
         ConnectError: the port is taken.
     """
     registry = CollectorRegistry()
-    registry.register(EngineCollector(stats))
+    registry.register(NodeCollector(stats, peer))
     try:
         start_http_server(port, registry=registry)
     except OSError as error:

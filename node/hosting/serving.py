@@ -92,6 +92,10 @@ class Serving:
         self._handler.serve(*ready)
         await self._announcer.announce(ServerState.ONLINE, ready=ready, **changes)
 
+    async def announce_again(self) -> None:
+        """Tells the swarm anew what it was told last, after it could not reach this node: clients ask it at once."""
+        await self._announcer.renew()
+
     async def measure(self, ready: tuple[int, int]) -> dict[str, float]:
         """The speed of the blocks ``ready`` in rows per second, as it stands in the record."""
         engine = self.engine

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from swarm.errors import ConnectError
+from swarm.errors import ConnectError, RemoteError
 from swarm.model.source import resolve, resolve_store
 from swarm.model.tensors import block_tensors
 from swarm.network import dht
@@ -21,7 +22,11 @@ from swarm.node.hosting.weights.sharing import Sharing
 from swarm.node.settings import NodeSettings
 from swarm.weights.sharing.manifest import make_manifest
 from swarm.weights.sharing.store import WeightStore
-from swarm.wire.records import ServerInfo, ServerState
+from swarm.wire import rpc
+from swarm.wire.codec import encode
+from swarm.wire.records import ServerInfo, ServerState, span_uid
+from swarm.wire.rpc import Request, Response
+from swarm.wire.stream import MessageStream
 from tests.models import tiny_model
 from tests.node.hosting.swarm_of_two import JOINING, Recorder, make_means, states, two_peers, until
 from tests.swarm_e2e.nodes import figures, free_port
@@ -56,9 +61,12 @@ def test_it_joins_serves_and_leaves() -> None:
         assert info.throughput == info.inference_rps
         assert info.throughput
         assert info.cache_tokens_left == 256
-        await host.run()  # nothing more to do: it was told its blocks
+        running = asyncio.create_task(host.run())  # nothing more to do: it was told its blocks
         metrics = await asyncio.to_thread(figures, f"http://127.0.0.1:{port}/metrics")
         assert metrics["swarm_cache_tokens_total"] == 256
+        assert (metrics["swarm_daemon_up"], metrics["swarm_daemon_restarts_total"]) == (1, 0)
+        running.cancel()
+        await asyncio.wait({running})
         await host.leave()
         await host.close()
         assert await states(other, node, prefix, 3) == "---"
@@ -75,6 +83,58 @@ def test_a_port_for_metrics_that_is_taken_is_no_node() -> None:
             await host.take(0, 2, [0.0] * 2)
         await host.close()
         assert await states(other, node, means.source.dht_prefix, 2) == "JJ"
+
+    run(work)
+
+
+def test_it_ends_when_its_engine_breaks_and_nobody_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(node: Peer, other: Peer) -> None:
+        means = make_means(tiny_model("llama-gqa", layers=2), node, Recorder(), count=2)
+        host = Host(means, JOINING)
+        await host.take(0, 2, [0.0] * 2)
+        running = asyncio.create_task(host.run())
+        _, reader, writer = await other.p2p.call_binary_stream_handler(node.peer_id, rpc.handle_name(rpc.INFERENCE))
+        stream = MessageStream(reader, writer, max_bytes=2**20)
+        tensors, prefix = (torch.zeros(1, 3, 64), rpc.EMPTY, rpc.EMPTY_INT64), means.source.dht_prefix
+        about = rpc.dump({"max_length": 8})
+        step = Request(uid=span_uid(prefix, 0, 2), tensors=[*map(encode, tensors)], metadata=about)
+        await stream.send(step)
+        assert await stream.receive(Response) is not None
+        assert host._serving is not None
+        assert host._serving.engine is not None
+        monkeypatch.setattr(host._serving.engine, "_patience_s", lambda: 1 / 0)
+        await stream.send(step)
+        with pytest.raises(RemoteError, match="the node's engine broke"):
+            await stream.receive(Response)
+        with pytest.raises(RemoteError, match="the node's engine broke"):
+            await running
+        await host.leave()
+        await host.close()
+        assert await states(other, node, prefix, 2) == "--"
+
+    run(work)
+
+
+def test_it_announces_itself_at_once_when_its_daemon_was_started_again() -> None:
+    async def work(other: Peer, node: Peer) -> None:  # a node that was told an initial peer
+        means = make_means(tiny_model("llama-gqa", layers=2), node, Recorder(), count=2, update_period=3600)
+        prefix, host = means.source.dht_prefix, Host(means, JOINING)
+        await host.take(0, 2, [0.0] * 2)
+        running = asyncio.create_task(host.run())
+
+        async def started() -> float:
+            info = (await dht.fetch(other.dht, prefix, 2))[0][node.peer_id]
+            return info.offer.started if info.offer is not None else 0.0
+
+        before = await started()
+        node.p2p._child.kill()
+        while await started() == before:
+            await asyncio.sleep(0.05)
+        assert node.restarts == 1
+        running.cancel()
+        await asyncio.wait({running})
+        await host.leave()
+        await host.close()
 
     run(work)
 
@@ -128,7 +188,9 @@ def test_it_serves_what_is_here_while_the_rest_is_missing(tmp_path: Path) -> Non
             await until(lambda: len(output.named("serving")) == 2 or running.done())
             assert await states(other, node, "m", 6) == "-JOO--"
             whole.has |= blocks[1]
-            await running
+            await until(lambda: bool(output.named("ready")) or running.done())
+            running.cancel()
+            await asyncio.wait({running})
             served = [(fields["blocks"], fields.get("span")) for fields in output.named("serving")]
             assert served == [([2, 3], [1, 4]), ([2, 4], [1, 4])]
             assert [fields["blocks"] for fields in output.named("ready")] == [[1, 4]]
