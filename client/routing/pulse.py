@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _FLOOR_SECONDS = 1.0  # Python's lock alone delays an answer by tenths of a second where a node computes or loads
-_ROUND_TRIPS = 4  # of the slowest of the last ones
+_ROUND_TRIPS = 2.0  # of the slowest of the last ones
 _KEPT = 16
 _TICKS = 10
 _ASK_AGAIN_SECONDS = 1.0
@@ -83,34 +83,35 @@ class Pulse:
     async def _ask(self, peer_id: PeerID) -> bool:
         began = time.monotonic()
         seconds = answer_seconds(self._round_trips.get(peer_id, ()), self._longest)
-        call = asyncio.ensure_future(self._answer(peer_id, self._longest + seconds))
+        call = asyncio.ensure_future(self._ask_peer(peer_id, self._longest + seconds))
         try:
             # in turns of our own event loop, which may have stood still itself: a laptop that slept, a long computation
             for _ in range(_TICKS):
                 await asyncio.wait({call}, timeout=seconds / _TICKS)
                 if call.done():
-                    return call.exception() is None
-        finally:
+                    call.result()
+                    self.note(peer_id, time.monotonic() - began)
+                    return True
+        except Exception:
+            return False  # it can't be reached
+        except asyncio.CancelledError:
             call.cancel()
+            raise
         self._silent[peer_id] = began
-        task = asyncio.create_task(self._watch(peer_id, began))
+        task = asyncio.create_task(self._watch(peer_id, began, seconds, call))
         self._watching.add(task)
         task.add_done_callback(self._watching.discard)
         return False
 
-    async def _answer(self, peer_id: PeerID, timeout: float) -> None:
-        began = time.monotonic()
-        await self._ask_peer(peer_id, timeout)
-        self.note(peer_id, time.monotonic() - began)
-
-    async def _watch(self, peer_id: PeerID, since: float) -> None:
+    async def _watch(self, peer_id: PeerID, since: float, allowed: float, call: asyncio.Future[object]) -> None:
         """Until a silent peer answers."""
         cut = False
         try:
             while time.monotonic() < since + _WATCHED_SECONDS:
                 with suppress(Exception):
-                    # longer than it had before: if it is only slow, its answer tells how long to wait next time
-                    await self._answer(peer_id, self._longest)
+                    await call
+                    if time.monotonic() < since + _ROUND_TRIPS * allowed:
+                        self.note(peer_id, time.monotonic() - since)  # it was only slow, and has more time next time
                     return
                 if not cut:
                     cut = True
@@ -118,7 +119,9 @@ class Pulse:
                     with suppress(Exception):
                         await self._disconnect(peer_id)
                 await asyncio.sleep(_ASK_AGAIN_SECONDS)
+                call = asyncio.ensure_future(self._ask_peer(peer_id, self._longest))
         finally:
+            call.cancel()
             self._silent.pop(peer_id, None)
 
 

@@ -9,7 +9,7 @@ from collections import deque
 from hivemind.p2p import PeerID
 
 KEPT = 256  # steps of a peer and a size
-_KNOWN = 8  # steps, before anything counts as usual
+_KNOWN = 4  # steps, before anything counts as usual
 _PERCENTILE = 0.99
 _OVERDUE = 1.5  # times the usual
 UNKNOWN_SECONDS = 1.0
@@ -33,7 +33,8 @@ class _Samples:
     def usual(self) -> float | None:
         if len(self._sorted) < _KNOWN:
             return None
-        return self._sorted[math.ceil(_PERCENTILE * len(self._sorted)) - 1]
+        count = len(self._sorted)
+        return self._sorted[min(math.ceil(_PERCENTILE * count), count - 1) - 1]  # one alone is never usual
 
 
 class StepTimes:
