@@ -18,15 +18,15 @@ from tests.swarm_e2e.nodes import Node, Zygote, run_command
 DOCKER = "172.17.0.1"
 
 
-class LanNode(Node):
-    """A ``swarm-node`` process on a host."""
+class LanProcess(Node):
+    """A command on a host that goes on, and says what happens in JSON."""
 
     def __init__(self, host: LanHost, argv: Sequence[str], workdir: Path) -> None:
         number = len(list(workdir.glob("*.out")))
         self.stdout, self.stderr = workdir / f"{number}.out", workdir / f"{number}.err"
         self.stdout.touch()
         self.argv = list(argv)
-        self.pid = Zygote.start(["swarm-node", *argv], self.stdout, self.stderr, env=host.env)
+        self.pid = Zygote.start(argv, self.stdout, self.stderr, env=host.env)
 
     def said(self, name: str) -> list[dict[str, object]]:
         """Its events of this name."""
@@ -61,11 +61,15 @@ class LanHost:
         """Takes its cable out of the switch; the machine doesn't notice."""
         _ip("-n", self._lans.name, "link", "set", self._port(network), "nomaster")
 
-    def serve(self, *argv: str) -> LanNode:
+    def start(self, *argv: str) -> LanProcess:
+        """Starts ``swarm`` or ``swarm-node``."""
+        process = LanProcess(self, argv, self._lans.workdir)
+        self._lans.processes.append(process)
+        return process
+
+    def serve(self, *options: str) -> LanProcess:
         """Starts ``swarm-node serve demo``, with nothing but these options."""
-        node = LanNode(self, ["serve", "demo", "--log-format", "json", *argv], self._lans.workdir)
-        self._lans.nodes.append(node)
-        return node
+        return self.start("swarm-node", "serve", "demo", "--log-format", "json", *options)
 
     def run(self, *argv: str) -> subprocess.CompletedProcess[str]:
         """Runs ``swarm`` or ``swarm-node`` to its end."""
@@ -81,7 +85,7 @@ class Lans:
     def __init__(self, networks: int, workdir: Path) -> None:
         self.name, self.workdir = f"lan{os.getpid()}", workdir
         self.hosts: list[LanHost] = []
-        self.nodes: list[LanNode] = []
+        self.processes: list[LanProcess] = []
         _ip("netns", "add", self.name)
         for number in range(networks):
             _ip("-n", self.name, "link", "add", f"switch{number}", "type", "bridge")
@@ -93,18 +97,13 @@ class Lans:
         self.hosts.append(made)
         return made
 
-    def end_nodes(self) -> None:
-        """Ends what serves."""
-        for node in self.nodes:
-            node.terminate()
-        for node in self.nodes:
-            node.wait_gone(60)
-        self.nodes.clear()
-
     def close(self) -> None:
         """Ends everything."""
         try:
-            self.end_nodes()
+            for process in self.processes:
+                process.terminate()
+            for process in self.processes:
+                process.wait_gone(60)
         finally:
             for name in (*(host.name for host in self.hosts), self.name):
                 _ip("netns", "delete", name)

@@ -104,3 +104,17 @@ def test_two_that_start_apart_become_one(lans: Lans, expected: str) -> None:
     while holes(three, "--lan"):
         assert time.monotonic() < deadline
     assert generate(three, "--lan")["text"] == expected
+
+
+def test_a_gateway_finds_nodes_that_came_back_elsewhere(lans: Lans, expected: str) -> None:
+    """None of the addresses that it joined by is left."""
+    one, two = lans.host(0), lans.host(0)
+    first = one.serve("--lan", "--blocks", "0:8")
+    first.wait_ready()
+    gateway = two.start("swarm", "gateway", "demo", "--lan")
+    url = str(gateway.wait_ready()["url"]).removesuffix("/v1")
+    assert generate(two, "--api", url)["text"] == expected
+    first.kill()
+    again = one.serve("--lan", "--blocks", "0:8")
+    assert {*again.wait_ready()["maddrs"]}.isdisjoint(first.wait_ready()["maddrs"])
+    assert generate(two, "--api", url)["text"] == expected
