@@ -7,6 +7,7 @@ the time for importing torch and transformers is saved: the command line, the en
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import sys
@@ -35,6 +36,8 @@ def main() -> None:
         if pid == 0:
             os.setsid()
             os.environ.update(order["env"])
+            if namespace := order["env"].get("NETWORK_NAMESPACE"):
+                _enter(namespace)
             os.dup2(_unread() if order["stdout"] is None else _appended(order["stdout"]), 1)
             os.dup2(_appended(order["stderr"]), 2)
             os.dup2(os.open(order["stdin"], os.O_RDONLY), 0)
@@ -50,6 +53,13 @@ def main() -> None:
                 sys.stdout.flush()
                 os._exit(code)
         print(pid, flush=True)
+
+
+def _enter(namespace: str) -> None:
+    """Moves this process into a network namespace of ``ip netns``; Python has ``os.setns`` from 3.12 on."""
+    with open(f"/run/netns/{namespace}") as file:
+        if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), 0x40000000) != 0:  # CLONE_NEWNET
+            raise OSError(ctypes.get_errno(), f"can't enter {namespace}")
 
 
 def _appended(path: str) -> int:

@@ -72,6 +72,12 @@ def announced(maddrs: Iterable[str], interfaces: Sequence[Interface]) -> tuple[s
     return tuple(dict.fromkeys(others or [address for _, address in found]))[:MAX_ADDRESSES]
 
 
+def is_loopback(address: str) -> bool:
+    """Whether ``/ip4/…/tcp/…`` leads to this machine only."""
+    usable = usable_address(address)
+    return usable is not None and usable[0].is_loopback
+
+
 def by_nearness(addresses: Iterable[str], interfaces: Sequence[Interface]) -> list[list[str]]:
     """Another node's addresses in groups to try one after the other: in a local network of this machine; elsewhere; in
     a network inside this machine, such as docker's, of which every machine has one with the same addresses; this

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 
 from ..options import LanOptions
 from .addresses import Interface, by_nearness, multicast_hosts, own_interfaces
@@ -13,6 +14,7 @@ from .multicast import Multicast
 from .record import LanRecord, usable_address
 
 _LEAST_SECONDS = 0.7  # answers to everybody come after a random delay, and a Wi-Fi that sleeps adds to it
+_PATIENCE_SECONDS = 5.0  # of a client, for which to find nobody is an error
 _DIAL_SECONDS = 1.0
 _MAX_DIALED = 8  # nodes
 
@@ -31,14 +33,16 @@ async def look(seconds: float = LOOK_SECONDS) -> list[LanSwarm]:
         await multicast.close()
 
 
-async def wait_for(multicast: Multicast, heard: Callable[[list[LanSwarm]], bool]) -> list[LanSwarm]:
-    """The swarms that are heard until ``heard`` is content with them, or for :data:`LOOK_SECONDS`."""
+async def wait_for(
+    multicast: Multicast, heard: Callable[[list[LanSwarm]], bool], seconds: float = LOOK_SECONDS
+) -> list[LanSwarm]:
+    """The swarms that are heard until ``heard`` is content with them, or for ``seconds``."""
     loop = asyncio.get_running_loop()
     begin = loop.time()
     while True:
         await asyncio.sleep(0.05)
         passed, swarms = loop.time() - begin, swarms_of(multicast.records)
-        if passed > LOOK_SECONDS or (passed > _LEAST_SECONDS and heard(swarms)):
+        if passed > seconds or (passed > _LEAST_SECONDS and heard(swarms)):
             return swarms
 
 
@@ -54,7 +58,8 @@ async def find_peers(lan: LanOptions, models: Sequence[Collection[str]]) -> tupl
     interfaces = own_interfaces()
     multicast = await Multicast.open(multicast_hosts(interfaces), lambda: None)
     try:
-        swarms = await wait_for(multicast, lambda swarms: _is_there(swarms, lan.lan_name, models))
+        heard = partial(_is_there, name=lan.lan_name, models=models)
+        swarms = await wait_for(multicast, heard, _PATIENCE_SECONDS)
     finally:
         await multicast.close()
     swarm = for_client(swarms, lan.lan_name, models)

@@ -29,10 +29,7 @@ class Multicast:
         self._heard: dict[str, LanRecord | None] = {}  # by the name of the service; None: it is being asked
         self._asking: set[asyncio.Task[None]] = set()
         self._announced: AsyncServiceInfo | None = None
-        # answers to everybody: one sent to this machine alone reaches any one of the programs that listen here
-        self._browser = AsyncServiceBrowser(
-            zeroconf.zeroconf, SERVICE, handlers=[self._on_service], question_type=DNSQuestionType.QM
-        )
+        self._browser = self._browse()
 
     @classmethod
     async def open(cls, hosts: Sequence[str], on_change: Callable[[], None]) -> Multicast:
@@ -57,6 +54,17 @@ class Multicast:
     def records(self) -> list[LanRecord]:
         """Of the nodes that are heard."""
         return [record for record in self._heard.values() if record is not None]
+
+    async def ask_again(self) -> None:
+        """Asks who is there."""
+        await self._browser.async_cancel()
+        self._browser = self._browse()
+
+    def _browse(self) -> AsyncServiceBrowser:
+        # answers to everybody: one sent to this machine alone reaches any one of the programs that listen here
+        return AsyncServiceBrowser(
+            self._zeroconf.zeroconf, SERVICE, handlers=[self._on_service], question_type=DNSQuestionType.QM
+        )
 
     async def announce(self, record: LanRecord) -> None:
         """Announces this node, or what has changed about it."""

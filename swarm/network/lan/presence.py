@@ -11,7 +11,7 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from ... import __version__
 from ..peer import Peer
-from .addresses import announced, multicast_hosts, own_interfaces
+from .addresses import announced, is_loopback, multicast_hosts, own_interfaces
 from .look import dial
 from .multicast import Multicast
 from .record import LanRecord, model_label
@@ -75,6 +75,9 @@ class Presence:
         while True:
             try:
                 await self._renew()
+                assert self._multicast is not None
+                if not self._peer.dht.protocol.routing_table.peer_id_to_uid:
+                    await self._multicast.ask_again()  # which it does ever more rarely by itself
                 await self._meet()
             except Exception as error:
                 logger.info("the local network can't be used now, will try again: %s", error)
@@ -86,16 +89,18 @@ class Presence:
     async def _renew(self) -> None:
         """Listens on the networks that there are now, and announces the addresses that the peer has now."""
         interfaces = own_interfaces()
+        addresses: tuple[str, ...] = ()
+        if self._announces:
+            own = [str(maddr) for maddr in await self._peer.p2p.get_visible_maddrs(latest=True)]
+            addresses = announced(own, interfaces)
+        if addresses and all(is_loopback(address) for address in addresses):  # of no use to other machines
+            interfaces = [one for one in interfaces if one.is_loopback]
         hosts = multicast_hosts(interfaces)
         if self._multicast is None or hosts != self._hosts:
             if self._multicast is not None:
                 await self._multicast.close()
             self._multicast = self._record = None
             self._multicast, self._hosts = await Multicast.open(hosts, self._changed.set), hosts
-        if not self._announces:
-            return
-        own = [str(maddr) for maddr in await self._peer.p2p.get_visible_maddrs(latest=True)]
-        addresses = announced(own, interfaces)
         record = LanRecord(self._peer.peer_id.to_base58(), self.swarm, self._model, __version__, addresses)
         if addresses and record != self._record:
             await self._multicast.announce(record)

@@ -87,7 +87,8 @@ def usable_address(address: str) -> tuple[IPv4Address | IPv6Address, int] | None
         ip = IPv4Address(host) if kind == "ip4" else IPv6Address(host)
     except AddressValueError:
         return None
-    if ip.is_multicast or ip.is_unspecified or ip.is_link_local or ip.is_reserved or not 0 < int(port) < 65536:
+    useless = ip.is_multicast or ip.is_unspecified or ip.is_link_local or (ip.is_reserved and not ip.is_loopback)
+    if useless or not 0 < int(port) < 65536:
         return None
     return ip, int(port)
 
