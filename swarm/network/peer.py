@@ -8,6 +8,7 @@ import logging
 import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from ..chance import CHANCE
 from ..errors import ConnectError, DaemonError, UsageError
-from .clock import describe_skew, measure_skew, skew_told
+from .clock import CLOCK, describe_skew, measure_skews, skew_told
 from .forks import belongs_to_process
+from .known_peers import KnownPeers
+from .lookout import Lookout
 from .options import PeerOptions
 
+logger = logging.getLogger(__name__)
 logging.getLogger("hivemind").setLevel(logging.CRITICAL)  # its warnings repeat, with traces, what we raise ourselves
 for _module in (node, routing):
     vars(_module)["random"] = CHANCE  # its names for itself and its turns don't come out of a program's own numbers
@@ -28,14 +32,16 @@ for _module in (node, routing):
 _STOP_SECONDS = 2.0
 _LEAVE_SESSION = "import os, sys; os.setsid(); os.execv(sys.argv[1], sys.argv[1:])"
 _ASKED = 8  # peers, for their time
+_JOIN_SECONDS = 3.0  # for peers that are to be asked first
 
 
 class Peer:
-    """A running daemon (:attr:`p2p`) and DHT node (:attr:`dht`)."""
+    """A running daemon (:attr:`p2p`) and DHT node (:attr:`dht`), which keeps looking for the peers it knows
+    (:attr:`lookout`)."""
 
-    def __init__(self, p2p: P2P, dht: DHTNode, addresses: Sequence[str], initial_peers: Sequence[str] = ()) -> None:
+    def __init__(self, p2p: P2P, dht: DHTNode, addresses: Sequence[str], known: KnownPeers) -> None:
         self.p2p, self.dht, self.addresses = p2p, dht, tuple(addresses)
-        self._initial_peers = [PeerID.from_base58(Multiaddr(address)["p2p"]) for address in initial_peers]
+        self.lookout, self._known = Lookout(self, known), known
 
     @property
     def peer_id(self) -> PeerID:
@@ -52,8 +58,26 @@ class Peer:
         """
         for address in (*options.initial_peers, *options.announce):
             _check_address(address, needs_peer=address in options.initial_peers)
+        known = KnownPeers(options.initial_peers, options.known_peers or _beside(options.identity))
+        try:
+            peer = await cls._join(options, known)
+        except ConnectError:
+            everybody = known.full_addresses()
+            if not options.initial_peers or len(everybody) == len(options.initial_peers):
+                raise
+            logger.warning("no initial peer answers; trying the peers that were met before")
+            peer = await cls._join(replace(options, initial_peers=everybody), known)
+        if not options.initial_peers and known.peer_ids():  # this was the first one; others may have stayed
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(peer.lookout.look(joining=True), _JOIN_SECONDS)
+        peer.lookout.start()
+        return peer
+
+    @classmethod
+    async def _join(cls, options: PeerOptions, known: KnownPeers) -> Peer:
         p2p = await _start_daemon(options)
         try:
+            await _set_clock(p2p, options.initial_peers)
             dht = await DHTNode.create(
                 p2p,
                 initial_peers=list(options.initial_peers),
@@ -73,7 +97,7 @@ class Peer:
         addresses = (
             [str(address) for address in await p2p.get_visible_maddrs(latest=True)] if not options.client else []
         )
-        return cls(p2p, dht, addresses, options.initial_peers)
+        return cls(p2p, dht, addresses, known)
 
     def check_daemon(self) -> None:
         """Raises DaemonError if the daemon has ended: then nothing that fails says anything about other peers."""
@@ -86,15 +110,21 @@ class Peer:
 
     async def skews(self, timeout: float) -> list[float]:
         """Seconds that this machine's clock is ahead of others' by: of peers that answer within ``timeout`` seconds."""
-        known = {*self._initial_peers, *self.dht.protocol.routing_table.peer_id_to_uid}
-        asked = (measure_skew(self.dht, peer_id, timeout) for peer_id in [*known][:_ASKED])
-        return [skew for skew in await asyncio.gather(*asked) if skew is not None]
+        known = {*map(PeerID.from_base58, self._known.peer_ids()), *self.dht.protocol.routing_table.peer_id_to_uid}
+        return await measure_skews(self.p2p, [*known][:_ASKED], timeout)
 
     async def stop(self) -> None:
         """Leaves the DHT and ends the daemon. Never hangs, even if the daemon is gone already."""
+        await self.lookout.stop()
         for ending in (self.dht.shutdown(), self.p2p.shutdown()):
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(ending, _STOP_SECONDS)
+
+
+async def _set_clock(p2p: P2P, initial_peers: Sequence[str]) -> None:
+    """Takes the time of the swarm that is joined."""
+    peers = [PeerID.from_base58(Multiaddr(address)["p2p"]) for address in initial_peers]
+    CLOCK.set_by(await measure_skews(p2p, {*peers}, _JOIN_SECONDS, quick=True), trusting=True)
 
 
 async def _start_daemon(options: PeerOptions) -> P2P:
@@ -152,6 +182,11 @@ class _DetachedP2P(P2P):
     def _make_process_args(*args: Any, **kwargs: Any) -> list[str]:
         # the command leaves the session, and then becomes the daemon; hivemind lets nobody ask for start_new_session
         return [sys.executable, "-I", "-S", "-c", _LEAVE_SESSION, *P2P._make_process_args(*args, **kwargs)]
+
+
+def _beside(identity: Path | None) -> Path | None:
+    """The file for known peers."""
+    return None if identity is None else identity.with_name(f"{identity.name}.peers")
 
 
 def _check_address(address: str, *, needs_peer: bool) -> None:
