@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Coroutine
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, TypeVar
 
 import uvloop
@@ -64,8 +65,13 @@ class Runtime:
         refuse_fork()
         return asyncio.run_coroutine_threadsafe(work, self.loop)
 
-    async def join(self, initial_peers: tuple[str, ...], *, startup_timeout: float) -> Peer:
+    async def join(
+        self, initial_peers: tuple[str, ...], *, startup_timeout: float, known_peers: Path | None = None
+    ) -> Peer:
         """A peer in the swarm of ``initial_peers``, shared by all who ask; given back with :meth:`leave`.
+
+        Args:
+            known_peers: the file of others to join by.
 
         Raises:
             ConnectError: none of the initial peers answers.
@@ -73,7 +79,9 @@ class Runtime:
         async with self._peers_lock:
             peer, users = self._peers.get(initial_peers, (None, 0))
             if peer is None:
-                options = PeerOptions(initial_peers=initial_peers, client=True, startup_timeout=startup_timeout)
+                options = PeerOptions(
+                    initial_peers=initial_peers, client=True, startup_timeout=startup_timeout, known_peers=known_peers
+                )
                 peer = await Peer.start(options)
             self._peers[initial_peers] = (peer, users + 1)
             return peer

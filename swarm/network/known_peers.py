@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,11 +35,6 @@ class Contact:
     peer_id: str
     addresses: tuple[str, ...]
     seen: float = 0.0
-
-    @property
-    def full_addresses(self) -> list[str]:
-        """Its addresses as ``--initial-peers`` takes them."""
-        return [f"{address}/p2p/{self.peer_id}" for address in self.addresses]
 
 
 @dataclass(frozen=True)
@@ -94,8 +89,8 @@ class KnownPeers:
             contact = parse_address(address)
             known = self._initial.get(contact.peer_id, Contact(contact.peer_id, ()))
             self._initial[contact.peer_id] = Contact(contact.peer_id, (*known.addresses, *contact.addresses))
-        self._met = {contact.peer_id: contact for contact in _read(file)}
-        self._written = dict(self._met)
+        self._met = {contact.peer_id: contact for contact in _read(file, self._initial.keys())}
+        self._written: dict[str, Contact] = {}
 
     def peer_ids(self) -> list[str]:
         """All of them, in base 58."""
@@ -126,7 +121,8 @@ class KnownPeers:
         partial = self._file.with_name(f"{self._file.name}.{os.getpid()}.partial")
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps([asdict(contact) for contact in written.values()], indent=1))
+            met = [asdict(contact) for contact in written.values()]
+            partial.write_text(json.dumps({"initial": [*self._initial], "met": met}, indent=1))
             partial.replace(self._file)
         except OSError as error:
             logger.info("could not write the known peers to %s: %s", self._file, error)
@@ -141,17 +137,24 @@ class KnownPeers:
         return any(new.addresses != old.addresses or abs(new.seen - old.seen) > _WRITE_SECONDS for new, old in pairs)
 
 
-def _read(file: Path | None) -> list[Contact]:
+def same_swarm(given: Collection[str], initial: Collection[str], met: Collection[str]) -> bool:
+    """Whether a peer that is ``given`` these initial peers (PeerIDs) is to join the swarm that it was in when it had
+    others and had ``met`` more. Private swarms must not grow together over a peer that went from one to the other."""
+    return not {*given}.isdisjoint({*initial, *met}) or not (given or initial)
+
+
+def _read(file: Path | None, initial: Collection[str]) -> list[Contact]:
     """The contacts in a file that may have been damaged: what can't be used is left out."""
     if file is None:
         return []
     try:
         with file.open("rb") as stream:
-            entries = json.loads(stream.read(_MAX_BYTES))
-    except (OSError, ValueError):
+            written = json.loads(stream.read(_MAX_BYTES))
+        contacts = [contact for contact in map(_contact, written["met"]) if contact is not None][:MAX_CONTACTS]
+        then = list(map(str, written["initial"]))
+    except (OSError, ValueError, TypeError, KeyError):
         return []
-    contacts = (_contact(entry) for entry in entries) if isinstance(entries, list) else ()
-    return [contact for contact in contacts if contact is not None][:MAX_CONTACTS]
+    return contacts if same_swarm(initial, then, [contact.peer_id for contact in contacts]) else []
 
 
 def _contact(entry: object) -> Contact | None:
