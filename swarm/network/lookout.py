@@ -107,7 +107,7 @@ class Lookout:
     async def _keep_time(self, jumped: bool) -> None:
         if jumped:
             self._asked.clear()  # whatever was found out is old
-            if not self._present:
+            if not self._in_table():
                 CLOCK.follow_wall()
         if jumped or asyncio.get_running_loop().time() > self._clock_due:
             await self._set_clock(trusting=jumped)
