@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Collection, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import uvloop
@@ -81,8 +82,13 @@ class Runtime:
         self._lan[initial_peers] = name
         return initial_peers
 
-    async def join(self, initial_peers: tuple[str, ...], *, startup_timeout: float) -> Peer:
+    async def join(
+        self, initial_peers: tuple[str, ...], *, startup_timeout: float, known_peers: Path | None = None
+    ) -> Peer:
         """A peer in the swarm of ``initial_peers``, shared by all who ask; given back with :meth:`leave`.
+
+        Args:
+            known_peers: the file of others to join by.
 
         Raises:
             ConnectError: none of the initial peers answers.
@@ -90,7 +96,9 @@ class Runtime:
         async with self._peers_lock:
             peer, users = self._peers.get(initial_peers, (None, 0))
             if peer is None:
-                options = PeerOptions(initial_peers=initial_peers, client=True, startup_timeout=startup_timeout)
+                options = PeerOptions(
+                    initial_peers=initial_peers, client=True, startup_timeout=startup_timeout, known_peers=known_peers
+                )
                 peer = await Peer.start(options)
                 if (name := self._lan.get(initial_peers)) is not None:
                     with suppress(ConnectError):  # it is in the swarm already

@@ -113,6 +113,7 @@ def running(settings: GatewaySettings, log: Callable[[dict[str, Any]], None]) ->
         from .swarm_watch import SwarmWatch
 
         peers = _find_swarm(settings) if finish_swarm is None else finish_swarm()
+        _join(settings, tuple(peers), stack)
         admission = Admission(settings.max_sessions, settings.max_queue)
         metrics = Metrics(admission)
         models = {model.id: model for model in _load(settings, peers, admission, metrics, stack)}
@@ -139,6 +140,17 @@ def running(settings: GatewaySettings, log: Callable[[dict[str, Any]], None]) ->
             Runtime.get().run(watch.stop())  # or open pages would hold it up
             server.should_exit = True
             serving.result()
+
+
+def _join(settings: GatewaySettings, peers: tuple[str, ...], stack: ExitStack) -> None:
+    """Joins before the models do, which share the peer: by those met in an earlier run if the initial ones are gone."""
+    from ..runtime import Runtime
+    from ..settings import ClientSettings
+
+    runtime = Runtime.get()
+    known = None if settings.local else settings.keys_file.with_suffix(".peers")
+    runtime.run(runtime.join(peers, startup_timeout=ClientSettings.startup_timeout, known_peers=known))
+    stack.callback(lambda: runtime.run(runtime.leave(peers)))
 
 
 def _listen(host: str, port: int) -> socket.socket:

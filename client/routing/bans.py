@@ -14,7 +14,7 @@ MAX_BAN_SECONDS = 60.0
 @dataclass(frozen=True)
 class _Ban:
     failures: int
-    since: float  # by the wall clock, to be compared with a node's time of start
+    started: float  # when the node came up, by its own clock, which only it may be compared with
     until: float
     reason: str
 
@@ -22,23 +22,22 @@ class _Ban:
 class Bans:
     """Bans last ``base`` seconds, twice as long with each failure in a row, and end when the node has restarted."""
 
-    def __init__(self, base: float, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, base: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._base, self._clock = base, clock
         self._bans: dict[PeerID, _Ban] = {}
 
-    def failed(self, peer_id: PeerID, reason: str = "") -> None:
-        """Bans a peer."""
-        now = self._clock()
+    def failed(self, peer_id: PeerID, reason: str = "", *, started: float = 0.0) -> None:
+        """Bans a peer; ``started`` is when it came up by its own record, 0 if it doesn't say."""
         failures = self._bans[peer_id].failures + 1 if peer_id in self._bans else 1
         seconds = min(MAX_BAN_SECONDS, self._base * 2 ** min(failures - 1, 16))
-        self._bans[peer_id] = _Ban(failures, now, now + seconds, reason)
+        self._bans[peer_id] = _Ban(failures, started, self._clock() + seconds, reason)
 
     def succeeded(self, peer_id: PeerID) -> None:
         """Forgets a peer's failures."""
         self._bans.pop(peer_id, None)
 
     def banned(self, peer_id: PeerID, *, started: float = 0.0) -> bool:
-        """Whether to leave the peer out; ``started`` is when it came up by its own record, 0 if it doesn't say."""
+        """Whether to leave the peer out; ``started`` as its record says now."""
         return self.why(peer_id, started=started) is not None
 
     def why(self, peer_id: PeerID, *, started: float = 0.0) -> str | None:
@@ -46,7 +45,7 @@ class Bans:
         ban = self._bans.get(peer_id)
         if ban is None:
             return None
-        if started > ban.since:
+        if started and started != ban.started:
             self.succeeded(peer_id)
             return None
         left = ban.until - self._clock()

@@ -99,7 +99,8 @@ class SwarmView:
 
     def failed(self, peer_id: PeerID, error: SwarmError) -> None:
         """A peer failed: leave it out for a while."""
-        self._bans.failed(peer_id, _one_line(error))
+        started = next((_started(span) for span in self._spans if span.peer_id == peer_id), 0.0)
+        self._bans.failed(peer_id, _one_line(error), started=started)
 
     def full(self, peer_id: PeerID) -> None:
         """A peer has no KV cache left: ask others first."""
@@ -229,8 +230,7 @@ class SwarmView:
             return "serves a model of another shape under this name"
         if span.info.state < ServerState.ONLINE:
             return "is still loading"
-        started = span.info.offer.started if span.info.offer else 0.0
-        return needs.unmet(span.info) or self._why_silent(span) or self._bans.why(span.peer_id, started=started)
+        return needs.unmet(span.info) or self._why_silent(span) or self._bans.why(span.peer_id, started=_started(span))
 
     def _why_silent(self, span: RemoteSpan) -> str | None:
         seconds = self.pulse.silent_for(span.peer_id)
@@ -264,7 +264,7 @@ class SwarmView:
 
     async def _keep_fresh(self) -> None:
         while True:
-            await asyncio.sleep(self._settings.update_period)
+            await self.peer.lookout.pause(self._settings.update_period)
             try:
                 await self.refresh()
             except Exception as error:
@@ -282,6 +282,10 @@ class SwarmView:
         if seconds is not None:
             self._rtts[peer_id] = seconds
             self.pulse.note(peer_id, seconds)
+
+
+def _started(span: RemoteSpan) -> float:
+    return span.info.offer.started if span.info.offer else 0.0
 
 
 def _one_line(error: SwarmError) -> str:

@@ -16,6 +16,8 @@ from ..engine.engine import Engine
 
 logger = logging.getLogger(__name__)
 _MAX_PINGED = 5
+_REFUSED_SECONDS = 5.0  # until records that were not taken are announced again
+_REFUSALS = 3  # in a row, and a person is told
 
 
 class Announcer:
@@ -24,6 +26,9 @@ class Announcer:
     Args:
         repository: the model's id on the Hub, for lists of models.
         info: the first record; it names the span.
+
+    Attributes:
+        told: whether the swarm has been told that the node is there, and not yet that it has left.
     """
 
     def __init__(
@@ -43,6 +48,8 @@ class Announcer:
         self._info, self._period = info, period
         self._engine: Engine | None = None
         self._task: asyncio.Task[None] | None = None
+        self._refused = 0  # times in a row
+        self.told = False
 
     def watch(self, engine: Engine) -> None:
         """From now on the records tell the engine's free KV cache and its sessions."""
@@ -56,7 +63,8 @@ class Announcer:
         if self._task is not None:
             self._task.cancel()
             self._task = None
-        await self._store()
+        self.told = state != ServerState.OFFLINE
+        self._note(await self._store())
         if state != ServerState.OFFLINE:
             self._task = asyncio.create_task(self._repeat())
 
@@ -68,24 +76,36 @@ class Announcer:
 
     async def _repeat(self) -> None:
         while True:
-            await asyncio.sleep(self._period)
+            await self._peer.lookout.pause(min(self._period, _REFUSED_SECONDS) if self._refused else self._period)
             try:
                 self._info = dataclasses.replace(self._info, next_pings=await self._ping_next())
-                await self._store()
+                self._note(await self._store())
             except Exception as error:
                 logger.warning("could not announce the blocks, will try again: %s", error)
 
-    async def _store(self) -> None:
+    def _note(self, taken: bool) -> None:
+        self._refused = 0 if taken else self._refused + 1
+        if self._refused == _REFUSALS:  # one alone: two records have crossed, or a peer has just gone
+            logger.warning(
+                "other peers do not take this node's records, so it may not be found: see whether this machine is "
+                "online and its clock right"
+            )
+
+    async def _store(self) -> bool:
+        """Whether the swarm has taken all records."""
         info = self._info
         if self._engine is not None and info.offer is not None:
             stats = self._engine.stats()
             offer = dataclasses.replace(info.offer, sessions=stats.sessions)
             info = dataclasses.replace(info, cache_tokens_left=stats.cache_tokens_free, offer=offer)
         ttl = max(60.0, 3 * self._period)  # outlives two lost announcements
-        for first, last, record in records_of(info, self._ready):
+        taken = [
             await dht.announce(self._peer.dht, self._prefix, first, last, record, ttl=ttl)
+            for first, last, record in records_of(info, self._ready)
+        ]
         if info.state == ServerState.ONLINE and not self._prefix.startswith("_"):
             await dht.announce_model(self._peer.dht, self._prefix, self._num_blocks, self._repository, ttl=ttl)
+        return all(taken)
 
     async def _ping_next(self) -> dict[str, float]:
         """Round-trip seconds to some of the peers that may follow this one on a route."""

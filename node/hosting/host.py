@@ -89,7 +89,9 @@ class Host:
         await self._serving.leave()
 
     async def close(self) -> None:
-        """Ends what is still going on."""
+        """Ends what is still going on. A node that ends while it starts takes back that it was about to serve."""
+        if self._serving is not None:
+            await self._serving.take_back()
         if self._loading is not None:
             await self._loading.give_up()
         if self._serving is not None and self._serving.engine is not None:

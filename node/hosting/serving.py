@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import time
 from typing import Any
 
 import torch
 
 from swarm.compute.threads import in_thread
 from swarm.model.span import Span
+from swarm.network.clock import CLOCK
 from swarm.wire.records import ServerInfo, ServerState
 
 from ..engine.engine import Engine
@@ -82,7 +82,7 @@ class Serving:
         self._announcer.watch(self.engine)
         assert self._offer is not None
         offer = dataclasses.replace(
-            self._offer, started=time.time(), max_rows=limits.max_rows, max_step_tokens=limits.max_step_tokens
+            self._offer, started=CLOCK.now(), max_rows=limits.max_rows, max_step_tokens=limits.max_step_tokens
         )
         return {"offer": offer, **speed}
 
@@ -104,10 +104,15 @@ class Serving:
         self.throughput = speed.inference_rps
         return {"throughput": speed.inference_rps, **dataclasses.asdict(speed)}
 
+    async def take_back(self) -> None:
+        """Tells the swarm that this span is not served, if it has been told otherwise."""
+        if self._announcer.told:
+            goodbye = asyncio.create_task(self._announcer.announce(ServerState.OFFLINE))
+            await asyncio.wait({goodbye}, timeout=_GOODBYE_SECONDS)
+
     async def leave(self) -> None:
         """Tells the swarm, finishes what is under way."""
-        goodbye = asyncio.create_task(self._announcer.announce(ServerState.OFFLINE))
-        await asyncio.wait({goodbye}, timeout=_GOODBYE_SECONDS)
+        await self.take_back()
         if self._handler is not None:
             await self._handler.leave(LEAVE_SECONDS)
 

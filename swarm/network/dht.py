@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from hivemind.dht import DHTNode
 from hivemind.p2p import PeerID
-from hivemind.utils.timed_storage import get_dht_time
 
 from ..wire.records import ServerInfo, ServerState, block_uid
+from .clock import CLOCK
 
 logger = logging.getLogger(__name__)
 MODELS_KEY = "_petals.models"
@@ -35,7 +35,7 @@ async def announce(dht: DHTNode, prefix: str, start: int, end: int, info: Server
         keys=keys,
         subkeys=[dht.peer_id.to_base58()] * len(keys),
         values=[info.to_tuple()] * len(keys),
-        expiration_time=get_dht_time() + ttl,
+        expiration_time=CLOCK.now() + ttl,
     )
     return all(stored.values())
 
@@ -46,7 +46,7 @@ async def announce_model(dht: DHTNode, prefix: str, num_blocks: int, repository:
         key=MODELS_KEY,
         subkey=prefix,
         value={"num_blocks": num_blocks, "repository": repository},
-        expiration_time=get_dht_time() + ttl,
+        expiration_time=CLOCK.now() + ttl,
     )
 
 

@@ -55,6 +55,8 @@ class PeerOptions:
     Attributes:
         serve_relay: relay for others.
         client: only ask, never listen nor store.
+        known_peers: the file with the peers met before, by which this one joins if no initial peer answers; default:
+            beside the identity, if there is one.
         startup_timeout: seconds.
     """
 
@@ -87,7 +89,8 @@ class PeerOptions:
     identity: Annotated[
         Path | None,
         Option(
-            "File with this peer's key, made when missing; keeps the PeerID over restarts.",
+            "File with this peer's key, made when missing; keeps the PeerID over restarts. FILE.peers keeps the peers "
+            "that it has met, by which it joins again.",
             env="SWARM_IDENTITY",
             panel=NETWORK,
             metavar="FILE",
@@ -95,4 +98,5 @@ class PeerOptions:
     ] = None
     serve_relay: bool = False
     client: bool = False
+    known_peers: Path | None = None
     startup_timeout: float = 30.0

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,9 +17,11 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from ..chance import CHANCE
 from ..errors import ConnectError, UsageError
-from .clock import describe_skew, measure_skew, skew_told
+from .clock import CLOCK, describe_skew, measure_skews, skew_told
 from .daemon import LastingP2P
 from .forks import belongs_to_process
+from .known_peers import KnownPeers
+from .lookout import Lookout
 from .options import PeerOptions
 
 if TYPE_CHECKING:
@@ -32,10 +35,12 @@ logger = logging.getLogger(__name__)
 _STOP_SECONDS = 2.0
 _REJOIN_SECONDS = 5.0
 _ASKED = 8  # peers, for their time
+_JOIN_SECONDS = 3.0  # for peers that are to be asked first
 
 
 class Peer:
-    """A daemon (:attr:`p2p`), which is started again when it dies, and a DHT node (:attr:`dht`).
+    """A daemon (:attr:`p2p`), which is started again when it dies, and a DHT node (:attr:`dht`), which keeps looking
+    for the peers it knows (:attr:`lookout`).
 
     Attributes:
         presence: on a local network, if any.
@@ -43,10 +48,16 @@ class Peer:
     """
 
     def __init__(
-        self, p2p: LastingP2P, dht: DHTNode, addresses: Sequence[str], initial_peers: Sequence[str] = ()
+        self,
+        p2p: LastingP2P,
+        dht: DHTNode,
+        addresses: Sequence[str],
+        known: KnownPeers,
+        initial_peers: Sequence[str] = (),
     ) -> None:
         self.p2p, self.dht, self.addresses = p2p, dht, tuple(addresses)
         self.presence: Presence | None = None
+        self.lookout, self._known = Lookout(self, known), known
         self._initial_peers = {PeerID.from_base58(Multiaddr(address)["p2p"]): address for address in initial_peers}
         self.after_restart: list[Callable[[], Awaitable[None]]] = []
         self._keeping = asyncio.create_task(p2p.keep(self._rejoin))
@@ -66,8 +77,26 @@ class Peer:
         """
         for address in (*options.initial_peers, *options.announce):
             _check_address(address, needs_peer=address in options.initial_peers)
+        known = KnownPeers(options.initial_peers, options.known_peers or _beside(options.identity))
+        try:
+            peer = await cls._join(options, known)
+        except ConnectError:
+            everybody = known.full_addresses()
+            if not options.initial_peers or len(everybody) == len(options.initial_peers):
+                raise
+            logger.warning("no initial peer answers; trying the peers that were met before")
+            peer = await cls._join(replace(options, initial_peers=everybody), known)
+        if not options.initial_peers and known.peer_ids():  # this was the first one; others may have stayed
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(peer.lookout.look(joining=True), _JOIN_SECONDS)
+        peer.lookout.start()
+        return peer
+
+    @classmethod
+    async def _join(cls, options: PeerOptions, known: KnownPeers) -> Peer:
         p2p = await _start_daemon(options)
         try:
+            await _set_clock(p2p, options.initial_peers)
             dht = await DHTNode.create(
                 p2p,
                 initial_peers=list(options.initial_peers),
@@ -87,7 +116,7 @@ class Peer:
         addresses = (
             [str(address) for address in await p2p.get_visible_maddrs(latest=True)] if not options.client else []
         )
-        return cls(p2p, dht, addresses, options.initial_peers)
+        return cls(p2p, dht, addresses, known, options.initial_peers)
 
     @property
     def restarts(self) -> int:
@@ -128,18 +157,24 @@ class Peer:
 
     async def skews(self, timeout: float) -> list[float]:
         """Seconds that this machine's clock is ahead of others' by: of peers that answer within ``timeout`` seconds."""
-        known = {*self._initial_peers, *self.dht.protocol.routing_table.peer_id_to_uid}
-        asked = (measure_skew(self.dht, peer_id, timeout) for peer_id in [*known][:_ASKED])
-        return [skew for skew in await asyncio.gather(*asked) if skew is not None]
+        known = {*map(PeerID.from_base58, self._known.peer_ids()), *self.dht.protocol.routing_table.peer_id_to_uid}
+        return await measure_skews(self.p2p, [*known][:_ASKED], timeout)
 
     async def stop(self) -> None:
         """Leaves the DHT and ends the daemon. Never hangs, even if the daemon is gone already."""
+        await self.lookout.stop()
         self._keeping.cancel()
         await asyncio.wait({self._keeping})
         leaving = [] if self.presence is None else [self.presence.stop()]
         for ending in (*leaving, self.dht.shutdown(), self.p2p.shutdown()):
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(ending, _STOP_SECONDS)
+
+
+async def _set_clock(p2p: LastingP2P, initial_peers: Sequence[str]) -> None:
+    """Takes the time of the swarm that is joined."""
+    peers = [PeerID.from_base58(Multiaddr(address)["p2p"]) for address in initial_peers]
+    CLOCK.set_by(await measure_skews(p2p, {*peers}, _JOIN_SECONDS, quick=True), trusting=True)
 
 
 async def _start_daemon(options: PeerOptions) -> LastingP2P:
@@ -187,6 +222,11 @@ async def _start_daemon(options: PeerOptions) -> LastingP2P:
         raise ConnectError(
             f"could not start the network daemon: {text.splitlines()[-1] if text else error!r}"
         ) from error
+
+
+def _beside(identity: Path | None) -> Path | None:
+    """The file for known peers."""
+    return None if identity is None else identity.with_name(f"{identity.name}.peers")
 
 
 def _check_address(address: str, *, needs_peer: bool) -> None:

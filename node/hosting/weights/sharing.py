@@ -132,7 +132,7 @@ class Sharing:
                 await self._announce()
             except Exception as error:
                 logger.warning("could not announce the weights, will try again: %s", error)
-            await asyncio.sleep(self._period)
+            await self.peer.lookout.pause(self._period)
 
     async def _announce(self) -> None:
         blocks = as_ranges(block for block in range(len(self._blocks)) if self.has_block(block))

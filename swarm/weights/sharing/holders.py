@@ -15,11 +15,11 @@ from typing import Annotated, Any
 import msgspec
 from hivemind.dht import DHTNode
 from hivemind.p2p import P2P, PeerID
-from hivemind.utils.timed_storage import get_dht_time
 
 from ...chance import CHANCE
 from ...errors import ModelError, SwarmError, UsageError
 from ...network import dht
+from ...network.clock import CLOCK
 from ...network.peer import Peer
 from ...wire.dht_prefix import default_dht_prefix
 from ...wire.fields import read
@@ -73,7 +73,7 @@ async def announce_holder(node: DHTNode, prefix: str, holder: Holder | None, *, 
         key=_key(prefix),
         subkey=node.peer_id.to_base58(),
         value=value,
-        expiration_time=get_dht_time() + ttl,
+        expiration_time=CLOCK.now() + ttl,
     )
 
 
