@@ -77,7 +77,7 @@ class LastingP2P(P2P):
         Ends when the daemon is lost: twice in a row it did not start, or died at once.
         """
         loop = asyncio.get_running_loop()
-        failed, began, why = 0, -math.inf, ""
+        failed, began, why = 0, -math.inf, ""  # why: it did not start
         telling: asyncio.Future[None] | None = None
         while True:
             code = await self._child.wait()
@@ -89,17 +89,17 @@ class LastingP2P(P2P):
             logger.warning("the network daemon (p2pd) has ended with code %s: starting it again", code)
             try:
                 await asyncio.sleep(_PAUSE_SECONDS * failed)
-                await self._start_again(restart_args(self._args, () if failed else self._visible_maddrs))
+                await self._start_again(restart_args(self._args, () if why else self._visible_maddrs))
             except Exception as error:
                 why = str(error) or repr(error)
             else:
-                self.restarts, why = self.restarts + 1, "it ends at once"
+                self.restarts, why = self.restarts + 1, ""
                 self._settled.set()
                 telling = asyncio.ensure_future(restarted())
             began = loop.time()
         self.lost = DaemonError(
-            f"this process's network daemon (p2pd) has ended and can't be started again ({why}), so no peer can be "
-            "reached: start the process again"
+            f"this process's network daemon (p2pd) has ended and can't be started again ({why or 'it ends at once'}), "
+            "so no peer can be reached: start the process again"
         )
         self._settled.set()
 

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, set_seed
 
 from swarm.client import SwarmModelForCausalLM
-from swarm.errors import DaemonError, InputError, MissingBlocksError, SessionInUseError
+from swarm.errors import InputError, MissingBlocksError, SessionInUseError
 from tests.models import tiny_model
 from tests.swarm_e2e.nodes import Swarm, run_command, run_swarm
 
@@ -178,18 +177,3 @@ asyncio.run(Peer.start(PeerOptions(initial_peers={swarm.initial_peers!r}, client
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert "ConnectError: can't join: the clock of this machine is 7200 s ahead of the swarm's" in done.stderr
-
-
-def test_a_daemon_that_is_gone_is_not_the_nodes_fault(path: Path, swarm: Swarm) -> None:
-    peers = [
-        node.wait_ready()["maddrs"][0] for node in swarm.nodes
-    ]  # others than those of `model`, so it is not shared
-    with SwarmModelForCausalLM.from_pretrained(str(path), initial_peers=peers) as own:
-        own.generate(tokens(1, 3), **QUIET)
-        daemon = own._connection._view.peer.p2p._child
-        daemon.kill()
-        while daemon.returncode is None:
-            time.sleep(0.01)
-        for use in (lambda: own.generate(tokens(1, 3), **QUIET), lambda: own(tokens(1, 3))):
-            with pytest.raises(DaemonError, match="daemon"):
-                use()
