@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from swarm.client import SwarmModelForCausalLM
+from swarm.model.source import resolve
 from tests.swarm_e2e.nodes import Node, free_port
 
 IDS = torch.randint(10, 250, (1, 9), generator=torch.Generator().manual_seed(3))
@@ -138,20 +139,20 @@ def test_a_node_that_is_stopped_while_it_starts_leaves_nothing_behind(start: Sta
         wait_until(lambda: not view._unusable, 20)
 
 
-def test_clocks_that_are_off(start: Started, path: Path, whole: PreTrainedModel, tmp_path: Path) -> None:
+def test_clocks_that_are_off(start: Started, tmp_path: Path) -> None:
     """A node and a client, each minutes off in another direction."""
-    first = start("serve", str(path), "--blocks", "0:3")
+    first = start("serve", "demo", "--blocks", "0:4")
     skewed = [sys.executable, "-m", "tests.swarm_e2e.skewed"]
     joining = ["--initial-peers", address(first)]
-    serve = ["swarm-node", "serve", str(path), "--blocks", "3:6", "--host", "127.0.0.1", "--log-format", "json"]
+    serve = ["swarm-node", "serve", "demo", "--blocks", "4:8", "--host", "127.0.0.1", "--log-format", "json"]
     out = tmp_path / "skewed.out"
     with out.open("w") as stream, subprocess.Popen([*skewed, str(AHEAD), *serve, *joining], stdout=stream) as node:
         try:
             wait_until(lambda: '"ready"' in out.read_text() or node.poll() is not None)
             assert all(words in out.read_text() for words in OFF)
-            with SwarmModelForCausalLM.from_pretrained(str(path), initial_peers=[address(first)]) as model:
-                check(model, whole)
-            generate = ["swarm", "generate", str(path), "-p", "The list", "--max-new-tokens", "3", *joining]
+            with SwarmModelForCausalLM.from_pretrained("demo", initial_peers=[address(first)]) as model:
+                check(model, AutoModelForCausalLM.from_pretrained(resolve("demo").path))
+            generate = ["swarm", "generate", "demo", "-p", "The list", "--max-new-tokens", "3", *joining]
             texts = [
                 subprocess.run([*skewed, str(ahead), *generate], capture_output=True, text=True, timeout=120)
                 for ahead in (0, -200)
