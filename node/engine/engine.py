@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import AbstractContextManager, nullcontext
 from queue import Empty, SimpleQueue
@@ -23,7 +23,7 @@ from .dense import DenseTurns
 from .gpu.acceleration import Acceleration
 from .gpu.static_decode import StaticDecode
 from .scheduling.admission import Admissions
-from .scheduling.messages import Admit, Close, Dense, Message, Prefix, Step, Stop, refuse
+from .scheduling.messages import Admit, Close, Dense, Message, Prefix, Step, Stop, Visit, refuse
 from .scheduling.row_group import RowGroup
 from .scheduling.step_queue import StepQueue
 from .scheduling.turnstile import Turnstile
@@ -246,6 +246,30 @@ class Engine:
         self._submit(Dense(DenseWork(hidden, grad, first, last, prompts, future, adapter=adapter)))
         return future
 
+    def read_cache(
+        self, session: RowGroup, *, first: int, last: int, start: int, end: int
+    ) -> Future[list[torch.Tensor]]:
+        """What the blocks ``first:last`` keep of a session's columns, to be handed over: see :meth:`SessionCache.read`,
+        also for what the future raises."""
+        return self._visit(lambda: self._session_cache.read(session, first, last, start, end))
+
+    def write_cache(
+        self, session: RowGroup, tensors: Sequence[torch.Tensor], *, start: int, end: int, columns: int
+    ) -> Future[None]:
+        """Puts what another engine's :meth:`read_cache` gave into a session: see :meth:`SessionCache.write`. The caller
+        has checked the shapes."""
+
+        def write() -> None:
+            new = self._session_cache.write(session, start, end, tensors, columns=columns)
+            self._counters.handed_over_tokens += sum(new)
+
+        return self._visit(write)
+
+    def _visit(self, work: Callable[[], Any]) -> Future[Any]:
+        future: Future[Any] = Future()
+        self._submit(Visit(work, future))
+        return future
+
     def stats(self) -> EngineStats:
         """The engine now."""
         sessions = list(self._sessions)
@@ -338,6 +362,8 @@ class Engine:
                 self._dense.waiting.append(work)
             case Admit():
                 self._admissions.add(message)
+            case Visit():
+                message.run()
             case Close(session):
                 self._close(session)
                 self._admissions.let_in()
