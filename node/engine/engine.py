@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import AbstractContextManager, nullcontext
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -36,6 +36,7 @@ from .turn import TurnRunner
 logger = logging.getLogger(__name__)
 
 STATE_ROWS = 64
+T = TypeVar("T")
 _LEAVING = "the node is shutting down"
 
 
@@ -246,28 +247,11 @@ class Engine:
         self._submit(Dense(DenseWork(hidden, grad, first, last, prompts, future, adapter=adapter)))
         return future
 
-    def read_cache(
-        self, session: RowGroup, *, first: int, last: int, start: int, end: int
-    ) -> Future[list[torch.Tensor]]:
-        """What the blocks ``first:last`` keep of a session's columns, to be handed over: see :meth:`SessionCache.read`,
-        also for what the future raises."""
-        return self._visit(lambda: self._session_cache.read(session, first, last, start, end))
-
-    def write_cache(
-        self, session: RowGroup, tensors: Sequence[torch.Tensor], *, start: int, end: int, columns: int
-    ) -> Future[None]:
-        """Puts what another engine's :meth:`read_cache` gave into a session: see :meth:`SessionCache.write`. The caller
-        has checked the shapes."""
-
-        def write() -> None:
-            new = self._session_cache.write(session, start, end, tensors, columns=columns)
-            self._counters.handed_over_tokens += sum(new)
-
-        return self._visit(write)
-
-    def _visit(self, work: Callable[[], Any]) -> Future[Any]:
-        future: Future[Any] = Future()
-        self._submit(Visit(work, future))
+    def visit(self, work: Callable[[SessionCache], T]) -> Future[T]:
+        """Does ``work`` between two turns, in the engine's thread: something that takes a moment, on what sessions have
+        in the cache. The future raises what it raises."""
+        future: Future[T] = Future()
+        self._submit(Visit(lambda: work(self._session_cache), future))
         return future
 
     def stats(self) -> EngineStats:
@@ -282,6 +266,7 @@ class Engine:
             cache_bytes=self._cache.nbytes,
             waiting=waiting,
             queued=len(self._admissions),
+            handed_over_tokens=self._session_cache.handed_over_tokens,
         )
 
     def _put(self, message: Message) -> bool:

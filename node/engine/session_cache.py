@@ -18,12 +18,17 @@ from .scheduling.work import StepWork
 
 
 class SessionCache:
-    """Keeps the rows of sessions of ``span`` as their steps need them."""
+    """Keeps the rows of sessions of ``span`` as their steps need them.
+
+    Attributes:
+        handed_over_tokens: how many were written that another node had in its cache.
+    """
 
     def __init__(self, span: Span, cache: KVCache, states: StateStore | None) -> None:
         self._span = span
         self._cache = cache
         self._states = states
+        self.handed_over_tokens = 0
 
     def prepare(self, session: RowGroup, work: StepWork) -> None:
         """Make ``session`` ready for ``work`` as a whole: rows reordered, cut, and with pages.
@@ -80,11 +85,9 @@ class SessionCache:
         ]
         return read_tokens(self._span, self._cache, first, last, rows)
 
-    def write(
-        self, session: RowGroup, start: int, end: int, tensors: Sequence[torch.Tensor], *, columns: int
-    ) -> list[int]:
+    def write(self, session: RowGroup, start: int, end: int, tensors: Sequence[torch.Tensor], *, columns: int) -> None:
         """Put what :meth:`read` gave elsewhere for all blocks of ``session`` behind the columns that it has, with pages
-        for ``columns`` in all, so that rows lie side by side. Returns each row's new tokens.
+        for ``columns`` in all, so that rows lie side by side. Their shapes have been checked.
 
         Raises:
             BadRequestError: there is a gap, or the session can't take them.
@@ -104,7 +107,7 @@ class SessionCache:
         for row, _, length in rows:
             row.length = length
         session.position = end
-        return [new - kept for new, kept in zip(after, before, strict=True)]
+        self.handed_over_tokens += sum(after) - sum(before)
 
     def _check_handover(self, session: RowGroup) -> None:
         if self._states is not None:

@@ -47,7 +47,6 @@ class Counters:
     decode_tokens: int = 0
     dense_tokens: int = 0
     reused_tokens: int = 0
-    handed_over_tokens: int = 0
     batches: int = 0
     failures: int = 0
     busy_s: float = 0.0

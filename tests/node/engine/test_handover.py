@@ -36,6 +36,17 @@ def result(future: Future[Any]) -> Any:
     return future.result(timeout=30)
 
 
+def read(engine: Engine, session: RowGroup, first: int, last: int, start: int, end: int) -> list[torch.Tensor]:
+    tensors: list[torch.Tensor] = result(engine.visit(lambda cache: cache.read(session, first, last, start, end)))
+    return tensors
+
+
+def write(
+    engine: Engine, session: RowGroup, tensors: list[torch.Tensor], start: int, end: int, columns: int = COLUMNS
+) -> None:
+    result(engine.visit(lambda cache: cache.write(session, start, end, tensors, columns=columns)))
+
+
 def filled(engine: Engine, size: int = 64) -> RowGroup:
     """A session with rows of several lengths that beams have reordered."""
     session = engine.open(rows=ROWS, first=engine.span.start, last=engine.span.end, left_padding=PADDING)
@@ -49,16 +60,16 @@ def hand_over(old: Engine, from_: RowGroup, new: Engine, columns: int = COLUMNS)
     span = new.span
     session = new.open(rows=ROWS, first=span.start, last=span.end, left_padding=from_.padding)
     for start, end in ((0, CUT), (CUT, columns)):
-        tensors = result(old.read_cache(from_, first=span.start, last=span.end, start=start, end=end))
+        tensors = read(old, from_, span.start, span.end, start, end)
         tokens = from_.total_length(end) - from_.total_length(start)
         assert [(t.shape[0], t.shape[2]) for t in tensors] == tensor_shapes(span, span.start, span.end)
         assert all(tensor.shape[1] == tokens for tensor in tensors)
-        result(new.write_cache(session, tensors, start=start, end=end, columns=columns))
+        write(new, session, tensors, start, end, columns)
     return session
 
 
 def everything(engine: Engine, session: RowGroup, span: Span) -> list[torch.Tensor]:
-    return list(result(engine.read_cache(session, first=span.start, last=span.end, start=0, end=session.position)))
+    return read(engine, session, span.start, span.end, 0, session.position)
 
 
 @pytest.mark.parametrize("like", ["llama-gqa", "falcon-7b", "bloom", "mistral-window"])
@@ -116,16 +127,16 @@ def test_what_a_session_does_not_have(reference: Get, start_engine: Start) -> No
     span = reference("llama-gqa").span
     old, new = start_engine(span), start_engine(span)
     before = filled(old)
-    for wrong in ({"end": COLUMNS + 1}, {"last": 5}, {"start": 2, "end": 1}):
+    for first, last, start, end in ((0, 4, 0, COLUMNS + 1), (0, 5, 0, 1), (0, 4, 2, 1)):
         with pytest.raises(BadRequestError, match="not in this session"):
-            result(old.read_cache(before, **{"first": 0, "last": 4, "start": 0, "end": COLUMNS} | wrong))
-    tensors = result(old.read_cache(before, first=0, last=4, start=CUT, end=COLUMNS))
+            read(old, before, first, last, start, end)
+    tensors = read(old, before, 0, 4, CUT, COLUMNS)
     with pytest.raises(BadRequestError, match="don't follow"):
         session = new.open(rows=ROWS, first=0, last=4, left_padding=before.padding)
-        result(new.write_cache(session, tensors, start=CUT, end=COLUMNS, columns=COLUMNS))
+        write(new, session, tensors, CUT, COLUMNS)
     old.close(before)
     with pytest.raises(BadRequestError, match="has ended"):
-        result(old.read_cache(before, first=0, last=4, start=0, end=COLUMNS))
+        read(old, before, 0, 4, 0, COLUMNS)
 
 
 def test_recurrent_states_stay_where_they_are(start_engine: Start, tmp_path: Path) -> None:
@@ -135,4 +146,4 @@ def test_recurrent_states_stay_where_they_are(start_engine: Start, tmp_path: Pat
     session = engine.open(rows=1, first=1, last=4)
     result(engine.step(session, hidden(4)[:1], start=0))
     with pytest.raises(BadRequestError, match="recurrent"):
-        result(engine.read_cache(session, first=1, last=4, start=0, end=4))
+        read(engine, session, 1, 4, 0, 4)
