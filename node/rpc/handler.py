@@ -63,7 +63,7 @@ class Handler:
         """From now on these are the blocks that are served; sessions that are open go on."""
         self._shared.served = replace(self._shared.served, start=start, end=end)
 
-    async def leave(self, timeout: float, handover: float) -> None:
+    async def leave(self, timeout: float, handover: float = 0.0) -> None:
         """Takes no more work and ends the sessions, each after the step that is under way, for which it has ``timeout``
         seconds. Their cache is kept for up to ``handover`` seconds for the nodes that go on with them."""
         self._shared.leaving = True
