@@ -26,6 +26,8 @@ class ClientSettings:
         ban_seconds: how long a peer that failed is left out; doubles with each failure in a row.
         prefill_tokens: rows × columns of a step; longer prompts go as several, one behind the other along the route.
         startup_timeout: to join the swarm.
+        handover_timeout: how long another node may take to fetch what a node that leaves has in its KV cache; what it
+            hasn't got by then is computed again. 0: all of it is.
         deterministic: use only nodes whose results don't depend on who else uses them (``swarm-node serve
             --deterministic``), and compute the output head that way too.
         prefix_reuse: which sessions that begin alike share what nodes have in their caches. ``"client"``: those of one
@@ -45,6 +47,7 @@ class ClientSettings:
     ban_seconds: float = 3.0
     prefill_tokens: int = 512
     startup_timeout: float = 30.0
+    handover_timeout: float = 10.0
     deterministic: bool = False
     prefix_reuse: str = "client"
     prefix_salt: str | None = None

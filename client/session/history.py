@@ -23,6 +23,11 @@ class History:
         self.missing = 0
         """Columns at the beginning that the hop had already, so that they were never sent to it."""
 
+    @property
+    def position(self) -> int:
+        """Columns that the hop has had."""
+        return self._position
+
     def skip(self, columns: int) -> None:
         """Begins behind ``columns`` that the hop has already."""
         self._position = self.missing = columns
@@ -61,6 +66,6 @@ class History:
             parts.append(entry.hidden[order] if moved else entry.hidden)
             if entry.hypo_ids is not None:
                 order, moved = entry.hypo_ids[order], True
-        if not self._position:
+        if not parts or not self._position:
             return None, order
         return (parts[0] if len(parts) == 1 else torch.cat(parts[::-1], dim=1)), order

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 import torch
 from hivemind.p2p import PeerID
@@ -16,6 +18,7 @@ from swarm.network.daemon import LastingP2P
 from swarm.network.reach import call_failed
 from swarm.wire import rpc
 from swarm.wire.codec import DTYPES, all_finite, decode, encode
+from swarm.wire.handover import KEY_BYTES, TakeOver
 from swarm.wire.limits import limits_of
 from swarm.wire.records import span_uid
 from swarm.wire.rpc import Request, Response
@@ -44,6 +47,7 @@ class Hop:
         self.left_padding: tuple[int, ...] = ()  # of its rows, in the order in which it was opened
         self.reused = 0  # columns that it had in its cache when the session was opened
         self.restarts = 0  # of the own daemon, when it was opened
+        self.reorders = 0  # steps that have reordered its rows
         self.cropped = False  # was to forget columns, and is to be replaced as it can't
         self._uid = span_uid(model, leg.start, leg.end)
         self._stream = stream
@@ -51,6 +55,7 @@ class Hop:
         self._order: deque[str] = deque()  # steps without an answer; Petals answers in order and names none
         self._replies: dict[str, asyncio.Future[torch.Tensor]] = {}
         self._answered: dict[str, Answered] = {}
+        self._key = b""
         self._failure: SwarmError | None = None
         self._reader: asyncio.Task[None] | None = None
 
@@ -70,6 +75,8 @@ class Hop:
         wait: float = 0.0,
         max_bytes: int,
         timeout: float,
+        hands_over: bool = False,
+        take_over: TakeOver | None = None,
     ) -> Hop:
         """Opens a session for ``rows`` rows of up to ``max_length`` columns at the leg's peer.
 
@@ -77,13 +84,15 @@ class Hop:
             prefix: ``prefix_context`` and ``page_names`` of the session, where it may share cache with others.
             adapter: the LoRA adapter that all of it goes through, if any.
             wait: seconds to queue at a peer without room, beyond ``timeout``.
+            hands_over: whether another hop may fetch what the session has in its cache.
+            take_over: what it may fetch from another hop; it has time for that, too.
 
         Raises:
             PeerLostError: the peer can't be reached, or doesn't answer in ``timeout`` seconds.
             OutOfCacheError: the peer has no room for the session.
             RemoteError: the peer refuses.
         """
-        fields: dict[str, object] = {"max_length": max_length}
+        fields: dict[str, Any] = {"max_length": max_length}
         if any(left_padding):
             fields["left_padding"] = list(left_padding)
         if prefix is not None:
@@ -94,10 +103,13 @@ class Hop:
             fields["active_adapter"] = adapter
         if wait:
             fields["alloc_timeout"] = wait
+        if hands_over:
+            fields["handover_key"] = os.urandom(KEY_BYTES)
+        if take_over is not None:
+            fields["take_over"] = take_over.to_dict()
+        timeout += wait + (take_over.seconds if take_over is not None else 0.0)
         try:
-            return await asyncio.wait_for(
-                cls._open(p2p, leg, model, (rows, hidden_size), fields, max_bytes), timeout + wait
-            )
+            return await asyncio.wait_for(cls._open(p2p, leg, model, (rows, hidden_size), fields, max_bytes), timeout)
         except asyncio.TimeoutError as error:
             raise PeerLostError(f"{leg.peer_id} does not answer") from error
 
@@ -108,7 +120,7 @@ class Hop:
         leg: Leg,
         model: str,
         shape: tuple[int, int],
-        fields: dict[str, object],
+        fields: dict[str, Any],
         max_bytes: int,
     ) -> Hop:
         try:
@@ -118,7 +130,7 @@ class Hop:
         hop = cls(leg, model, str(uuid.uuid4()), MessageStream(reader, writer, max_bytes=max_bytes), shape)
         hop.restarts = p2p.restarts
         try:
-            fields["session_id"] = hop.session_id
+            fields["session_id"], hop._key = hop.session_id, fields.get("handover_key", b"")
             # no columns yet: the answer says that the session is there, so that others may push to it
             nothing = torch.empty(shape[0], 0, shape[1], dtype=hop.dtype or torch.float32)
             await hop._stream.send(
@@ -196,6 +208,12 @@ class Hop:
         reply = self._replies.pop(step_id, None)
         if reply is not None and reply.done() and not reply.cancelled():
             reply.exception()  # seen, so that asyncio doesn't warn
+
+    def handover(self, seconds: float) -> TakeOver | None:
+        """What another hop, which has ``seconds`` for it, takes over from this one; None if there is nothing."""
+        if not self._key or not self.history.position:
+            return None
+        return TakeOver(self.peer_id, self.session_id, self._key, self.history.position, self.reorders, seconds)
 
     async def close(self) -> None:
         """Ends the session at the node; never fails."""

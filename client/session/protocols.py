@@ -9,6 +9,7 @@ import torch
 from hivemind.p2p import PeerID
 
 from swarm.errors import SwarmError
+from swarm.wire.handover import TakeOver
 from swarm.wire.limits import MessageLimits
 
 from ..routing.left_out import Needs
@@ -30,6 +31,7 @@ class HopLike(Protocol):
     left_padding: tuple[int, ...]
     is_petals: bool
     reused: int
+    reorders: int
     cropped: bool
     restarts: int
     on_push_failed: Callable[[str], None] | None
@@ -48,6 +50,7 @@ class HopLike(Protocol):
     async def reply(self, step_id: str, timeout: float) -> torch.Tensor | None: ...
     def answered(self, step_id: str) -> Answered | None: ...
     def forget(self, step_id: str) -> None: ...
+    def handover(self, seconds: float) -> TakeOver | None: ...
     async def close(self) -> None: ...
     def abandon(self) -> None: ...
 

@@ -1,4 +1,5 @@
-"""Putting other hops in the place of one that failed, with what it was sent played into them."""
+"""Putting other hops in the place of one that failed, with what it was sent played into them, or as much of it as they
+have not taken over from it."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ H = TypeVar("H", bound=HopLike)
 
 
 class InputsMissing(Exception):
-    """A hop has to be replaced that began with columns that it had already: nobody knows what it was sent for them."""
+    """A hop has to be replaced that began with columns that it had already, and hands them over to nobody: nobody knows
+    what it was sent for them."""
 
 
 async def replay(
@@ -28,6 +30,8 @@ async def replay(
     failures: Failures,
     open_hops: Callable[[torch.Tensor], Awaitable[list[H]]],
     width: Callable[[Sequence[H]], int],
+    *,
+    handed_over: bool = False,
 ) -> list[H]:
     """Hops for the blocks of ``failed``, as far as it had come. Tries others while those fail too.
 
@@ -35,21 +39,27 @@ async def replay(
         rows: of the session, as they are now.
         open_hops: opens hops for these blocks; takes the row (``[rows]`` int64) that each row was at the beginning.
         width: columns of a step through hops at most.
+        handed_over: whether hops that are opened may take over what ``failed`` has in its cache.
 
     Raises:
         InputsMissing: what the hop was sent isn't known.
         SwarmError: what ``open_hops`` raises, or what can't be helped by asking others.
     """
-    if failed.history.missing:
+    history = failed.history
+    if history.missing and not handed_over:
         raise InputsMissing
     while True:
-        hidden, order = failed.history.replay(rows)
+        hidden, order = history.replay(rows)
         hops = await open_hops(order)
         hop = hops[0]
         try:
-            if hidden is not None:
-                for hop in hops:
-                    hidden = await _refill(hop, hidden, pipeline, width([hop]))
+            start = min(history.position, *(hop.reused for hop in hops)) if handed_over else 0
+            if start < history.missing:
+                raise InputsMissing
+            begin = history.missing  # the column from which on the hop's inputs are known
+            for hop in hops:
+                hidden = await _refill(hop, begin, start, hidden, pipeline, width([hop]))
+                begin = start
             return hops
         except BaseException as error:
             for opened in hops:  # also when the caller gives up: nobody else knows them
@@ -60,13 +70,19 @@ async def replay(
             await failures.pause(error)
 
 
-async def _refill(hop: H, hidden: torch.Tensor, pipeline: Pipeline[H], width: int) -> torch.Tensor:
-    """Plays ``hidden`` into a new hop; its outputs."""
+async def _refill(
+    hop: H, begin: int, start: int, hidden: torch.Tensor | None, pipeline: Pipeline[H], width: int
+) -> torch.Tensor | None:
+    """Plays ``hidden``, the inputs from column ``begin`` on, into a new hop that has the columns before ``start``; its
+    outputs for the others, if there are any."""
     outputs = []
-    for at in range(0, hidden.shape[1], width):
+    hop.history.skip(begin)
+    if hidden is None:
+        return None
+    for at in range(start - begin, hidden.shape[1], width):
         step_id, part = uuid.uuid4().hex, hidden[:, at : at + width]
-        await pipeline.pass_to(hop, step_id, at, part)
+        await pipeline.pass_to(hop, step_id, begin + at, part)
         outputs.append(await pipeline.answer(hop, step_id, part))
         hop.forget(step_id)
-    hop.history.append(0, hidden, None)
-    return torch.cat(outputs, dim=1)
+    hop.history.append(begin, hidden, None)
+    return torch.cat(outputs, dim=1) if outputs else None

@@ -9,7 +9,8 @@ from functools import partial
 
 import torch
 
-from swarm.errors import SwarmError
+from swarm.errors import LeavingError, SwarmError
+from swarm.wire.handover import TakeOver
 
 from ..routing.left_out import Needs
 from ..routing.pulse import watched
@@ -222,6 +223,7 @@ class RouteSession:
                 continue
             self._view.succeeded(hop.peer_id)
             hop.history.append(chunk.start, hidden, chunk.hypo_ids)
+            hop.reorders += chunk.hypo_ids is not None
             hidden, index = output, index + 1
         return hidden
 
@@ -233,7 +235,8 @@ class RouteSession:
         logger.warning("Blocks %d:%d: %s; finding another way…", failed.start, failed.end, error)
         failed.abandon()
         self._tell("failed", [failed], str(error))
-        await self._renew(index)
+        seconds = self._settings.handover_timeout
+        await self._renew(index, failed.handover(seconds) if isinstance(error, LeavingError) else None)
 
     async def _replace_cropped(self) -> None:
         """Opens new sessions at hops that were to forget columns and can't."""
@@ -241,14 +244,23 @@ class RouteSession:
             await hop.close()
             await self._renew(self.hops.index(hop))
 
-    async def _renew(self, index: int) -> None:
+    async def _renew(self, index: int, take_over: TakeOver | None = None) -> None:
         failed = self.hops[index]
         self._pipeline.sharing = False  # what comes out of another hop is not quite the same
 
         async def open_hops(order: torch.Tensor) -> list[Hop]:
-            return await self._open(failed.start, failed.end, _reordered(failed.left_padding, order))
+            padding = _reordered(failed.left_padding, order)
+            return await self._open(failed.start, failed.end, padding, take_over=take_over)
 
-        replacement = await replay(failed, self._rows, self._pipeline, self._failures, open_hops, self._width)
+        replacement = await replay(
+            failed,
+            self._rows,
+            self._pipeline,
+            self._failures,
+            open_hops,
+            self._width,
+            handed_over=take_over is not None,
+        )
         self.hops[index : index + 1] = replacement
         self._tell("replaced", replacement)
 
@@ -258,11 +270,12 @@ class RouteSession:
         last: int,
         padding: tuple[int, ...],
         prefixes: Callable[[Sequence[Leg]], Sequence[Prefix | None]] | None = None,
+        take_over: TakeOver | None = None,
     ) -> list[Hop]:
         """Hops for the blocks ``first:last``, for rows with ``padding`` at their left. Raises as :func:`open_route`."""
 
         async def dial(leg: Leg, prefix: Prefix | None, *, wait: float = 0.0) -> Hop:
-            dialing = self._dial(leg, padding, prefix, wait)
+            dialing = self._dial(leg, padding, prefix, wait, take_over)
             if not self._view.pulse.knows(leg.peer_id):
                 return await dialing  # the first connection to a peer may take longer than an answer
             lives = partial(self._view.pulse.lives, leg.peer_id)
@@ -287,7 +300,14 @@ class RouteSession:
         model = (self._view.prefix, self._view.fingerprint, self._adapter or "")
         return [(context, names) for context in describe_context(self._salt, model, dtype, legs)]
 
-    async def _dial(self, leg: Leg, left_padding: Sequence[int], prefix: Prefix | None, wait: float) -> Hop:
+    async def _dial(
+        self,
+        leg: Leg,
+        left_padding: Sequence[int],
+        prefix: Prefix | None,
+        wait: float,
+        take_over: TakeOver | None,
+    ) -> Hop:
         hop = await Hop.open(
             self._view.peer.p2p,
             leg,
@@ -301,6 +321,8 @@ class RouteSession:
             wait=wait,
             max_bytes=4 * self._hidden_size * (self._settings.prefill_tokens + self._rows) + 2**20,
             timeout=self._settings.connect_timeout,
+            hands_over=self._croppable and self._settings.handover_timeout > 0,  # recurrent states stay where they are
+            take_over=take_over,
         )
         hop.left_padding = tuple(left_padding)
         hop.on_push_failed = lambda step_id: self._pipeline.push_failed(hop, step_id)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import AbstractContextManager, nullcontext
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,7 +23,7 @@ from .dense import DenseTurns
 from .gpu.acceleration import Acceleration
 from .gpu.static_decode import StaticDecode
 from .scheduling.admission import Admissions
-from .scheduling.messages import Admit, Close, Dense, Message, Prefix, Step, Stop, refuse
+from .scheduling.messages import Admit, Close, Dense, Message, Prefix, Step, Stop, Visit, refuse
 from .scheduling.row_group import RowGroup
 from .scheduling.step_queue import StepQueue
 from .scheduling.turnstile import Turnstile
@@ -36,6 +36,7 @@ from .turn import TurnRunner
 logger = logging.getLogger(__name__)
 
 STATE_ROWS = 64
+T = TypeVar("T")
 
 
 class Engine:
@@ -250,6 +251,13 @@ class Engine:
         self._submit(Dense(DenseWork(hidden, grad, first, last, prompts, future, adapter=adapter)))
         return future
 
+    def visit(self, work: Callable[[SessionCache], T]) -> Future[T]:
+        """Does ``work`` between two turns, in the engine's thread: something that takes a moment, on what sessions have
+        in the cache. The future raises what it raises."""
+        future: Future[T] = Future()
+        self._submit(Visit(lambda: work(self._session_cache), future))
+        return future
+
     def stats(self) -> EngineStats:
         """The engine now."""
         sessions = list(self._sessions)
@@ -262,6 +270,7 @@ class Engine:
             cache_bytes=self._cache.nbytes,
             waiting=waiting,
             queued=len(self._admissions),
+            handed_over_tokens=self._session_cache.handed_over_tokens,
         )
 
     def _put(self, message: Message) -> bool:
@@ -358,6 +367,8 @@ class Engine:
                 self._dense.waiting.append(work)
             case Admit():
                 self._admissions.add(message)
+            case Visit():
+                message.run()
             case Close(session):
                 self._close(session)
                 self._admissions.let_in()

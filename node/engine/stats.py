@@ -16,7 +16,8 @@ class EngineStats:
     ``cache_tokens_free`` is what nobody uses or was promised, in pages of all blocks; ``cache_block_tokens_free``
     counts each block's tokens, and only what sessions asked for (:meth:`.admission.Admissions.free_block_tokens`);
     ``cache_bytes`` what keys and values of ``cache_tokens`` take in all blocks; ``waiting`` counts work that has not
-    ended, ``queued`` sessions that wait for cache; ``reused_tokens`` were in another session's cache already.
+    ended, ``queued`` sessions that wait for cache; ``reused_tokens`` were in another session's cache already,
+    ``handed_over_tokens`` in that of a node that left.
     ``recent_step_s`` are the seconds of the latest batches, newest last.
     """
 
@@ -31,6 +32,7 @@ class EngineStats:
     decode_tokens: int
     dense_tokens: int
     reused_tokens: int
+    handed_over_tokens: int
     batches: int
     failures: int
     busy_s: float

@@ -30,11 +30,12 @@ class NodeCollector:
         yield GaugeMetricFamily("swarm_sessions_queued", "Sessions that wait for KV cache", stats.queued)
         yield GaugeMetricFamily("swarm_queue_depth", "Steps and requests that wait for the engine", stats.waiting)
         tokens = CounterMetricFamily(
-            "swarm_tokens", "Tokens computed, or reused from another session's cache", labels=["phase"]
+            "swarm_tokens", "Tokens computed, or reused from another session's or node's cache", labels=["phase"]
         )
         tokens.add_metric(["prefill"], stats.prefill_tokens)
         tokens.add_metric(["decode"], stats.decode_tokens)
         tokens.add_metric(["reused"], stats.reused_tokens)
+        tokens.add_metric(["handed_over"], stats.handed_over_tokens)
         yield tokens
         yield CounterMetricFamily("swarm_batches", "Turns of the engine", stats.batches)
         yield CounterMetricFamily("swarm_busy_seconds", "Seconds that the engine computed", stats.busy_s)

@@ -25,6 +25,7 @@ from .means import Means
 from .placement.throughput import measure
 
 LEAVE_SECONDS = 5.0
+_HANDOVER_SECONDS = 10.0  # all that a leaving node takes is to be less than supervisors wait, mostly 30
 _GOODBYE_SECONDS = 3.0
 
 
@@ -111,10 +112,10 @@ class Serving:
             await asyncio.wait({goodbye}, timeout=_GOODBYE_SECONDS)
 
     async def leave(self) -> None:
-        """Tells the swarm, finishes what is under way."""
+        """Tells the swarm, finishes what is under way, and hands over what sessions have in the cache."""
         await self.take_back()
         if self._handler is not None:
-            await self._handler.leave(LEAVE_SECONDS)
+            await self._handler.leave(LEAVE_SECONDS, _HANDOVER_SECONDS)
 
     async def stop(self) -> EngineStats:
         """After :meth:`leave`: another one may take this one's place. Returns the engine's last figures."""

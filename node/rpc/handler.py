@@ -14,6 +14,7 @@ from hivemind.proto import runtime_pb2
 from swarm.errors import PeerLostError, SwarmError
 from swarm.wire import rpc
 from swarm.wire.error_text import to_wire
+from swarm.wire.handover import HANDOVER
 from swarm.wire.rpc import Request, Response
 from swarm.wire.stream import MessageStream
 
@@ -21,7 +22,6 @@ from ..engine.engine import Engine
 from .dense import DensePasses
 from .info import describe_node
 from .limits import Limits
-from .pusher import Pusher
 from .requests import Served
 from .sessions import Sessions
 from .shared import Shared
@@ -34,12 +34,13 @@ class Handler:
 
     def __init__(self, p2p: P2P, engine: Engine, served: Served, limits: Limits) -> None:
         self._p2p = p2p
-        self._shared = Shared(engine, served, limits, Pusher(p2p))
+        self._shared = Shared(p2p, engine, served, limits)
         self._sessions = Sessions(self._shared)
         dense = DensePasses(self._shared)
         self._streams = {
             rpc.INFERENCE: self._sessions.serve,
             rpc.PUSH_STREAM: self._sessions.take_pushes,
+            HANDOVER: self._sessions.handovers.give,
             rpc.FORWARD_STREAM: dense.stream_of(dense.forward),
             rpc.BACKWARD_STREAM: dense.stream_of(dense.backward),
         }
@@ -62,13 +63,15 @@ class Handler:
         """From now on these are the blocks that are served; sessions that are open go on."""
         self._shared.served = replace(self._shared.served, start=start, end=end)
 
-    async def leave(self, timeout: float) -> None:
-        """Takes no more work, gives what is under way ``timeout`` seconds, then ends the sessions."""
+    async def leave(self, timeout: float, handover: float = 0.0) -> None:
+        """Takes no more work and ends the sessions, each after the step that is under way, for which it has ``timeout``
+        seconds. Their cache is kept for up to ``handover`` seconds for the nodes that go on with them."""
         self._shared.leaving = True
-        deadline = asyncio.get_running_loop().time() + timeout
-        while self._shared.busy and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(0.02)
         self._sessions.end_all()
+        deadline = asyncio.get_running_loop().time() + timeout
+        while (self._shared.busy or self._sessions.open) and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.02)
+        await self._sessions.handovers.finish(handover)
         await asyncio.sleep(0.1)  # lets the goodbyes out
         self._shared.cancel()
         self._shared.pusher.close()

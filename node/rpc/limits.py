@@ -21,6 +21,7 @@ class Limits:
         max_waiting_sessions: sessions that wait for cache; more are refused at once.
         admission_timeout: seconds that one of them waits at most.
         request_timeout: seconds for one forward or backward.
+        handover_timeout: seconds for fetching a session's cache from another node.
     """
 
     max_length: int
@@ -32,6 +33,7 @@ class Limits:
     max_waiting_sessions: int = 256
     admission_timeout: float = 60.0
     request_timeout: float = 3 * 60.0
+    handover_timeout: float = 60.0
 
     def message_bytes(self, hidden_size: int) -> int:
         """Bytes of the largest message of a session: hidden states as float32, and a little for the rest."""

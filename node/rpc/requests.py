@@ -13,6 +13,7 @@ from hivemind.proto import runtime_pb2
 from swarm.errors import BadRequestError, NotServedError, OutOfOrderError
 from swarm.wire import rpc
 from swarm.wire.codec import COMPRESSIONS, NONE, all_finite, decode, encode
+from swarm.wire.handover import TakeOver
 from swarm.wire.records import parse_span_uid
 from swarm.wire.rpc import Metadata, Request, arrange
 
@@ -75,6 +76,8 @@ class Opening:
     left_padding: tuple[int, ...]
     prefix: Prefix | None = None
     adapter: str = ""
+    handover_key: bytes = b""
+    take_over: TakeOver | None = None
 
 
 @dataclass(frozen=True)
@@ -107,11 +110,21 @@ def check_opening(arrived: Arrived, served: Served, limits: Limits) -> Opening:
     if padding and (len(padding) != rows or max(padding) > metadata.max_length):
         raise BadRequestError("left_padding is to have one number per row, none larger than max_length")
     prefix = None
-    if metadata.prefix_context:
+    if metadata.prefix_context and metadata.take_over is None:
         if len(metadata.page_names) not in (0, rows):
             raise BadRequestError("page_names is to have one item per row")
         prefix = Prefix(metadata.prefix_context, metadata.names)
-    return Opening(first, last, rows, metadata.max_length, padding, prefix, metadata.active_adapter)
+    return Opening(
+        first,
+        last,
+        rows,
+        metadata.max_length,
+        padding,
+        prefix,
+        metadata.active_adapter,
+        metadata.handover_key,
+        metadata.take_over,
+    )
 
 
 def read_step(arrived: Arrived, opening: Opening, served: Served, limits: Limits, *, position: int) -> StepInput:

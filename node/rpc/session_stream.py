@@ -20,6 +20,7 @@ from swarm.wire.stream import MessageStream
 
 from ..engine.scheduling.row_group import RowGroup
 from ..engine.scheduling.work import StepTimes
+from .fetching import fetch_columns
 from .requests import Arrived, Opening, open_message, read_step
 from .shared import Shared
 
@@ -30,12 +31,14 @@ class SessionStream:
     """A session that is open.
 
     Attributes:
+        opening, rows: what it was opened with, and what the engine has of it.
         over: done when it has ended.
+        reorders: how many steps have reordered the rows.
         idle_since: in the event loop's seconds; None while a step is under way.
     """
 
     def __init__(self, shared: Shared, stream: MessageStream, opening: Opening, rows: RowGroup) -> None:
-        self._shared, self._stream, self._opening, self._rows = shared, stream, opening, rows
+        self._shared, self._stream, self.opening, self.rows = shared, stream, opening, rows
         self._waiting: deque[Arrived | SwarmError | None] = deque()
         self._done: deque[str] = deque(maxlen=2 * shared.limits.max_waiting_steps)  # names of steps that have begun
         self._room = asyncio.Event()  # set when a step that waited has begun
@@ -43,6 +46,7 @@ class SessionStream:
         self._position = 0
         self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.idle_since: float | None = None
+        self.reorders = 0
 
     @property
     def is_full(self) -> bool:
@@ -58,6 +62,13 @@ class SessionStream:
         self._waiting.appendleft(first)
         self._busy = False
         self.go_on()
+
+    def end_after_step(self, error: SwarmError) -> None:
+        """Ends it when the step that is under way, if there is one, has ended; none that waits begins."""
+        since = self.idle_since
+        self._waiting.appendleft(error)
+        self.go_on()
+        self.idle_since = since or self.idle_since
 
     def end(self, error: BaseException | None) -> None:
         """Ends it; the first error counts."""
@@ -78,6 +89,26 @@ class SessionStream:
             last = error
         self.take(last)
 
+    async def take_over(self, reading: asyncio.Task[None]) -> None:
+        """Fetches what it is to begin with from the node that has it, as far as that is possible, unless the client
+        goes away meanwhile."""
+        source = self.opening.take_over
+        if source is None or self._shared.engine.span.state_bytes:
+            return
+
+        async def fetch() -> None:
+            async for columns in fetch_columns(self._shared, source, self.opening, self.rows):
+                self._position = columns
+
+        fetching = asyncio.create_task(fetch())
+        seconds = min(source.seconds, self._shared.limits.handover_timeout)
+        try:
+            await asyncio.wait({fetching, reading}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            fetching.cancel()
+        (failed,) = await asyncio.gather(fetching, return_exceptions=True)
+        logger.info("has %d of %d columns from %s (%r)", self._position, source.columns, source.peer_id, failed)
+
     async def admit(self, reading: asyncio.Task[None], timeout: float) -> None:
         """Gets cache, if need be by waiting up to ``timeout`` seconds while ``reading`` goes on.
 
@@ -85,11 +116,11 @@ class SessionStream:
             OutOfCacheError: there is no room.
             PeerLostError: the client went away.
         """
-        opening, timeout = self._opening, min(timeout, self._shared.limits.admission_timeout)
+        opening, timeout = self.opening, min(timeout, self._shared.limits.admission_timeout)
         prefix = opening.prefix if self._shared.engine.page_size == rpc.NAMED_TOKENS else None
         wait = timeout > 0 and self._shared.waiting < self._shared.limits.max_waiting_sessions
         promise = asyncio.wrap_future(
-            self._shared.engine.admit(self._rows, opening.max_length, prefix=prefix, wait=wait)
+            self._shared.engine.admit(self.rows, opening.max_length, prefix=prefix, wait=wait)
         )
         self._shared.waiting += wait
         try:
@@ -136,7 +167,7 @@ class SessionStream:
             if metadata.step_id in self._done:
                 return
             self._done.append(metadata.step_id)
-        step = read_step(arrived, self._opening, self._shared.served, self._shared.limits, position=self._position)
+        step = read_step(arrived, self.opening, self._shared.served, self._shared.limits, position=self._position)
         start, columns = step.start, step.hidden.shape[1]
         self._busy = True
         if columns == 0:
@@ -146,7 +177,7 @@ class SessionStream:
             return
         times = StepTimes()
         future = self._shared.engine.step(
-            self._rows,
+            self.rows,
             step.hidden,
             start=start,
             hypo_ids=step.hypo_ids,
@@ -163,6 +194,7 @@ class SessionStream:
                 try:
                     output = encode(future.result())
                     self._position = start + columns
+                    self.reorders += step.hypo_ids is not None
                     if metadata.next_servers and pushes:
                         self._push_on(output, arrived)
                     about = _about(arrived, queue_s=times.queue_s, compute_s=times.compute_s)

@@ -10,6 +10,7 @@ from swarm.errors import BadRequestError, EvictedError, LeavingError
 from swarm.wire.rpc import Request, Response
 from swarm.wire.stream import MessageStream
 
+from .handovers import Handovers
 from .requests import check_opening, open_message
 from .session_stream import SessionStream
 from .shared import Shared
@@ -22,6 +23,12 @@ class Sessions:
         self._shared = shared
         self._open: dict[str, SessionStream] = {}
         self._pushed: set[MessageStream] = set()  # streams over which others push
+        self.handovers = Handovers(shared, self._open)
+
+    @property
+    def open(self) -> int:
+        """How many are open."""
+        return len(self._open)
 
     async def serve(self, stream: MessageStream, peer: PeerID) -> None:
         """``rpc_inference``: one session, from its first message to its end.
@@ -48,6 +55,8 @@ class Sessions:
         reading = session.read()
         try:
             await session.admit(reading, first.metadata.alloc_timeout)
+            await session.take_over(reading)
+            shared.refuse_if_leaving()
             if session_id in self._open:
                 raise BadRequestError("there is a session of this id already")
             self._open[session_id] = session
@@ -56,10 +65,14 @@ class Sessions:
                 await session.over
             finally:
                 del self._open[session_id]
+        except LeavingError:
+            self.handovers.keep(session_id, session)
+            raise
         finally:
             reading.cancel()
             session.end(None)
-            shared.engine.close(rows)
+            if not self.handovers.keeps(session):
+                shared.engine.close(rows)
 
     async def take_pushes(self, stream: MessageStream, peer: PeerID) -> None:
         """``rpc_push_stream``: outputs of another node, one after the other."""
@@ -96,9 +109,9 @@ class Sessions:
                     session.take(EvictedError(f"the session was idle for {now - since:.0f} seconds"))
 
     def end_all(self) -> None:
-        """Ends all sessions with an error that sends their clients elsewhere."""
+        """Ends all sessions, each after its step, with an error that sends their clients elsewhere."""
         for session in list(self._open.values()):
-            session.take(LeavingError("this node is shutting down"))
+            session.end_after_step(LeavingError("this node is shutting down"))
 
     def close_pushes(self) -> None:
         """Ends the streams over which others push, or they would go on pushing to this handler."""

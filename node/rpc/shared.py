@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
+
+from hivemind.p2p import P2P
 
 from swarm.errors import LeavingError
 
+from ..engine.cache.handover import tensor_shapes
 from ..engine.engine import Engine
+from .chunks import ChunkFormat
 from .limits import Limits
 from .pusher import Pusher
 from .requests import Served
@@ -23,8 +28,9 @@ class Shared:
         waiting: sessions that wait for cache.
     """
 
-    def __init__(self, engine: Engine, served: Served, limits: Limits, pusher: Pusher) -> None:
-        self.engine, self.served, self.limits, self.pusher = engine, served, limits, pusher
+    def __init__(self, p2p: P2P, engine: Engine, served: Served, limits: Limits) -> None:
+        self.p2p, self.engine, self.served, self.limits = p2p, engine, served, limits
+        self.pusher = Pusher(p2p)
         self.leaving = False
         self.busy = 0
         self.waiting = 0
@@ -34,6 +40,11 @@ class Shared:
         """Raises LeavingError if no more work is taken."""
         if self.leaving:
             raise LeavingError("this node is shutting down: ask another")
+
+    def chunk_format(self, first: int, last: int, padding: Sequence[int]) -> ChunkFormat:
+        """How the cache of the blocks ``first:last`` of a session goes to another node."""
+        span = self.engine.span
+        return ChunkFormat(tuple(tensor_shapes(span, first, last)), span.dtype, tuple(padding))
 
     def spawn(self, work: Any) -> None:
         """Runs a coroutine beside the caller, until the node leaves."""

@@ -1,8 +1,9 @@
 """The RPCs of a node and the metadata that goes with their messages. The names and fields are those of Petals 2.2.
 
-Ours beyond Petals: ``rpc_push_stream``; ``left_padding`` and ``prefix_context`` in the message that opens a session,
-and ``reused`` in its reply; ``start`` in steps; ``page_names`` in both; ``step_id``, ``push_failed``, ``queue_s`` and
-``compute_s`` (seconds that a step waited and was computed) in replies. A peer that doesn't know a field ignores it.
+Ours beyond Petals: ``rpc_push_stream`` and ``rpc_handover``; ``left_padding``, ``prefix_context``, ``handover_key`` and
+``take_over`` in the message that opens a session, and ``reused`` in its reply; ``start`` in steps; ``page_names`` in
+both; ``step_id``, ``push_failed``, ``queue_s`` and ``compute_s`` (seconds that a step waited and was computed) in
+replies. A peer that doesn't know a field ignores it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from hivemind.utils import MSGPackSerializer
 
 from ..errors import BadRequestError, MalformedError
 from .fields import Natural, Number, read
+from .handover import Key, TakeOver
 
 if TYPE_CHECKING:  # the generated module has no types
     Request: TypeAlias = Any
@@ -88,6 +90,8 @@ class Metadata:
         page_names: for each row the names of its pages, one after the other: in the message that opens a session those
             that the client would like to find there, in a step those that are full after it. Same name and context
             means same content.
+        handover_key: with this, another node may fetch what the session has in its cache.
+        take_over: where to fetch what the session is to begin with.
     """
 
     session_id: _Text | None = None
@@ -102,6 +106,8 @@ class Metadata:
     alloc_timeout: Number = 0.0
     prefix_context: bytes = b""
     page_names: tuple[Any, ...] = ()  # of bytes
+    handover_key: Key = b""
+    take_over: TakeOver | None = None
 
     def __post_init__(self) -> None:
         if not all(0 < hop.end - hop.start <= _MAX_HOP_BLOCKS for hop in self.next_servers):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 from .row_group import RowGroup
 from .work import DenseWork, StepWork, fail
@@ -56,16 +58,32 @@ class Close:
 
 
 @dataclass(frozen=True, slots=True)
+class Visit:
+    """``work`` that takes a moment, on what only the engine's thread may touch."""
+
+    work: Callable[[], Any]
+    future: Future[Any]
+
+    def run(self) -> None:
+        """Does it, unless it was cancelled."""
+        if self.future.set_running_or_notify_cancel():
+            try:
+                self.future.set_result(self.work())
+            except Exception as error:
+                self.future.set_exception(error)
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """Wakes the thread to see that it is to end."""
 
 
-Message = Admit | Step | Dense | Close | Stop
+Message = Admit | Step | Dense | Close | Visit | Stop
 
 
 def refuse(message: Message, error: Exception) -> None:
     """Tell whoever waits for ``message``, if anybody does, that nothing comes of it."""
     if isinstance(message, Step | Dense):
         fail(message.work.future, error)
-    elif isinstance(message, Admit):
+    elif isinstance(message, Admit | Visit):
         fail(message.future, error)

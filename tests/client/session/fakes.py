@@ -18,6 +18,7 @@ from swarm.client.session.protocols import HopLike, View
 from swarm.client.session.trace import Answered
 from swarm.errors import PeerLostError, SwarmError
 from swarm.network.dht import RemoteSpan
+from swarm.wire.handover import TakeOver
 from swarm.wire.limits import MessageLimits, limits_of
 
 Compute = Callable[[torch.Tensor, int, "torch.Tensor | None"], torch.Tensor]
@@ -37,7 +38,8 @@ class FakeHop:
         self.history = History()
         self.limits: MessageLimits = limits_of(leg.span.info)
         self.left_padding: tuple[int, ...] = ()
-        self.is_petals, self.cropped, self.reused, self.restarts = False, False, 0, 0
+        self.is_petals, self.cropped = False, False
+        self.reused, self.reorders, self.restarts = 0, 0, 0
         self.on_push_failed: Callable[[str], None] | None = None
         self.broken: SwarmError | None = None
         self.silent = False
@@ -89,6 +91,9 @@ class FakeHop:
 
     def forget(self, step_id: str) -> None:
         self._replies.pop(step_id, None)
+
+    def handover(self, seconds: float) -> TakeOver | None:
+        return None
 
     async def close(self) -> None:
         self.ended = "closed"

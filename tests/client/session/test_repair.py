@@ -31,7 +31,9 @@ def make(name: str, start: int = 0, end: int = 4) -> FakeHop:
     return FakeHop(Leg(span(name, start, end), start, end))
 
 
-def repair(failed: FakeHop, routes: list[list[FakeHop]], view: FakeView | None = None) -> list[FakeHop]:
+def repair(
+    failed: FakeHop, routes: list[list[FakeHop]], view: FakeView | None = None, *, handed_over: bool = False
+) -> list[FakeHop]:
     async def alive(_: FakeHop) -> bool:
         return False
 
@@ -43,9 +45,8 @@ def repair(failed: FakeHop, routes: list[list[FakeHop]], view: FakeView | None =
             orders.append(order.tolist())
             return routes.pop(0)
 
-        return await replay(
-            failed, ROWS, pipeline, Failures(view or FakeView([]), settings), open_hops, lambda hops: WIDTH
-        )
+        failures = Failures(view or FakeView([]), settings)
+        return await replay(failed, ROWS, pipeline, failures, open_hops, lambda hops: WIDTH, handed_over=handed_over)
 
     orders: list[list[int]] = []
     return asyncio.run(run())
@@ -112,3 +113,60 @@ def test_inputs_that_were_never_sent() -> None:
     failed.history.skip(4)
     with pytest.raises(InputsMissing):
         repair(failed, [])
+
+
+def took_over(name: str, columns: int, start: int = 0, end: int = 4) -> FakeHop:
+    """It has the first columns of ``INPUTS``."""
+    hop = make(name, start, end)
+    hop.reused, hop._columns = columns, INPUTS[:, :columns]
+    return hop
+
+
+def test_what_was_handed_over_is_not_sent_again() -> None:
+    failed, other = make("a"), took_over("b", 7)
+    failed.history.append(0, INPUTS, None)
+    assert repair(failed, [[other]], handed_over=True) == [other]
+    assert other.seen == [(7, 3)]
+    history, _ = other.history.replay(ROWS)
+    assert history is not None
+    assert torch.equal(history, INPUTS)
+
+
+def test_hops_go_on_from_the_first_column_that_one_of_them_has_not() -> None:
+    failed, first, second = make("a"), took_over("b", 10, 0, 2), took_over("c", 6, 2, 4)
+    failed.history.append(0, INPUTS, None)
+    repair(failed, [[first, second]], handed_over=True)
+    assert first.seen == second.seen == [(6, 4)]
+    assert (first.history.missing, second.history.missing) == (0, 6)
+    assert (first.history.position, second.history.position) == (10, 10)
+
+
+def test_nothing_is_sent_where_all_was_handed_over() -> None:
+    failed, first, second = make("a"), took_over("b", 10, 0, 2), took_over("c", 10, 2, 4)
+    failed.history.append(0, INPUTS, None)
+    repair(failed, [[first, second]], handed_over=True)
+    assert first.seen == second.seen == []
+    assert second.history.replay(ROWS)[0] is None
+    assert (second.history.missing, second.history.position) == (10, 10)
+
+
+def test_columns_that_nobody_asked_for_are_not_believed_in() -> None:
+    failed, other = make("a"), took_over("b", 7)
+    failed.history.append(0, INPUTS, None)
+    repair(failed, [[other]])
+    assert other.seen[0] == (0, 4)
+
+
+@pytest.mark.parametrize("columns", [3, 4])
+def test_inputs_that_were_never_sent_are_handed_over_or_missing(columns: int) -> None:
+    failed, other = make("a"), took_over("b", columns)
+    failed.history.skip(4)
+    failed.history.append(4, INPUTS[:, 4:], None)
+    if columns < 4:
+        with pytest.raises(InputsMissing):
+            repair(failed, [[other]], handed_over=True)
+        assert other.ended == "abandoned"
+    else:
+        repair(failed, [[other]], handed_over=True)
+        assert other.seen == [(4, 4), (8, 2)]
+        assert other.history.missing == 4

@@ -26,7 +26,7 @@ class Session(RouteSession):
         super().__init__(view, ClientSettings(), first=0, last=8, max_length=64, hidden_size=1)
         self.opened: list[FakeHop] = []
 
-    async def _dial(self, leg: Leg, left_padding: Sequence[int], prefix: Any, wait: float) -> Any:
+    async def _dial(self, leg: Leg, left_padding: Sequence[int], prefix: Any, wait: float, take_over: Any) -> Any:
         hop = FakeHop(leg)
         hop.left_padding = tuple(left_padding)
         self.opened.append(hop)
