@@ -26,9 +26,9 @@ class Bans:
         self._base, self._clock = base, clock
         self._bans: dict[PeerID, _Ban] = {}
 
-    def failed(self, peer_id: PeerID, reason: str = "") -> None:
-        """Bans a peer."""
-        now = self._clock()
+    def failed(self, peer_id: PeerID, reason: str = "", ago: float = 0.0) -> None:
+        """Bans a peer, from ``ago`` seconds before now on: that is when it failed."""
+        now = self._clock() - ago
         failures = self._bans[peer_id].failures + 1 if peer_id in self._bans else 1
         seconds = min(MAX_BAN_SECONDS, self._base * 2 ** min(failures - 1, 16))
         self._bans[peer_id] = _Ban(failures, now, now + seconds, reason)

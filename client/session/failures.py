@@ -99,8 +99,8 @@ class Failures:
         finally:
             self._waited += time.monotonic() - began
 
-    def met(self, asked: Asked, error: SwarmError) -> None:
-        """Counts an error against its owner.
+    def met(self, asked: Asked, error: SwarmError, ago: float = 0.0) -> None:
+        """Counts an error against its owner; ``ago`` is how many seconds before now it happened.
 
         Raises:
             SwarmError: it is ``error``, and to ask elsewhere is of no use.
@@ -123,7 +123,7 @@ class Failures:
         elif decided is Course.ASK_AGAIN:
             self._forgiven.add(peer_id)
         else:
-            self._view.failed(peer_id, error)
+            self._view.failed(peer_id, error, ago)
 
     async def pause(self, *errors: BaseException | None, share: float = 1.0) -> None:
         """Waits a little if one of ``errors``, that were just met, says that a peer is full: room may come soon."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +43,7 @@ class Hop:
         self.is_petals = leg.span.info.offer is None  # passes nothing on, and can't forget columns
         self.left_padding: tuple[int, ...] = ()  # of its rows, in the order in which it was opened
         self.reused = 0  # columns that it had in its cache when the session was opened
+        self.failed_at: float | None = None  # by time.monotonic()
         self.cropped = False  # was to forget columns, and is to be replaced as it can't
         self._uid = span_uid(model, leg.start, leg.end)
         self._stream = stream
@@ -254,7 +256,7 @@ class Hop:
 
     def _fail(self, error: SwarmError) -> None:
         if self._failure is None:
-            self._failure = error
+            self._failure, self.failed_at = error, time.monotonic()
         for reply in self._replies.values():
             if not reply.done():
                 reply.set_exception(self._failure)
