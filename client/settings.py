@@ -21,7 +21,8 @@ class ClientSettings:
             room in the KV cache, each in all for a step.
         connect_timeout: to open a session at a hop.
         step_timeout: for one step at one hop, as long as the hop shows that it is alive.
-        silence: a hop that says nothing for this long is asked whether it is alive.
+        silence: a hop that says nothing for this long is asked whether it is alive; sooner if its steps usually take
+            less.
         update_period: between two looks at who serves what.
         ban_seconds: how long a peer that failed is left out; doubles with each failure in a row.
         prefill_tokens: rows × columns of a step; longer prompts go as several, one behind the other along the route.

@@ -26,11 +26,12 @@ class Bans:
         self._base, self._clock = base, clock
         self._bans: dict[PeerID, _Ban] = {}
 
-    def failed(self, peer_id: PeerID, reason: str = "", *, started: float = 0.0) -> None:
-        """Bans a peer; ``started`` is when it came up by its own record, 0 if it doesn't say."""
+    def failed(self, peer_id: PeerID, reason: str = "", *, started: float = 0.0, ago: float = 0.0) -> None:
+        """Bans a peer that failed ``ago`` seconds before now; ``started`` is when it came up by its own record, 0 if it
+        doesn't say."""
         failures = self._bans[peer_id].failures + 1 if peer_id in self._bans else 1
         seconds = min(MAX_BAN_SECONDS, self._base * 2 ** min(failures - 1, 16))
-        self._bans[peer_id] = _Ban(failures, started, self._clock() + seconds, reason)
+        self._bans[peer_id] = _Ban(failures, started, self._clock() - ago + seconds, reason)
 
     def succeeded(self, peer_id: PeerID) -> None:
         """Forgets a peer's failures."""

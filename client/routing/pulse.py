@@ -22,6 +22,7 @@ _ROUND_TRIPS = 2.0  # of the slowest of the last ones
 _KEPT = 16
 _TICKS = 10
 _ASK_AGAIN_SECONDS = 1.0
+_IDLE_SECONDS = 30.0
 _WATCHED_SECONDS = 60.0  # for so long a silent peer is asked again; its record ends about then, too
 
 
@@ -34,28 +35,37 @@ class Pulse:
     """Asks peers whether they live, each by one question at a time, whoever wants to know. Lives in one event loop.
 
     A peer that has not answered counts as silent until it does. After ``longest`` seconds of silence the connection to
-    it is closed: it may be the connection that died, and the next question opens another one.
+    it is closed: it may be the connection that died, and the next question opens another one. If nothing was heard of
+    the peer for long before, as after a night's sleep, that is more likely, and done at once.
 
     Args:
         ask: asks a peer, for so many seconds at most; raises what went wrong.
         disconnect: closes the connection to a peer.
+        on_back: is told of a peer that answers over another connection.
     """
 
     def __init__(
         self,
         ask: Callable[[PeerID, float], Awaitable[object]],
         disconnect: Callable[[PeerID], Awaitable[object]],
+        on_back: Callable[[PeerID], None],
         longest: float,
     ) -> None:
-        self._ask_peer, self._disconnect, self._longest = ask, disconnect, longest
+        self._ask_peer, self._disconnect, self._on_back, self._longest = ask, disconnect, on_back, longest
         self._round_trips: dict[PeerID, deque[float]] = {}
         self._asking: dict[PeerID, asyncio.Task[bool]] = {}
+        self._heard: dict[PeerID, float] = {}
         self._silent: dict[PeerID, float] = {}
         self._watching: set[asyncio.Task[None]] = set()
 
     def note(self, peer_id: PeerID, seconds: float) -> None:
         """A round trip to a peer took so long."""
         self._round_trips.setdefault(peer_id, deque(maxlen=_KEPT)).append(seconds)
+        self.heard(peer_id)
+
+    def heard(self, peer_id: PeerID) -> None:
+        """A peer has just said something."""
+        self._heard[peer_id] = time.monotonic()
 
     def knows(self, peer_id: PeerID) -> bool:
         """Whether the peer has ever answered."""
@@ -104,21 +114,26 @@ class Pulse:
         return False
 
     async def _watch(self, peer_id: PeerID, since: float, allowed: float, call: asyncio.Future[object]) -> None:
-        """Until a silent peer answers."""
+        """Until a silent peer answers; ``call`` is the first question, which was ``allowed`` so many seconds."""
         cut = False
+        if self._heard.get(peer_id, since) < since - _IDLE_SECONDS:
+            call.cancel()
         try:
             while time.monotonic() < since + _WATCHED_SECONDS:
-                with suppress(Exception):
-                    await call
+                await asyncio.wait({call})
+                if not call.cancelled() and call.exception() is None:
                     if time.monotonic() < since + _ROUND_TRIPS * allowed:
                         self.note(peer_id, time.monotonic() - since)  # it was only slow, and has more time next time
+                    if cut:
+                        self._on_back(peer_id)
                     return
                 if not cut:
                     cut = True
                     logger.info("%s is silent; closing the connection to it, for another one", peer_id)
                     with suppress(Exception):
                         await self._disconnect(peer_id)
-                await asyncio.sleep(_ASK_AGAIN_SECONDS)
+                else:
+                    await asyncio.sleep(_ASK_AGAIN_SECONDS)
                 call = asyncio.ensure_future(self._ask_peer(peer_id, self._longest))
         finally:
             call.cancel()

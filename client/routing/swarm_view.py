@@ -60,6 +60,7 @@ class SwarmView:
         self.pulse = Pulse(
             lambda peer_id, timeout: ask_info(peer.p2p, peer_id, timeout),
             lambda peer_id: peer.p2p._client.disconnect(peer_id),
+            self._bans.succeeded,
             settings.silence,
         )
         self._task: asyncio.Task[None] | None = None
@@ -97,10 +98,10 @@ class SwarmView:
         self._adapters.update(*(span.info.adapters for span in same))
         self._ping_new(same)
 
-    def failed(self, peer_id: PeerID, error: SwarmError) -> None:
-        """A peer failed: leave it out for a while."""
+    def failed(self, peer_id: PeerID, error: SwarmError, ago: float = 0.0) -> None:
+        """A peer failed, ``ago`` seconds before now: leave it out for a while."""
         started = next((_started(span) for span in self._spans if span.peer_id == peer_id), 0.0)
-        self._bans.failed(peer_id, _one_line(error), started=started)
+        self._bans.failed(peer_id, _one_line(error), started=started, ago=ago)
 
     def full(self, peer_id: PeerID) -> None:
         """A peer has no KV cache left: ask others first."""
@@ -108,6 +109,7 @@ class SwarmView:
 
     def succeeded(self, peer_id: PeerID) -> None:
         """A peer answered well."""
+        self.pulse.heard(peer_id)
         self._bans.succeeded(peer_id)
 
     def cache_tokens(self) -> int | None:

@@ -101,11 +101,12 @@ class Failures:
         finally:
             self._waited += time.monotonic() - began
 
-    async def met(self, asked: Asked, error: SwarmError, *, restarts: int | None = None) -> None:
+    async def met(self, asked: Asked, error: SwarmError, *, restarts: int | None = None, ago: float = 0.0) -> None:
         """Counts an error against its owner. That of a connection which ended with the own daemon is nobody's.
 
         Args:
             restarts: of the own daemon, when the connection was opened; default: when the route was found.
+            ago: how many seconds before now it happened.
 
         Raises:
             SwarmError: it is ``error``, and to ask elsewhere is of no use.
@@ -130,7 +131,7 @@ class Failures:
         elif decided is Course.ASK_AGAIN:
             self._forgiven.add(peer_id)
         else:
-            self._view.failed(peer_id, error)
+            self._view.failed(peer_id, error, ago)
 
     async def pause(self, *errors: BaseException | None, share: float = 1.0) -> None:
         """Waits a little if one of ``errors``, that were just met, says that a peer is full: room may come soon."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -48,6 +49,7 @@ class Hop:
         self.reused = 0  # columns that it had in its cache when the session was opened
         self.restarts = 0  # of the own daemon, when it was opened
         self.reorders = 0  # steps that have reordered its rows
+        self.failed_at: float | None = None  # by time.monotonic()
         self.cropped = False  # was to forget columns, and is to be replaced as it can't
         self._uid = span_uid(model, leg.start, leg.end)
         self._stream = stream
@@ -275,7 +277,7 @@ class Hop:
 
     def _fail(self, error: SwarmError) -> None:
         if self._failure is None:
-            self._failure = error
+            self._failure, self.failed_at = error, time.monotonic()
         for reply in self._replies.values():
             if not reply.done():
                 reply.set_exception(self._failure)

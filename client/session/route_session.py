@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -230,7 +231,8 @@ class RouteSession:
     async def _replace(self, index: int, error: SwarmError) -> None:
         """Puts other hops in the place of one that failed, with its history played back."""
         failed = self.hops[index]
-        await self._failures.met(failed, error, restarts=failed.restarts)
+        ago = 0.0 if failed.failed_at is None else time.monotonic() - failed.failed_at
+        await self._failures.met(failed, error, restarts=failed.restarts, ago=ago)
         await self._failures.pause(error)
         logger.warning("Blocks %d:%d: %s; finding another way…", failed.start, failed.end, error)
         failed.abandon()

@@ -28,7 +28,8 @@ class Peers:
     def __init__(self, delay: float = 0.0) -> None:
         self.delay, self.frozen, self.refuses = delay, False, False
         self.asked = self.disconnected = 0
-        self.pulse = Pulse(self._ask, self._disconnect, 0.5)
+        self.back: list[PeerID] = []
+        self.pulse = Pulse(self._ask, self._disconnect, self.back.append, 0.5)
         self.pulse.note(ONE, 0.001)
 
     async def _ask(self, peer_id: PeerID, timeout: float) -> None:
@@ -77,6 +78,21 @@ def test_a_frozen_peer_is_silent_until_it_answers_and_its_connection_is_closed_o
         while peers.pulse.silent_for(ONE) is not None:
             await asyncio.sleep(0.01)
         assert await peers.pulse.lives(ONE)
+        assert peers.back == [ONE]
+        peers.pulse.close()
+
+    asyncio.run(run())
+
+
+def test_a_connection_that_was_idle_for_long_is_closed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        peers = Peers()
+        monkeypatch.setattr(module, "_IDLE_SECONDS", 0.0)
+        await asyncio.sleep(0.01)
+        peers.frozen = True
+        assert not await peers.pulse.lives(ONE)
+        await asyncio.sleep(0.01)
+        assert (peers.disconnected, peers.asked) == (1, 2)
         peers.pulse.close()
 
     asyncio.run(run())

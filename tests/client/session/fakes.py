@@ -42,6 +42,7 @@ class FakeHop:
         self.reused, self.reorders, self.restarts = 0, 0, 0
         self.on_push_failed: Callable[[str], None] | None = None
         self.broken: SwarmError | None = None
+        self.failed_at: float | None = None
         self.silent = False
         self.loses_pushes = False
         self.ended = ""  # how
@@ -120,7 +121,7 @@ class FakeView:
         self.good: list[PeerID] = []
         self.asked: list[Needs] = []
         self.step_times = StepTimes()
-        self.pulse = Pulse(self.answer, self.answer, 1.0)
+        self.pulse = Pulse(self.answer, self.answer, self.succeeded, 1.0)
 
     @property
     def peer(self) -> FakeView:
@@ -157,7 +158,7 @@ class FakeView:
     def succeeded(self, peer_id: PeerID) -> None:
         self.good.append(peer_id)
 
-    def failed(self, peer_id: PeerID, error: SwarmError) -> None:
+    def failed(self, peer_id: PeerID, error: SwarmError, ago: float = 0.0) -> None:
         self.left_out[peer_id] = error
 
     def full(self, peer_id: PeerID) -> None:
