@@ -8,6 +8,7 @@ import logging
 
 from swarm.chance import CHANCE
 from swarm.network import dht
+from swarm.network.nat.reachability import RELAY, UNREACHABLE, Reached
 from swarm.network.peer import Peer, ping
 from swarm.wire.records import ServerInfo, ServerState
 
@@ -50,6 +51,8 @@ class Announcer:
     async def announce(self, state: ServerState, *, ready: tuple[int, int] | None = None, **changes: object) -> None:
         """Announces ``state`` and the changed fields of the record now, and keeps it fresh from then on. ``ready``:
         the blocks to which an online state applies, if not to all."""
+        if state == ServerState.ONLINE:
+            await self._peer.reach.settled()
         self._ready = ready or self._ready
         self._info = dataclasses.replace(self._info, state=state, **changes)  # type: ignore[arg-type]
         if self._task is not None:
@@ -61,7 +64,7 @@ class Announcer:
 
     async def _repeat(self) -> None:
         while True:
-            await asyncio.sleep(self._period)
+            await self._peer.reach.change(self._period)
             try:
                 self._info = dataclasses.replace(self._info, next_pings=await self._ping_next())
                 await self._store()
@@ -74,6 +77,7 @@ class Announcer:
             stats = self._engine.stats()
             offer = dataclasses.replace(info.offer, sessions=stats.sessions)
             info = dataclasses.replace(info, cache_tokens_left=stats.cache_tokens_free, offer=offer)
+        info = told_reach(info, self._peer.reach.now)
         ttl = max(60.0, 3 * self._period)  # outlives two lost announcements
         for first, last, record in records_of(info, self._ready):
             await dht.announce(self._peer.dht, self._prefix, first, last, record, ttl=ttl)
@@ -90,6 +94,13 @@ class Announcer:
         return {
             peer_id.to_base58(): seconds for peer_id, seconds in zip(chosen, times, strict=True) if seconds is not None
         }
+
+
+def told_reach(info: ServerInfo, reached: Reached) -> ServerInfo:
+    """A record that says how the node is reached. Of a node that nobody can reach, no blocks are online."""
+    state = ServerState.JOINING if (info.state, reached.how) == (ServerState.ONLINE, UNREACHABLE) else info.state
+    offer = info.offer and dataclasses.replace(info.offer, reached=reached.how, relays=reached.relays)
+    return dataclasses.replace(info, state=state, offer=offer, using_relay=reached.how == RELAY)
 
 
 def records_of(info: ServerInfo, ready: tuple[int, int]) -> list[tuple[int, int, ServerInfo]]:

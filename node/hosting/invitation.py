@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from swarm.network.nat.reachability import Reached
 from swarm.network.peer import Peer
 
+from ..output import Output
 from .means import Means
 
 
@@ -34,6 +36,17 @@ def say_serving(means: Means, start: int, end: int, ready: tuple[int, int]) -> N
         adapters=list(adapters),
         **fields,
     )
+
+
+def say_reached(output: Output, peer: Peer) -> None:
+    """Says how others reach this node, as soon as that is known and whenever it changes."""
+
+    def say(now: Reached) -> None:
+        output.event("reached", now.describe(), how=now.how, relays=list(now.relays))
+
+    peer.reach.on_change.append(say)
+    if peer.reach.now != Reached():
+        say(peer.reach.now)
 
 
 def reachable(peer: Peer) -> str:

@@ -13,12 +13,16 @@ from typing import Any
 
 from hivemind.dht import DHTNode, node, routing
 from hivemind.p2p import P2P, PeerID
+from hivemind.proto import dht_pb2
 from hivemind.utils.multiaddr import Multiaddr
 
 from ..chance import CHANCE
 from ..errors import ConnectError, DaemonError, UsageError
 from .clock import describe_skew, measure_skew, skew_told
 from .forks import belongs_to_process
+from .nat.dial_back import DialBack
+from .nat.reachability import Reachability
+from .nat.ways import WayfindingP2P
 from .options import PeerOptions
 
 logging.getLogger("hivemind").setLevel(logging.CRITICAL)  # its warnings repeat, with traces, what we raise ourselves
@@ -28,13 +32,18 @@ for _module in (node, routing):
 _STOP_SECONDS = 2.0
 _LEAVE_SESSION = "import os, sys; os.setsid(); os.execv(sys.argv[1], sys.argv[1:])"
 _ASKED = 8  # peers, for their time
+_RELAY_LIMITS = ("-relayTimeLimit=87600h", f"-relayDataLimit={2**50}", "-relayMaxCircuits=1024")  # as good as none
 
 
 class Peer:
-    """A running daemon (:attr:`p2p`) and DHT node (:attr:`dht`)."""
+    """A running daemon (:attr:`p2p`) and DHT node (:attr:`dht`). Unless it is a client's, it finds out how others reach
+    it (:attr:`reach`)."""
 
-    def __init__(self, p2p: P2P, dht: DHTNode, addresses: Sequence[str], initial_peers: Sequence[str] = ()) -> None:
-        self.p2p, self.dht, self.addresses = p2p, dht, tuple(addresses)
+    def __init__(
+        self, p2p: P2P, dht: DHTNode, addresses: Sequence[str], initial_peers: Sequence[str], reach: Reachability
+    ) -> None:
+        self.p2p, self.dht, self.addresses, self.reach = p2p, dht, tuple(addresses), reach
+        self._dial_back = DialBack(p2p, _start_probe, reach.about)
         self._initial_peers = [PeerID.from_base58(Multiaddr(address)["p2p"]) for address in initial_peers]
 
     @property
@@ -57,7 +66,7 @@ class Peer:
             dht = await DHTNode.create(
                 p2p,
                 initial_peers=list(options.initial_peers),
-                client_mode=options.client,
+                client_mode=options.client or not _is_alone(options),  # until it is known that others reach it
                 num_workers=32,
                 # a node that vanished is asked again soon: it may be back, and our own records are refreshed often
                 blacklist_time=2.0,
@@ -73,7 +82,13 @@ class Peer:
         addresses = (
             [str(address) for address in await p2p.get_visible_maddrs(latest=True)] if not options.client else []
         )
-        return cls(p2p, dht, addresses, options.initial_peers)
+        alone, relayed = _is_alone(options), options.relay
+        reach = Reachability(p2p, dht, addresses, options.initial_peers, relayed=relayed, alone=alone)
+        peer = cls(p2p, dht, addresses, options.initial_peers, reach)
+        if not options.client:
+            await peer._dial_back.register()
+            await reach.start()
+        return peer
 
     def check_daemon(self) -> None:
         """Raises DaemonError if the daemon has ended: then nothing that fails says anything about other peers."""
@@ -92,7 +107,7 @@ class Peer:
 
     async def stop(self) -> None:
         """Leaves the DHT and ends the daemon. Never hangs, even if the daemon is gone already."""
-        for ending in (self.dht.shutdown(), self.p2p.shutdown()):
+        for ending in (self.reach.stop(), self._dial_back.stop(), self.dht.shutdown(), self.p2p.shutdown()):
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(ending, _STOP_SECONDS)
 
@@ -118,9 +133,7 @@ async def _start_daemon(options: PeerOptions) -> P2P:
             dht_mode="client" if options.client else "server",
             force_reachability="private"
             if options.client or options.relay
-            else "public"
-            if options.serve_relay
-            else None,
+            else "public",  # as it relays only then; whether others can reach it, it asks them
             identity_path=str(options.identity) if options.identity is not None else None,
             no_listen=options.client,
             nat_port_map=False,
@@ -144,14 +157,27 @@ async def _start_daemon(options: PeerOptions) -> P2P:
         ) from error
 
 
-class _DetachedP2P(P2P):
+def _is_alone(options: PeerOptions) -> bool:
+    """Whether only this machine's own processes can reach the peer."""
+    return options.host in ("127.0.0.1", "::1", "localhost") and not options.relay
+
+
+async def _start_probe() -> P2P:
+    """A daemon that knows nobody and that nobody knows."""
+    probe = await _DetachedP2P.create(dht_mode="client", host_maddrs=None, no_listen=True, use_relay=False)
+    belongs_to_process(probe)
+    return probe
+
+
+class _DetachedP2P(WayfindingP2P):
     """``P2P`` with the daemon in a session of its own: a Ctrl-C in the terminal is for this process alone, which needs
     the daemon to say goodbye. The daemon still ends with this process, whichever way that ends."""
 
     @staticmethod
     def _make_process_args(*args: Any, **kwargs: Any) -> list[str]:
         # the command leaves the session, and then becomes the daemon; hivemind lets nobody ask for start_new_session
-        return [sys.executable, "-I", "-S", "-c", _LEAVE_SESSION, *P2P._make_process_args(*args, **kwargs)]
+        daemon = [*P2P._make_process_args(*args, **kwargs), *_RELAY_LIMITS]
+        return [sys.executable, "-I", "-S", "-c", _LEAVE_SESSION, *daemon]
 
 
 def _check_address(address: str, *, needs_peer: bool) -> None:
@@ -198,8 +224,9 @@ async def ping(peer: Peer, peer_id: PeerID, timeout: float) -> float | None:
     """Round-trip seconds to a peer of the DHT, or ``None`` if it doesn't answer in ``timeout`` seconds."""
     loop = asyncio.get_running_loop()
     begin = loop.time()
+    request = dht_pb2.PingRequest(peer=peer.dht.protocol.node_info, validate=False)
     try:
-        answer = await asyncio.wait_for(peer.dht.protocol.call_ping(peer_id, validate=False), timeout)
+        await asyncio.wait_for(peer.dht.protocol.get_stub(peer_id).rpc_ping(request), timeout)
     except Exception:
         return None
-    return loop.time() - begin if answer is not None else None
+    return loop.time() - begin

@@ -1,4 +1,4 @@
-"""Networks made of kernel namespaces: switches, hosts, and routers that masquerade. Needs root and ``ip``, ``iptables``.
+"""Networks made of kernel namespaces: switches, hosts, and routers that masquerade. Needs root, ip and iptables.
 
 Everything, the bridges too, stands in namespaces of its own: nothing of the machine's own network is touched, and a
 namespace that goes takes its interfaces with it.

@@ -1,15 +1,19 @@
 """Starts ``swarm-node`` and ``swarm`` in a fraction of a second: imports everything once, then forks for each.
 
-Reads a JSON object a line, ``{"argv": [command, …], "stdin": path, "stdout": path, "stderr": path, "env": {…}}``;
-answers with the PID, and ``{"wait": pid}`` with the exit code. If stdout is null it is a pipe that nobody reads. Only
-the time for importing torch and transformers is saved: the command line, the entry point and the process are real.
+Reads a JSON object a line, ``{"argv": [command, …], "stdin": path, "stdout": path, "stderr": path, "env": {…},
+"netns": name}``; answers with the PID, and ``{"wait": pid}`` with the exit code. If stdout is null it is a pipe that
+nobody reads; ``netns`` is the network namespace to run in, or null. Only the time for importing torch and transformers
+is saved: the command line, the entry point and the process are real.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import sys
+
+_NEW_NET = 0x40000000
 
 
 def main() -> None:
@@ -34,6 +38,8 @@ def main() -> None:
         pid = os.fork()
         if pid == 0:
             os.setsid()
+            if order.get("netns"):
+                _enter(order["netns"])
             os.environ.update(order["env"])
             os.dup2(_unread() if order["stdout"] is None else _appended(order["stdout"]), 1)
             os.dup2(_appended(order["stderr"]), 2)
@@ -50,6 +56,12 @@ def main() -> None:
                 sys.stdout.flush()
                 os._exit(code)
         print(pid, flush=True)
+
+
+def _enter(namespace: str) -> None:
+    with open(f"/run/netns/{namespace}") as opened:
+        if ctypes.CDLL(None, use_errno=True).setns(opened.fileno(), _NEW_NET):
+            raise OSError(ctypes.get_errno(), f"can't enter the network namespace {namespace}")
 
 
 def _appended(path: str) -> int:
