@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from swarm.network.nat.reachability import Reached
+from swarm.network.nat.reachability import UNKNOWN, Reached
 from swarm.network.peer import Peer
 
 from ..output import Output
@@ -17,6 +17,8 @@ def say_serving(means: Means, start: int, end: int, ready: tuple[int, int]) -> N
         text = f"Serving blocks {ready[0]}:{ready[1]} already, until all of {start}:{end} are here. Others join with"
         means.output.event("serving", f"{text} --initial-peers {join}", span=[start, end], **fields)
         return
+    if peer.reach.now.how == UNKNOWN:
+        means.output.event("reached", peer.reach.now.describe(), how=UNKNOWN, relays=[])
     option, argument = ("", "") if means.source.store is None else (" --weights peers", ", weights='peers'")
     adapters = means.adapter_names
     by = "by --adapter or model.active_adapter"

@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from swarm.errors import ConnectError
+from swarm.network.nat.reachability import DIRECT, RELAY, UNKNOWN, UNREACHABLE, Reached
 
 from ..engine.stats import EngineStats
 
@@ -15,8 +16,8 @@ from ..engine.stats import EngineStats
 class EngineCollector:
     """Reads the engine's figures when Prometheus asks. Counters begin anew when a node moves to other blocks."""
 
-    def __init__(self, stats: Callable[[], EngineStats]) -> None:
-        self._stats = stats
+    def __init__(self, stats: Callable[[], EngineStats], reached: Callable[[], Reached]) -> None:
+        self._stats, self._reached = stats, reached
 
     def collect(self) -> Iterator[Metric]:
         """The metrics; called by the Prometheus client."""
@@ -42,16 +43,22 @@ class EngineCollector:
         for quantile in (0.5, 0.9, 0.99) if recent else ():
             times.add_metric([str(quantile)], recent[min(len(recent) - 1, int(quantile * len(recent)))])
         yield times
+        now = self._reached()
+        reached = GaugeMetricFamily("swarm_reached", "How others reach the node: 1 for what is so", labels=["how"])
+        for how in (DIRECT, RELAY, UNREACHABLE, UNKNOWN):
+            reached.add_metric([how], how == now.how)
+        yield reached
+        yield GaugeMetricFamily("swarm_relay_addresses", "Addresses of relays that let others through", len(now.relays))
 
 
-def serve_metrics(stats: Callable[[], EngineStats], port: int) -> None:
+def serve_metrics(stats: Callable[[], EngineStats], reached: Callable[[], Reached], port: int) -> None:
     """Serves ``/metrics`` on ``port`` of every address, in a thread of its own.
 
     Raises:
         ConnectError: the port is taken.
     """
     registry = CollectorRegistry()
-    registry.register(EngineCollector(stats))
+    registry.register(EngineCollector(stats, reached))
     try:
         start_http_server(port, registry=registry)
     except OSError as error:
