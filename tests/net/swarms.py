@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,13 @@ class NetSwarm:
             self.initial_peers = [each for each in node.wait_ready()["maddrs"] if f"/{host.address}/" in each]
         return node
 
+    def restart(self, ended: Node, host: Host) -> Node:
+        """Starts a node that has ended once more, as it was."""
+        node = Node(ended.argv, self._workdir, host.namespace)
+        self.nodes.append(node)
+        node.wait_ready()
+        return node
+
     def generate(self, host: Host, peer: str | None = None) -> dict[str, Any]:
         """Generates on this host; what the command says, with ``text`` and ``route``."""
         argv = ["swarm", "generate", "demo", "--prompt", PROMPT, "--max-new-tokens", str(TOKENS), "--json"]
@@ -55,3 +64,11 @@ class NetSwarm:
 def last_reached(node: Node) -> dict[str, Any]:
     """What a node has said last about how it is reached."""
     return [event for event in node.events() if event["event"] == "reached"][-1]
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    """Waits until something is so."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
