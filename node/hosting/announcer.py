@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-import time
 
 from swarm.chance import CHANCE
 from swarm.network import dht
+from swarm.network.clock import CLOCK
+from swarm.network.nat.reachability import RELAY, UNREACHABLE, Reached
 from swarm.network.peer import Peer, ping
 from swarm.wire.records import ServerInfo, ServerState
 
@@ -58,6 +59,8 @@ class Announcer:
     async def announce(self, state: ServerState, *, ready: tuple[int, int] | None = None, **changes: object) -> None:
         """Announces ``state`` and the changed fields of the record now, and keeps it fresh from then on. ``ready``:
         the blocks to which an online state applies, if not to all."""
+        if state == ServerState.ONLINE:
+            await self._peer.reach.settled()
         self._ready = ready or self._ready
         self._info = dataclasses.replace(self._info, state=state, **changes)  # type: ignore[arg-type]
         if self._task is not None:
@@ -71,7 +74,7 @@ class Announcer:
     async def renew(self) -> None:
         """Announces the same again now, as of a node that has just started; nothing, if nothing is announced."""
         if self._task is not None:
-            offer = self._info.offer and dataclasses.replace(self._info.offer, started=time.time())
+            offer = self._info.offer and dataclasses.replace(self._info.offer, started=CLOCK.now())
             await self.announce(self._info.state, offer=offer)
 
     async def _repeat(self) -> None:
@@ -98,6 +101,7 @@ class Announcer:
             stats = self._engine.stats()
             offer = dataclasses.replace(info.offer, sessions=stats.sessions)
             info = dataclasses.replace(info, cache_tokens_left=stats.cache_tokens_free, offer=offer)
+        info = told_reach(info, self._peer.reach.now)
         ttl = max(60.0, 3 * self._period)  # outlives two lost announcements
         taken = [
             await dht.announce(self._peer.dht, self._prefix, first, last, record, ttl=ttl)
@@ -117,6 +121,13 @@ class Announcer:
         return {
             peer_id.to_base58(): seconds for peer_id, seconds in zip(chosen, times, strict=True) if seconds is not None
         }
+
+
+def told_reach(info: ServerInfo, reached: Reached) -> ServerInfo:
+    """A record that says how the node is reached. Of a node that nobody can reach, no blocks are online."""
+    state = ServerState.JOINING if (info.state, reached.how) == (ServerState.ONLINE, UNREACHABLE) else info.state
+    offer = info.offer and dataclasses.replace(info.offer, reached=reached.how, relays=reached.relays)
+    return dataclasses.replace(info, state=state, offer=offer, using_relay=reached.how == RELAY)
 
 
 def records_of(info: ServerInfo, ready: tuple[int, int]) -> list[tuple[int, int, ServerInfo]]:

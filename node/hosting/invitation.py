@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from swarm.network.lan.addresses import announced, own_interfaces
 from swarm.network.lan.join import flags
+from swarm.network.nat.reachability import UNKNOWN, Reached
 from swarm.network.peer import Peer
 
+from ..output import Output
 from .means import Means
 
 
@@ -20,6 +22,8 @@ def say_serving(means: Means, start: int, end: int, ready: tuple[int, int]) -> N
         text = f"Serving blocks {ready[0]}:{ready[1]} already, until all of {start}:{end} are here. Others join with"
         means.output.event("serving", f"{text} {join}", span=[start, end], **fields)
         return
+    if peer.reach.now.how == UNKNOWN:
+        means.output.event("reached", peer.reach.now.describe(), how=UNKNOWN, relays=[])
     option, argument = ("", "") if means.source.store is None else (" --weights peers", ", weights='peers'")
     adapters = means.adapter_names
     by = "by --adapter or model.active_adapter"
@@ -45,6 +49,17 @@ def say_serving(means: Means, start: int, end: int, ready: tuple[int, int]) -> N
 def how_to_join(peer: Peer) -> str:
     """What others add to their commands."""
     return flags(peer.presence.swarm) if peer.presence is not None else f"--initial-peers {reachable(peer)}"
+
+
+def say_reached(output: Output, peer: Peer) -> None:
+    """Says how others reach this node, as soon as that is known and whenever it changes."""
+
+    def say(now: Reached) -> None:
+        output.event("reached", now.describe(), how=now.how, relays=list(now.relays))
+
+    peer.reach.on_change.append(say)
+    if peer.reach.now != Reached():
+        say(peer.reach.now)
 
 
 def reachable(peer: Peer) -> str:

@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from swarm.errors import ConnectError
+from swarm.network.nat.reachability import DIRECT, RELAY, UNKNOWN, UNREACHABLE
 from swarm.network.peer import Peer
 
 from ..engine.stats import EngineStats
@@ -47,6 +48,12 @@ class NodeCollector:
         yield GaugeMetricFamily("swarm_daemon_up", "Whether the network daemon runs (0 or 1)", self._peer.p2p.is_up)
         restarts = self._peer.restarts
         yield CounterMetricFamily("swarm_daemon_restarts", "Times that the network daemon was started again", restarts)
+        now = self._peer.reach.now
+        reached = GaugeMetricFamily("swarm_reached", "How others reach the node: 1 for what is so", labels=["how"])
+        for how in (DIRECT, RELAY, UNREACHABLE, UNKNOWN):
+            reached.add_metric([how], how == now.how)
+        yield reached
+        yield GaugeMetricFamily("swarm_relay_addresses", "Addresses of relays that let others through", len(now.relays))
 
 
 def serve_metrics(stats: Callable[[], EngineStats], peer: Peer, port: int) -> None:

@@ -28,6 +28,7 @@ from ..settings import NodeSettings
 from .agreement import require_agreement
 from .family_check import require_right_blocks
 from .host import Host
+from .invitation import say_reached
 from .joining import join
 from .life import run_until
 from .means import Means
@@ -74,6 +75,7 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
         output.event("checkpoint", text, format=title, packed=keep is not None)
 
     peer = await joining
+    say_reached(output, peer)
     records = await dht.fetch(peer.dht, source.dht_prefix, source.num_blocks)
     offer = Offer(
         fingerprint=fingerprint(source.config),
@@ -146,7 +148,6 @@ def _make_record(settings: NodeSettings, dtype: torch.dtype, quantization: str, 
         torch_dtype=dtype_name(dtype),
         quant_type=quantization,
         adapters=tuple(offer.adapters),
-        using_relay=settings.peer.relay,
         offer=offer,
     )
 

@@ -92,7 +92,8 @@ async def show(overviews: AsyncIterator[Overview], view: View, *, top: bool, sto
 def status_view(overview: Overview) -> Group:
     """A table of the nodes, and whether every block is served."""
     table = Table(title=f"{overview.model}: {overview.num_blocks} blocks")
-    for column in ("blocks", "node", "name", "state", "blocks/s", "free KV", "sessions", "weights", "version"):
+    columns = ("blocks", "node", "name", "state", "reached", "blocks/s", "free KV", "sessions", "weights", "version")
+    for column in columns:
         table.add_column(column)
     for node in overview.nodes:
         table.add_row(
@@ -100,6 +101,7 @@ def status_view(overview: Overview) -> Group:
             _short(node),
             node.name or "",
             node.state,
+            node.reached or ("relay" if node.relayed else "?"),
             f"{node.throughput:.0f}",
             _known(node.cache_tokens_left if node.meter is None else node.meter.cache_tokens_free),
             _known(node.sessions if node.meter is None else node.meter.sessions),

@@ -25,6 +25,7 @@ from ..errors import DaemonError
 
 logger = logging.getLogger(__name__)
 _LEAVE_SESSION = "import os, sys; os.setsid(); os.execv(sys.argv[1], sys.argv[1:])"
+_RELAY_LIMITS = ("-relayTimeLimit=87600h", f"-relayDataLimit={2**50}", "-relayMaxCircuits=1024")  # as good as none
 _ATTEMPTS = 2
 _STEADY_SECONDS = 5.0  # a daemon that dies sooner than that has not really started
 _PAUSE_SECONDS = 1.0
@@ -147,7 +148,7 @@ class LastingP2P(P2P):
         return True
 
     def _make_process_args(self, *args: Any, **kwargs: Any) -> list[str]:  # type: ignore[override]
-        self._args = P2P._make_process_args(*args, **kwargs)
+        self._args = [*P2P._make_process_args(*args, **kwargs), *_RELAY_LIMITS]
         return _detached(self._args)
 
     def _break_off(self) -> None:

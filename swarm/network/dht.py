@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hivemind.dht import DHTNode
-from hivemind.p2p import PeerID
+from hivemind.p2p import P2P, PeerID
 
 from ..wire.records import ServerInfo, ServerState, block_uid
 from .clock import CLOCK
+from .nat.ways import WayfindingP2P
 
 logger = logging.getLogger(__name__)
 MODELS_KEY = "_petals.models"
@@ -78,7 +79,15 @@ async def fetch(dht: DHTNode, prefix: str, num_blocks: int) -> list[dict[PeerID,
                 except (ValueError, TypeError, AttributeError) as error:
                     logger.debug("a record for %s can't be read: %s", uid, error)
         blocks.append(servers)
+    _learn_ways(dht.protocol.p2p, blocks)
     return blocks
+
+
+def _learn_ways(p2p: P2P, blocks: list[dict[PeerID, ServerInfo]]) -> None:
+    """From now on calls reach these peers, through relays where they say so."""
+    if isinstance(p2p, WayfindingP2P):
+        for peer_id, info in {peer: info for servers in blocks for peer, info in servers.items()}.items():
+            p2p.learn(peer_id, info.offer.relays if info.offer is not None else ())
 
 
 def spans_of(

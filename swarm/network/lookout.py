@@ -77,10 +77,17 @@ class Lookout:
         self._present = self._in_table()
         if found or (missed and self._present):
             await self._set_clock(trusting=joining)
-            self._tell()
+            self.tell()
         if not self._present and not missed:
             self._asked.clear()  # at once
         self._set_alone(not self._present and (self.alone or not missed))
+
+    async def look_for_all(self) -> None:
+        """Asks all known peers at once, by their addresses: the daemon has been started again, and knows nobody."""
+        now = asyncio.get_running_loop().time()
+        self._present = frozenset()
+        await asyncio.gather(*(self._ask(peer_id, now) for peer_id in self._others()))
+        self._present = self._in_table()
 
     async def _set_clock(self, *, trusting: bool) -> None:
         """Moves this process's time to that of the others, as far as there are any."""
@@ -112,7 +119,7 @@ class Lookout:
         if jumped or asyncio.get_running_loop().time() > self._clock_due:
             await self._set_clock(trusting=jumped)
         if jumped:
-            self._tell()
+            self.tell()
 
     async def _learn(self) -> None:
         """Notes who is there and where they listen."""
@@ -166,6 +173,7 @@ class Lookout:
     def _in_table(self) -> frozenset[str]:
         return frozenset(peer_id.to_base58() for peer_id in self._of.dht.protocol.routing_table.peer_id_to_uid)
 
-    def _tell(self) -> None:
+    def tell(self) -> None:
+        """There is news of this peer for the swarm: ends every :meth:`pause`."""
         self._news.set()
         self._news = asyncio.Event()

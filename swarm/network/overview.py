@@ -80,6 +80,7 @@ class NodeView:
     started: float | None
     deterministic: bool = False
     adapters: tuple[str, ...] = ()
+    reached: str = ""
     meter: Meter | None = None
     rates: Rates | None = None
     problem: str | None = None
@@ -179,6 +180,7 @@ def _view(span: RemoteSpan) -> NodeView:
         started=offer.started if offer is not None else None,
         deterministic=offer is not None and offer.deterministic,
         adapters=info.adapters,
+        reached=offer.reached if offer is not None else "",
     )
 
 

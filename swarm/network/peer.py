@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hivemind.dht import DHTNode, node, routing
-from hivemind.p2p import PeerID
+from hivemind.p2p import P2P, PeerID
+from hivemind.proto import dht_pb2
 from hivemind.utils.multiaddr import Multiaddr
 
 from ..chance import CHANCE
@@ -22,6 +23,9 @@ from .daemon import LastingP2P
 from .forks import belongs_to_process
 from .known_peers import KnownPeers
 from .lookout import Lookout
+from .nat.dial_back import DialBack
+from .nat.reachability import Reachability
+from .nat.ways import WayfindingP2P
 from .options import PeerOptions
 
 if TYPE_CHECKING:
@@ -33,14 +37,13 @@ for _module in (node, routing):
 
 logger = logging.getLogger(__name__)
 _STOP_SECONDS = 2.0
-_REJOIN_SECONDS = 5.0
 _ASKED = 8  # peers, for their time
 _JOIN_SECONDS = 3.0  # for peers that are to be asked first
 
 
 class Peer:
     """A daemon (:attr:`p2p`), which is started again when it dies, and a DHT node (:attr:`dht`), which keeps looking
-    for the peers it knows (:attr:`lookout`).
+    for the peers it knows (:attr:`lookout`). Unless it is a client's, it finds out how others reach it (:attr:`reach`).
 
     Attributes:
         presence: on a local network, if any.
@@ -48,17 +51,13 @@ class Peer:
     """
 
     def __init__(
-        self,
-        p2p: LastingP2P,
-        dht: DHTNode,
-        addresses: Sequence[str],
-        known: KnownPeers,
-        initial_peers: Sequence[str] = (),
+        self, p2p: WayfindingP2P, dht: DHTNode, addresses: Sequence[str], known: KnownPeers, reach: Reachability
     ) -> None:
-        self.p2p, self.dht, self.addresses = p2p, dht, tuple(addresses)
+        self.p2p, self.dht, self.addresses, self.reach = p2p, dht, tuple(addresses), reach
         self.presence: Presence | None = None
         self.lookout, self._known = Lookout(self, known), known
-        self._initial_peers = {PeerID.from_base58(Multiaddr(address)["p2p"]): address for address in initial_peers}
+        reach.on_change.append(lambda _: self.lookout.tell())
+        self._dial_back = DialBack(p2p, _start_probe, reach.about)
         self.after_restart: list[Callable[[], Awaitable[None]]] = []
         self._keeping = asyncio.create_task(p2p.keep(self._rejoin))
 
@@ -100,7 +99,7 @@ class Peer:
             dht = await DHTNode.create(
                 p2p,
                 initial_peers=list(options.initial_peers),
-                client_mode=options.client,
+                client_mode=options.client or not _is_alone(options),  # until it is known that others reach it
                 num_workers=32,
                 # a node that vanished is asked again soon: it may be back, and our own records are refreshed often
                 blacklist_time=2.0,
@@ -116,7 +115,13 @@ class Peer:
         addresses = (
             [str(address) for address in await p2p.get_visible_maddrs(latest=True)] if not options.client else []
         )
-        return cls(p2p, dht, addresses, known, options.initial_peers)
+        alone, relayed = _is_alone(options), options.relay
+        reach = Reachability(p2p, dht, addresses, options.initial_peers, relayed=relayed, alone=alone)
+        peer = cls(p2p, dht, addresses, known, reach)
+        if not options.client:
+            await peer._dial_back.register()
+            await reach.start()
+        return peer
 
     @property
     def restarts(self) -> int:
@@ -141,19 +146,13 @@ class Peer:
         await self.p2p.check()
 
     async def _rejoin(self) -> None:
-        """Finds the initial peers again with a daemon that knows nobody, and then tells who wants to know."""
-        await asyncio.gather(*(self._find(*peer) for peer in self._initial_peers.items()))
+        """Finds the known peers again with a daemon that knows nobody, and then tells who wants to know."""
+        await self.lookout.look_for_all()
         for tell in [*self.after_restart]:
             try:
                 await tell()
             except Exception as error:
                 logger.warning("after a restart of the network daemon: %s", error)
-
-    async def _find(self, peer_id: PeerID, address: str) -> None:
-        with contextlib.suppress(Exception):  # whoever isn't there is looked for again, as always
-            there = [Multiaddr(address.rpartition("/p2p/")[0])]
-            await asyncio.wait_for(self.p2p._client.connect(peer_id, there), _REJOIN_SECONDS)
-            await asyncio.wait_for(self.dht.protocol.call_ping(peer_id), _REJOIN_SECONDS)
 
     async def skews(self, timeout: float) -> list[float]:
         """Seconds that this machine's clock is ahead of others' by: of peers that answer within ``timeout`` seconds."""
@@ -166,6 +165,7 @@ class Peer:
         self._keeping.cancel()
         await asyncio.wait({self._keeping})
         leaving = [] if self.presence is None else [self.presence.stop()]
+        leaving += [self.reach.stop(), self._dial_back.stop()]
         for ending in (*leaving, self.dht.shutdown(), self.p2p.shutdown()):
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(ending, _STOP_SECONDS)
@@ -177,7 +177,7 @@ async def _set_clock(p2p: LastingP2P, initial_peers: Sequence[str]) -> None:
     CLOCK.set_by(await measure_skews(p2p, {*peers}, _JOIN_SECONDS, quick=True), trusting=True)
 
 
-async def _start_daemon(options: PeerOptions) -> LastingP2P:
+async def _start_daemon(options: PeerOptions) -> WayfindingP2P:
     if not options.client:
         _check_port(options.host, options.port)
     if options.identity is not None:
@@ -191,16 +191,14 @@ async def _start_daemon(options: PeerOptions) -> LastingP2P:
         kind = "ip6" if ":" in options.public_ip else "ip4"
         announce.append(f"/{kind}/{options.public_ip}/tcp/{options.port}")
     try:
-        p2p = await LastingP2P.create(
+        p2p = await WayfindingP2P.create(
             initial_peers=list(options.initial_peers),
             host_maddrs=None if options.client else [f"/{family}/{options.host}/tcp/{options.port}"],
             announce_maddrs=announce or None,
             dht_mode="client" if options.client else "server",
             force_reachability="private"
             if options.client or options.relay
-            else "public"
-            if options.serve_relay
-            else None,
+            else "public",  # as it relays only then; whether others can reach it, it asks them
             identity_path=str(options.identity) if options.identity is not None else None,
             no_listen=options.client,
             nat_port_map=False,
@@ -227,6 +225,18 @@ async def _start_daemon(options: PeerOptions) -> LastingP2P:
 def _beside(identity: Path | None) -> Path | None:
     """The file for known peers."""
     return None if identity is None else identity.with_name(f"{identity.name}.peers")
+
+
+def _is_alone(options: PeerOptions) -> bool:
+    """Whether only this machine's own processes can reach the peer."""
+    return options.host in ("127.0.0.1", "::1", "localhost") and not options.relay
+
+
+async def _start_probe() -> P2P:
+    """A daemon that knows nobody and that nobody knows."""
+    probe = await LastingP2P.create(dht_mode="client", host_maddrs=None, no_listen=True, use_relay=False)
+    belongs_to_process(probe)
+    return probe
 
 
 def _check_address(address: str, *, needs_peer: bool) -> None:
@@ -273,8 +283,9 @@ async def ping(peer: Peer, peer_id: PeerID, timeout: float) -> float | None:
     """Round-trip seconds to a peer of the DHT, or ``None`` if it doesn't answer in ``timeout`` seconds."""
     loop = asyncio.get_running_loop()
     begin = loop.time()
+    request = dht_pb2.PingRequest(peer=peer.dht.protocol.node_info, validate=False)
     try:
-        answer = await asyncio.wait_for(peer.dht.protocol.call_ping(peer_id, validate=False), timeout)
+        await asyncio.wait_for(peer.dht.protocol.get_stub(peer_id).rpc_ping(request), timeout)
     except Exception:
         return None
-    return loop.time() - begin if answer is not None else None
+    return loop.time() - begin

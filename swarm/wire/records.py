@@ -13,13 +13,16 @@ import enum
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from .fields import Natural, Number, read
 
 UID_DELIMITER = "."
 CHAIN_DELIMITER = " "
 _KEY_AND_VALUE = 2
+Relay = Annotated[str, msgspec.Meta(max_length=256)]
 
 
 class ServerState(enum.IntEnum):
@@ -46,6 +49,9 @@ class Offer:
         deterministic: a session's results are the same to the last bit whoever else uses the node.
         manifest: the root of the manifest of its weights, if it has made or got one; nodes with different ones serve
             different weights.
+        reached: how others reach it, as it was told by peers who tried: ``direct``, ``relay``, ``unreachable``; else
+            ``unknown``.
+        relays: the addresses of the relays through which it is reached, ``/ip4/…/tcp/…/p2p/…``.
         adapters: by the names of its LoRA adapters a hash of each, as there may be several of one name.
     """
 
@@ -59,6 +65,8 @@ class Offer:
     max_step_tokens: Natural = 0
     deterministic: bool = False
     manifest: str = ""
+    reached: str = ""
+    relays: tuple[Relay, ...] = ()
     adapters: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -26,7 +26,7 @@ class LanProcess(Node):
         self.stdout, self.stderr = workdir / f"{number}.out", workdir / f"{number}.err"
         self.stdout.touch()
         self.argv = list(argv)
-        self.pid = Zygote.start(argv, self.stdout, self.stderr, env=host.env)
+        self.pid = Zygote.start(argv, self.stdout, self.stderr, netns=host.name)
 
     def said(self, name: str) -> list[dict[str, object]]:
         """Its events of this name."""
@@ -38,7 +38,6 @@ class LanHost:
 
     def __init__(self, lans: Lans, number: int, networks: Sequence[int]) -> None:
         self.name, self._lans = f"{lans.name}-{number}", lans
-        self.env = {"NETWORK_NAMESPACE": self.name}
         _ip("netns", "add", self.name)
         self.addresses = [f"10.77.{network}.{number}" for network in networks]
         for network, address in zip(networks, self.addresses, strict=True):
@@ -73,7 +72,7 @@ class LanHost:
 
     def run(self, *argv: str) -> subprocess.CompletedProcess[str]:
         """Runs ``swarm`` or ``swarm-node`` to its end."""
-        return run_command(argv, env=self.env)
+        return run_command(argv, netns=self.name)
 
     def _port(self, network: int) -> str:
         return f"p{network}-{self.name.rpartition('-')[2]}"

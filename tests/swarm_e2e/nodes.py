@@ -33,10 +33,12 @@ class Zygote:
         stderr: Path,
         stdin: Path = Path(os.devnull),
         env: Mapping[str, str] = MappingProxyType({}),
+        netns: str | None = None,
     ) -> int:
-        """Starts a command; its PID. Without ``stdout``, nobody reads what it writes there."""
-        out = None if stdout is None else str(stdout)
-        return cls._ask({"argv": [*argv], "stdin": str(stdin), "stdout": out, "stderr": str(stderr), "env": {**env}})
+        """Starts a command; its PID. Without ``stdout``, nobody reads what it writes there. ``netns``: the network
+        namespace that it runs in."""
+        files = {"stdin": str(stdin), "stdout": None if stdout is None else str(stdout), "stderr": str(stderr)}
+        return cls._ask({"argv": [*argv], **files, "env": {**env}, "netns": netns})
 
     @classmethod
     def wait(cls, pid: int) -> int:
@@ -76,12 +78,12 @@ class Zygote:
 class Node:
     """A ``swarm-node serve`` process."""
 
-    def __init__(self, argv: Sequence[str], workdir: Path) -> None:
+    def __init__(self, argv: Sequence[str], workdir: Path, netns: str | None = None) -> None:
         number = len(list(workdir.glob("*.out")))
         self.stdout, self.stderr = workdir / f"{number}.out", workdir / f"{number}.err"
         self.stdout.touch()
         self.argv = list(argv)
-        self.pid = Zygote.start(["swarm-node", *self.argv], self.stdout, self.stderr)
+        self.pid = Zygote.start(["swarm-node", *self.argv], self.stdout, self.stderr, netns=netns)
 
     def events(self) -> list[dict[str, Any]]:
         """What it has said so far: every line of it is JSON."""
@@ -164,7 +166,12 @@ def run_to_end(argv: Sequence[str], workdir: Path) -> tuple[int, list[dict[str, 
 
 
 def run_command(
-    argv: Sequence[str], *, said: str | bytes = "", read: bool = True, env: Mapping[str, str] = MappingProxyType({})
+    argv: Sequence[str],
+    *,
+    said: str | bytes = "",
+    read: bool = True,
+    env: Mapping[str, str] = MappingProxyType({}),
+    netns: str | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Runs ``swarm`` or ``swarm-node`` to its end, with ``said`` on its standard input. Its standard output is
     ``read``, or a pipe whose reader has left."""
@@ -172,7 +179,7 @@ def run_command(
         stdin, stdout, stderr = (Path(folder, name) for name in ("in", "out", "err"))
         stdin.write_bytes(said if isinstance(said, bytes) else said.encode())
         stdout.touch()
-        code = Zygote.wait(Zygote.start(argv, stdout if read else None, stderr, stdin, env))
+        code = Zygote.wait(Zygote.start(argv, stdout if read else None, stderr, stdin, env, netns))
         return subprocess.CompletedProcess([*argv], code, stdout.read_text(), stderr.read_text())
 
 

@@ -1,8 +1,9 @@
 """Starts ``swarm-node`` and ``swarm`` in a fraction of a second: imports everything once, then forks for each.
 
-Reads a JSON object a line, ``{"argv": [command, …], "stdin": path, "stdout": path, "stderr": path, "env": {…}}``;
-answers with the PID, and ``{"wait": pid}`` with the exit code. If stdout is null it is a pipe that nobody reads. Only
-the time for importing torch and transformers is saved: the command line, the entry point and the process are real.
+Reads a JSON object a line, ``{"argv": [command, …], "stdin": path, "stdout": path, "stderr": path, "env": {…},
+"netns": name}``; answers with the PID, and ``{"wait": pid}`` with the exit code. If stdout is null it is a pipe that
+nobody reads; ``netns`` is the network namespace to run in, or null. Only the time for importing torch and transformers
+is saved: the command line, the entry point and the process are real.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import ctypes
 import json
 import os
 import sys
+
+_NEW_NET = 0x40000000
 
 
 def main() -> None:
@@ -35,9 +38,9 @@ def main() -> None:
         pid = os.fork()
         if pid == 0:
             os.setsid()
+            if order.get("netns"):
+                _enter(order["netns"])
             os.environ.update(order["env"])
-            if namespace := order["env"].get("NETWORK_NAMESPACE"):
-                _enter(namespace)
             os.dup2(_unread() if order["stdout"] is None else _appended(order["stdout"]), 1)
             os.dup2(_appended(order["stderr"]), 2)
             os.dup2(os.open(order["stdin"], os.O_RDONLY), 0)
@@ -57,9 +60,9 @@ def main() -> None:
 
 def _enter(namespace: str) -> None:
     """Moves this process into a network namespace of ``ip netns``; Python has ``os.setns`` from 3.12 on."""
-    with open(f"/run/netns/{namespace}") as file:
-        if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), 0x40000000) != 0:  # CLONE_NEWNET
-            raise OSError(ctypes.get_errno(), f"can't enter {namespace}")
+    with open(f"/run/netns/{namespace}") as opened:
+        if ctypes.CDLL(None, use_errno=True).setns(opened.fileno(), _NEW_NET):
+            raise OSError(ctypes.get_errno(), f"can't enter the network namespace {namespace}")
 
 
 def _appended(path: str) -> int:

@@ -50,8 +50,13 @@ function describe(node) {
     meter && ["Round trip", `${(1e3 * meter.rtt).toFixed(1)} ms`],
     ["Weights", [node.dtype, node.quantization].filter((each) => each && each !== "none").join(", ") || "?"],
     ["Version", node.version ?? "?"], ["Up since", node.started ? new Date(1e3 * node.started).toLocaleString() : "?"],
-    ["Reached by", node.relayed ? "a relay" : "its own address"], ["Deterministic", node.deterministic ? "yes" : "no"],
+    ["Reached by", reachedBy(node)], ["Deterministic", node.deterministic ? "yes" : "no"],
   ].filter(Boolean);
+}
+
+function reachedBy({ reached, relayed }) {
+  if (relayed) return "a relay";
+  return { direct: "its own address", unreachable: "nobody", unknown: "not known yet" }[reached] ?? "?";
 }
 
 const WIDTH = 300, HEIGHT = 70, SPAN = 600;

@@ -1,0 +1,1 @@
+"""Being reached from outside: whether it is so, and through whom else."""
