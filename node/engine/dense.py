@@ -23,19 +23,19 @@ class DenseTurns:
         self.waiting: deque[DenseWork] = deque()
         self._span = span
         self._counters = counters
-        self._max_tokens = max_tokens
+        self._tokens = max_tokens
         self._adapters = adapters
 
     def choose(self) -> DenseWork | None:
         """What runs next, which doesn't wait then; None if there is nothing, or it is cancelled."""
         work = self.waiting.popleft() if self.waiting else None
-        return work if work and (work.done or work.future.set_running_or_notify_cancel()) else None
+        return work if work and (work.future.running() or work.future.set_running_or_notify_cancel()) else None
 
     def run(self, work: DenseWork) -> int:
         """Compute the next rows of ``work``, and return how many tokens. Raises what the blocks raise, and as
         :func:`advance`."""
         check_adapter(self._adapters, work.adapter)
-        return advance(self._span, work, max_tokens=self._max_tokens)
+        return advance(self._span, work, max_tokens=self._tokens)
 
     def deliver(self, work: DenseWork, tokens: int, seconds: float, waited_s: float) -> None:
         """Tell the result, if all rows are done."""
@@ -46,6 +46,16 @@ class DenseTurns:
             work.future.set_result(work.output)  # type: ignore[arg-type]
         else:
             work.future.set_result((work.output, work.prompt_grad))  # type: ignore[arg-type]
+
+    def shrink(self, work: DenseWork) -> bool:
+        """There was no memory for the next rows of ``work``: fewer at a time from now on. False: it was only one."""
+        rows, columns, _ = work.hidden.shape
+        together = min(rows - work.done, self._tokens // max(1, columns))
+        if together < 2:
+            return False
+        self._tokens = together * columns // 2
+        self.waiting.appendleft(work)
+        return True
 
     def fail(self, work: DenseWork, error: Exception) -> None:
         """``work`` failed, and ends."""

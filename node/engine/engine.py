@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from swarm.compute.memory import is_out_of_memory
 from swarm.errors import BadRequestError, LeavingError, OutOfCacheError, RemoteError
 from swarm.model.span import Span
 
@@ -331,7 +332,8 @@ class Engine:
                 ran: Any = turns.run(chosen)
             except Exception as error:
                 self._counters.failures += 1
-                turns.fail(chosen, error)
+                if not (is_out_of_memory(error) and turns.shrink(chosen)):
+                    turns.fail(chosen, error)
                 return
             seconds = time.perf_counter() - began
         self._counters.ran(seconds)

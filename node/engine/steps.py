@@ -57,6 +57,13 @@ class StepTurns:
             take.work.times.compute_s += seconds
             self._advance(take, output)
 
+    def shrink(self, takes: list[Take]) -> bool:
+        """There was no memory for ``takes``: they run divided, in the next turns. False: they can't be divided."""
+        divided = self._queue.shrink(takes)
+        if divided:
+            logger.warning("there is no memory for a batch of %d works: it is divided", len(takes))
+        return divided
+
     def fail(self, takes: list[Take], error: Exception) -> None:
         """``takes`` failed: their sessions are as they were before these works, and the works end."""
         logger.warning("a batch of %d works failed: %r", len(takes), error)

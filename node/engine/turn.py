@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -56,7 +57,7 @@ class TurnRunner:
         self._deterministic = deterministic
 
     def run(self, takes: Sequence[Take]) -> TurnOutput:
-        """``takes`` through the blocks that all of them are for. If it fails, their rows are as long as before."""
+        """``takes`` through the blocks that all of them are for. If it fails, their rows are as before."""
         cuts = [_cut(take) for take in takes]
         rows: list[tuple[Row, int]] = []
         prefill = decode = 0
@@ -68,10 +69,24 @@ class TurnRunner:
                 prefill += total
         if not prefill + decode:
             return TurnOutput([self._empty(take) for take in takes], 0, 0)
-        outputs = self._divide(self._compute(cuts, rows), cuts)
+        with self._kept_states([row for row, count in rows if count]):
+            outputs = self._divide(self._compute(cuts, rows), cuts)
         for row, count in rows:
             row.length += count
         return TurnOutput(outputs, prefill, decode)
+
+    @contextmanager
+    def _kept_states(self, rows: Sequence[Row]) -> Iterator[None]:
+        """If it fails, the states of ``rows``, of which some blocks have new ones by then, are the old ones again."""
+        states = [] if self._states is None else [self._states.of(row) for row in rows]
+        before = [dict(each) for each in states]
+        try:
+            yield
+        except BaseException:
+            for now, old in zip(states, before, strict=True):
+                now.clear()
+                now.update(old)
+            raise
 
     def _compute(self, cuts: Sequence[_Cut], rows: list[tuple[Row, int]]) -> torch.Tensor:
         """The output ``[1, tokens, H]`` of all takes, on the CPU; ``rows`` with how many new tokens each has."""

@@ -1,4 +1,4 @@
-"""Giving freed memory back to the system."""
+"""Memory: giving what is free back to the system, and telling that there is none."""
 
 from __future__ import annotations
 
@@ -8,6 +8,15 @@ import mmap
 from collections.abc import Callable
 
 import torch
+
+_NONE_LEFT = ("DefaultCPUAllocator: can't allocate", "DefaultCPUAllocator: not enough memory", "_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether something failed as there was no memory for it, on whatever device."""
+    if isinstance(error, RuntimeError) and any(text in str(error) for text in _NONE_LEFT):
+        return True
+    return isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def trim() -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from swarm.compute.memory import is_out_of_memory
 from swarm.compute.transfer import staged, to_host
 from swarm.model.span import Span
 
@@ -63,16 +64,17 @@ class StaticDecode:
         for device, begin, end in self._span.runs(first, last):
             buffers = self._buffers[device]
             buffers.fill(states, longs, ints)
-            recording = self._recording(device, begin, end, height, width)
-            if recording is None:
-                self._refused.add((first, last))
+            try:
+                recording = self._recording(device, begin, end, height, width)
+            except Exception as error:
+                self._not_recorded(error, first, last)
                 return None
             recording()
             states = buffers.output[:, :height]
         return to_host(states[0, : len(rows)])
 
-    def _recording(self, device: torch.device, begin: int, end: int, height: int, width: int) -> Step | None:
-        """For the blocks ``begin:end``, all on ``device``, whose buffers hold a step; None: they can't be recorded."""
+    def _recording(self, device: torch.device, begin: int, end: int, height: int, width: int) -> Step:
+        """For the blocks ``begin:end``, all on ``device``, whose buffers hold a step."""
         key = (begin, end, height, width)
         if key in self._recordings:
             self._recordings.move_to_end(key)
@@ -84,15 +86,18 @@ class StaticDecode:
             output = run_blocks(self._span, buffers.hidden[:, :height], batch, first=begin, last=end)
             buffers.output[:, :height].copy_(output)
 
-        try:
-            recording = self._record(device, step)
-        except Exception as error:  # whatever the blocks of some model do that can't be recorded
-            logger.warning("decode steps of blocks %d:%d run unrecorded, which is slower: %r", begin, end, error)
-            return None
+        recording = self._record(device, step)
         while len(self._recordings) >= _MOST_RECORDINGS:
             self._recordings.popitem(last=False)
         self._recordings[key] = recording
         return recording
+
+    def _not_recorded(self, error: Exception, first: int, last: int) -> None:
+        if is_out_of_memory(error):  # maybe not for long; and what is missing may be the others'
+            self._recordings.clear()
+        else:  # whatever the blocks of some model do that can't be recorded
+            logger.warning("decode steps of blocks %d:%d run unrecorded, which is slower: %r", first, last, error)
+            self._refused.add((first, last))
 
 
 def fitting(rows: int, longest: int, cache: KVCache) -> tuple[int, int]:

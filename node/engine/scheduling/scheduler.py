@@ -66,7 +66,7 @@ def plan_turn(
     here = [(index, work) for index, work in enumerate(waiting) if work.blocks == blocks]
     index, work = here[0]
     limit = budget if work.decodes else min(budget, prefill_budget)
-    first_alone = Turn(blocks, ((index, _cut(work, limit) or _least(work)),))
+    first_alone = Turn(blocks, ((index, _cut(work, limit) or least_columns(work)),))
     if work.alone:
         return first_alone
     shared = [(index, work) for index, work in here if not work.alone]
@@ -92,14 +92,14 @@ def plan_turn(
     return Turn(blocks, tuple(takes))
 
 
+def least_columns(work: Waiting) -> int:
+    """How many columns of ``work`` have to run together."""
+    return min(work.columns, work.piece - work.start % work.piece)
+
+
 def _cut(work: Waiting, tokens: int) -> int:
     """How many columns of ``work`` fit into ``tokens``."""
     columns = max(0, tokens) // work.rows
     if columns >= work.columns:
         return work.columns
     return max(0, columns - (work.start + columns) % work.piece)
-
-
-def _least(work: Waiting) -> int:
-    """How many columns of ``work`` have to run together."""
-    return min(work.columns, work.piece - work.start % work.piece)

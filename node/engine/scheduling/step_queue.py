@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from .gathering import Gatherer
 from .pacing import Pacer
 from .row_group import RowGroup
-from .scheduler import PIECE_TOKENS, Waiting, columns_per_piece, plan_turn
+from .scheduler import PIECE_TOKENS, Waiting, columns_per_piece, least_columns, plan_turn
 from .work import StepWork
+
+_GROWTH = 64  # turns until a budget that was cut down to nothing is whole again
 
 
 class Take(NamedTuple):
@@ -35,7 +37,7 @@ class StepQueue:
         self._away: set[RowGroup] = set()
         self._waiting_since = 0.0
         self._previous: tuple[int, int] | None = None
-        self._max_tokens = max_tokens
+        self._max_tokens = self._budget = max_tokens
         self._deterministic = deterministic
         self._clock = clock
         self._pacer = Pacer(max_tokens)
@@ -69,7 +71,7 @@ class StepQueue:
         )
         turn = plan_turn(
             waiting,
-            budget=self._max_tokens,
+            budget=self._budget,
             prefill_budget=max(prefill_budget, PIECE_TOKENS if self._deterministic else 0),
             previous=self._previous,
             together=self._together(),
@@ -81,10 +83,20 @@ class StepQueue:
 
     def ran(self, sessions: int, seconds: float, *, prefill: int, decode: int, waited_s: float) -> None:
         """A batch of so many ``sessions`` and tokens took ``seconds``, and had waited for other nodes before."""
+        self._budget = min(self._max_tokens, self._budget + max(1, self._max_tokens // _GROWTH))
         self._pacer.ran(prefill=prefill, decode=decode, seconds=seconds)
         self._waiting_since = self._clock()  # who isn't done has had its turn, and can wait for decode again
         if decode:
             self._gatherer.ran(self._waiting_since, seconds, None if prefill else sessions, waited_s=waited_s)
+
+    def shrink(self, takes: Sequence[Take]) -> bool:
+        """There was no memory for ``takes``, which wait again: turns are half as large now, and grow bit by bit.
+        False: nothing smaller can run."""
+        first = takes[0]
+        if len(takes) == 1 and first.columns <= least_columns(self._waiting(first.session)):
+            return False
+        self._budget = max(1, sum(take.work.rows * take.columns for take in takes) // 2)
+        return True
 
     def requeue(self, session: RowGroup) -> None:
         """The session's first work goes on behind everybody else's."""
