@@ -34,17 +34,23 @@ def expected(whole: PreTrainedModel) -> torch.Tensor:
 
 
 def daemon_of(pid: int) -> int | None:
-    """The PID of a process's p2pd, if it has one at the moment."""
-    found = subprocess.run(["pgrep", "-P", str(pid), "-x", "p2pd"], capture_output=True, text=True).stdout.split()
-    return int(found[0]) if found else None
+    """The PID of a process's p2pd, if it has one that lives at the moment."""
+    found = subprocess.run(["ps", "--ppid", str(pid), "-o", "pid=,stat=,comm="], capture_output=True, text=True).stdout
+    for child, state, name in map(str.split, found.splitlines()):
+        if name == "p2pd" and not state.startswith("Z"):  # what has been killed stays until its parent looks
+            return int(child)
+    return None
 
 
 def kill_daemon(pid: int) -> None:
     """Ends the p2pd of a process, which has one or is about to."""
+    deadline = time.monotonic() + 60
     while (daemon := daemon_of(pid)) is None:
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(daemon, signal.SIGKILL)
     while daemon_of(pid) == daemon:
+        assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
@@ -76,9 +82,11 @@ def test_a_clients_daemon_dies_in_mid_generation(swarm: Swarm, path: Path, expec
         die()
         assert torch.equal(generate(own, IDS), expected)
         assert peer.restarts == 2
+        deadline = time.monotonic() + 60
         while peer.p2p.lost is None:  # now it dies as soon as it has been started
             with contextlib.suppress(ProcessLookupError):
                 die()
+            assert time.monotonic() < deadline
             time.sleep(0.005)
         with pytest.raises(DaemonError, match="start the process again"):
             generate(own, IDS)

@@ -81,8 +81,9 @@ def test_a_port_for_metrics_that_is_taken_is_no_node() -> None:
         host = Host(means, JOINING)
         with pytest.raises(ConnectError, match="choose another --metrics-port"):
             await host.take(0, 2, [0.0] * 2)
-        await host.close()
         assert await states(other, node, means.source.dht_prefix, 2) == "JJ"
+        await host.close()
+        assert await states(other, node, means.source.dht_prefix, 2) == "--"
 
     run(work)
 
