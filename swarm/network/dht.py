@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from hivemind.dht import DHTNode
 from hivemind.p2p import P2P, PeerID
 
+from ..wire.peer_id import read_peer_id
 from ..wire.records import ServerInfo, ServerState, block_uid
 from .clock import CLOCK
 from .nat.ways import WayfindingP2P
@@ -75,7 +76,7 @@ async def fetch(dht: DHTNode, prefix: str, num_blocks: int) -> list[dict[PeerID,
         if isinstance(value, Mapping):
             for peer, record in value.items():
                 try:
-                    servers[PeerID.from_base58(peer)] = ServerInfo.from_tuple(record.value)
+                    servers[read_peer_id(peer)] = ServerInfo.from_tuple(record.value)
                 except (ValueError, TypeError, AttributeError) as error:
                     logger.debug("a record for %s can't be read: %s", uid, error)
         blocks.append(servers)

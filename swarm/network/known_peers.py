@@ -10,8 +10,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hivemind.p2p import PeerID
 from hivemind.utils.multiaddr import Multiaddr
+
+from ..wire.peer_id import read_peer_id
 
 logger = logging.getLogger(__name__)
 MAX_CONTACTS = 64
@@ -160,7 +161,7 @@ def _read(file: Path | None, initial: Collection[str]) -> list[Contact]:
 def _contact(entry: object) -> Contact | None:
     try:
         peer_id, addresses, seen = entry["peer_id"], entry["addresses"], entry["seen"]  # type: ignore[index]
-        PeerID.from_base58(peer_id)
+        read_peer_id(peer_id)
         contact = Contact(peer_id, tuple(str(Multiaddr(address)) for address in addresses[:MAX_ADDRESSES]), float(seen))
     except Exception:  # hivemind's parsers raise what they like
         return None

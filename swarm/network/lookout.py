@@ -8,8 +8,9 @@ import logging
 from typing import Protocol
 
 from hivemind.dht import DHTNode
-from hivemind.p2p import P2P, PeerID
+from hivemind.p2p import P2P
 
+from ..wire.peer_id import read_peer_id
 from .clock import CLOCK, Instant, measure_skews, stood_still, was_set
 from .daemon_calls import connect, find_addresses
 from .known_peers import MAX_CONTACTS, Asked, Contact, KnownPeers, whom_to_ask
@@ -91,7 +92,7 @@ class Lookout:
 
     async def _set_clock(self, *, trusting: bool) -> None:
         """Moves this process's time to that of the others, as far as there are any."""
-        peers = [PeerID.from_base58(peer_id) for peer_id in [*self._present][:_AT_A_TIME]]
+        peers = [read_peer_id(peer_id) for peer_id in [*self._present][:_AT_A_TIME]]
         corrected = CLOCK.set_by(await measure_skews(self._of.p2p, peers, _ASK_SECONDS), trusting=trusting)
         # two peers come to one time step by step
         self._clock_due = asyncio.get_running_loop().time() + (0.0 if corrected else _CLOCK_SECONDS)
@@ -135,14 +136,14 @@ class Lookout:
 
     async def _contact(self, peer_id: str) -> Contact:
         try:
-            finding = find_addresses(self._of.p2p, PeerID.from_base58(peer_id))
+            finding = find_addresses(self._of.p2p, read_peer_id(peer_id))
             return Contact(peer_id, await asyncio.wait_for(finding, _ASK_SECONDS))
         except Exception:
             return Contact(peer_id, ())
 
     async def _ask(self, peer_id: str, now: float) -> bool:
         """Whether a peer that was missing is there."""
-        peer, missing = PeerID.from_base58(peer_id), peer_id not in self._present
+        peer, missing = read_peer_id(peer_id), peer_id not in self._present
         dht = self._of.dht
         answer = None
         with contextlib.suppress(Exception):

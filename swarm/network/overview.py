@@ -9,12 +9,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
 import msgspec
-from hivemind.p2p import P2PHandlerError, PeerID
+from hivemind.p2p import P2PHandlerError
 
 from ..errors import BadRequestError
 from ..ranges import subtract
 from ..wire import rpc
 from ..wire.fields import read
+from ..wire.peer_id import read_peer_id
 from ..wire.records import ServerState
 from . import dht
 from .dht import RemoteSpan
@@ -188,7 +189,7 @@ async def _ask(peer: Peer, peer_id: str, patience: float) -> Meter | str | None:
     """What a node says about itself; ``None`` if it counts nothing, as Petals' servers; text: why it didn't answer."""
     begin = time.monotonic()
     try:
-        answer = await ask_info(peer.p2p, PeerID.from_base58(peer_id), patience)
+        answer = await ask_info(peer.p2p, read_peer_id(peer_id), patience)
     except asyncio.TimeoutError:
         return f"no answer in {patience:.0f} s"
     except P2PHandlerError:

@@ -18,6 +18,7 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from ..chance import CHANCE
 from ..errors import ConnectError, UsageError
+from ..wire.peer_id import read_peer_id
 from .clock import CLOCK, describe_skew, measure_skews, skew_told
 from .daemon import LastingP2P
 from .forks import belongs_to_process
@@ -156,7 +157,7 @@ class Peer:
 
     async def skews(self, timeout: float) -> list[float]:
         """Seconds that this machine's clock is ahead of others' by: of peers that answer within ``timeout`` seconds."""
-        known = {*map(PeerID.from_base58, self._known.peer_ids()), *self.dht.protocol.routing_table.peer_id_to_uid}
+        known = {*map(read_peer_id, self._known.peer_ids()), *self.dht.protocol.routing_table.peer_id_to_uid}
         return await measure_skews(self.p2p, [*known][:_ASKED], timeout)
 
     async def stop(self) -> None:
@@ -173,7 +174,7 @@ class Peer:
 
 async def _set_clock(p2p: LastingP2P, initial_peers: Sequence[str]) -> None:
     """Takes the time of the swarm that is joined."""
-    peers = [PeerID.from_base58(Multiaddr(address)["p2p"]) for address in initial_peers]
+    peers = [read_peer_id(Multiaddr(address)["p2p"]) for address in initial_peers]
     CLOCK.set_by(await measure_skews(p2p, {*peers}, _JOIN_SECONDS, quick=True), trusting=True)
 
 
@@ -243,7 +244,7 @@ def _check_address(address: str, *, needs_peer: bool) -> None:
     try:
         protocols = Multiaddr(address)
         if needs_peer:
-            PeerID.from_base58(protocols["p2p"])
+            read_peer_id(protocols["p2p"])
     except Exception as error:
         form = "/ip4/192.168.1.5/tcp/31330" + ("/p2p/Qm…" if needs_peer else "")
         raise UsageError(f"{address!r} is no address of a peer: the form is {form}") from error

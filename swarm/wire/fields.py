@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from typing import Annotated, Any, TypeVar
 
 import msgspec
 from hivemind.p2p import PeerID
+
+from .peer_id import read_peer_id
 
 T = TypeVar("T")
 Natural = Annotated[int, msgspec.Meta(ge=0)]
@@ -32,9 +33,6 @@ def read(kind: type[T], found: Any) -> T:
         raise ValueError(str(error)) from error
 
 
-@functools.lru_cache(maxsize=1024)
 def _peer_id(_: type, text: Any) -> PeerID:
-    """The one type that msgspec doesn't know. The same few come again and again, and each takes 0.1 ms to read."""
-    if not isinstance(text, str):
-        raise TypeError("expected a PeerID in base58")
-    return PeerID.from_base58(text)
+    """The one type that msgspec doesn't know."""
+    return read_peer_id(text)

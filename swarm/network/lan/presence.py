@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 import logging
 
-from hivemind.p2p import PeerID
 from hivemind.utils.multiaddr import Multiaddr
 
 from ... import __version__
+from ...wire.peer_id import read_peer_id
 from ..peer import Peer
 from .addresses import announced, is_loopback, multicast_hosts, own_interfaces
 from .look import dial
@@ -127,7 +127,7 @@ async def found(peer: Peer, maddr: str) -> bool:
     """Joins the swarms of two peers: connects to ``/…/p2p/…`` and has both know each other; whether it answered."""
     try:
         address, _, name = maddr.rpartition("/p2p/")
-        peer_id = PeerID.from_base58(name)
+        peer_id = read_peer_id(name)
         await asyncio.wait_for(peer.p2p._client.connect(peer_id, [Multiaddr(address)]), _MEET_SECONDS)
         return await asyncio.wait_for(peer.dht.protocol.call_ping(peer_id), _MEET_SECONDS) is not None
     except Exception as error:

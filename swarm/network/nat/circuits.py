@@ -12,6 +12,8 @@ import asyncio
 from hivemind.p2p import P2P, PeerID
 from hivemind.utils.multiaddr import Multiaddr
 
+from ...wire.peer_id import read_peer_id
+
 _HOP = "/libp2p/circuit/relay/0.2.0/hop"
 _RESERVE = b"\x02\x08\x00"  # a protobuf message of two bytes: type RESERVE
 _OK = b"\x28\x64"  # the last field of the answer: status 100
@@ -30,7 +32,7 @@ class Circuit:
     def __init__(self, relay: str) -> None:
         where, _, peer_id = relay.rpartition("/p2p/")
         try:
-            name = PeerID.from_base58(peer_id).to_bytes()
+            name = read_peer_id(peer_id).to_bytes()
             # hivemind writes neither newer PeerIDs nor circuits as the daemon reads them
             self._bytes = Multiaddr(where).to_bytes() + _P2P + bytes([len(name)]) + name + _CIRCUIT
         except Exception as error:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hivemind.p2p import PeerID
 from hivemind.proto import dht_pb2
 from hivemind.utils.auth import AuthRole, AuthRPCWrapper
 from hivemind.utils.multiaddr import Multiaddr
 
+from ...wire.peer_id import read_peer_id
 from .circuits import reserve
 from .dial_back import Answer, ask
 
@@ -103,7 +103,7 @@ class Reachability:
     ) -> None:
         self._p2p, self._dht, self._relayed, self._alone = p2p, dht, relayed, alone
         self._addresses = [address for address in addresses if not _is_local(address)]
-        self._initial = [PeerID.from_base58(Multiaddr(address)["p2p"]) for address in initial_peers]
+        self._initial = [read_peer_id(Multiaddr(address)["p2p"]) for address in initial_peers]
         self._known: dict[str, Answer] = {}  # what peers have said that answered
         self.now = Reached(DIRECT) if alone else Reached()
         self.on_change: list[Callable[[Reached], None]] = []
@@ -188,7 +188,7 @@ class Reachability:
         for name in choose_relays(self._known, held):
             if count == MAX_RELAYS:
                 break
-            if await reserve(self._p2p, PeerID.from_base58(name), _RESERVE_SECONDS):
+            if await reserve(self._p2p, read_peer_id(name), _RESERVE_SECONDS):
                 count += 1
                 told = [address.partition("/p2p/")[0] for address in self._known[name].addresses]
                 where = dict.fromkeys([*seen.get(name, ()), *told])

@@ -23,6 +23,7 @@ from ...network.clock import CLOCK
 from ...network.peer import Peer
 from ...wire.dht_prefix import default_dht_prefix
 from ...wire.fields import read
+from ...wire.peer_id import read_peer_id
 from ...wire.rpc import Response
 from ...wire.stream import MessageStream
 from .manifest import Manifest
@@ -84,7 +85,7 @@ async def fetch_holders(node: DHTNode, prefix: str) -> dict[PeerID, Holder]:
     if found is not None and isinstance(found.value, Mapping):
         for peer, record in found.value.items():
             try:
-                holders[PeerID.from_base58(peer)] = Holder.from_value(record.value)
+                holders[read_peer_id(peer)] = Holder.from_value(record.value)
             except (ValueError, TypeError, AttributeError) as error:
                 logger.debug("a record of weights of %s can't be read: %s", prefix, error)
     holders.pop(node.peer_id, None)

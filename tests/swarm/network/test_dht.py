@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from swarm.network.dht import spans_of
 from swarm.wire.records import ServerInfo, ServerState
 
-PEER = PeerID(b"a peer")
+PEER = PeerID(b"\x12\x20" + b"a peer".rjust(32))
 
 
 @given(st.data())
