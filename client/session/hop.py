@@ -29,6 +29,7 @@ from ..routing.route import Leg
 from .history import History
 from .trace import Answered
 
+_ANSWER_SECONDS = 5.0
 _EMPTY, _EMPTY_INT64 = encode(rpc.EMPTY), encode(rpc.EMPTY_INT64)
 
 
@@ -79,6 +80,7 @@ class Hop:
         timeout: float,
         hands_over: bool = False,
         take_over: TakeOver | None = None,
+        pusher: PeerID | None = None,
     ) -> Hop:
         """Opens a session for ``rows`` rows of up to ``max_length`` columns at the leg's peer.
 
@@ -88,6 +90,7 @@ class Hop:
             wait: seconds to queue at a peer without room, beyond ``timeout``.
             hands_over: whether another hop may fetch what the session has in its cache.
             take_over: what it may fetch from another hop; it has time for that, too.
+            pusher: the only one who may push steps into the session; None: anybody.
 
         Raises:
             PeerLostError: the peer can't be reached, or doesn't answer in ``timeout`` seconds.
@@ -107,6 +110,8 @@ class Hop:
             fields["alloc_timeout"] = wait
         if hands_over:
             fields["handover_key"] = os.urandom(KEY_BYTES)
+        if pusher is not None:
+            fields["pusher"] = pusher.to_base58()
         if take_over is not None:
             fields["take_over"] = take_over.to_dict()
         timeout += wait + (take_over.seconds if take_over is not None else 0.0)
@@ -216,6 +221,19 @@ class Hop:
         if not self._key or not self.history.position:
             return None
         return TakeOver(self.peer_id, self.session_id, self._key, self.history.position, self.reorders, seconds)
+
+    async def let_push(self, peer_id: PeerID) -> None:
+        """From now on only this peer may push steps into the session. Never fails: if the hop has, its next step says
+        so."""
+        nothing = torch.empty(self._rows, 0, self._hidden_size, dtype=self.dtype or torch.float32)
+        step_id = uuid.uuid4().hex
+        fields = {"session_id": self.session_id, "step_id": step_id, "pusher": peer_id.to_base58()}
+        tensors = [encode(nothing), _EMPTY, _EMPTY_INT64]
+        with suppress(SwarmError):
+            self.expect(step_id)
+            await self._stream.send(Request(uid=self._uid, tensors=tensors, metadata=rpc.dump(fields)))
+            await self.reply(step_id, _ANSWER_SECONDS)
+        self.forget(step_id)
 
     async def close(self) -> None:
         """Ends the session at the node; never fails."""

@@ -25,13 +25,14 @@ Prefix = tuple[bytes, list[bytes] | None]
 
 
 class Dial(Protocol):
-    """Opens a session at one hop, which is ready to queue for ``wait`` seconds.
+    """Opens a session at one hop, which gets steps pushed by the peer ``before``, and is ready to queue for ``wait``
+    seconds.
 
     Raises:
         SwarmError: the hop can't be reached, is full, or refuses.
     """
 
-    async def __call__(self, leg: Leg, prefix: Prefix | None, *, wait: float = 0.0) -> Any: ...
+    async def __call__(self, leg: Leg, before: PeerID, prefix: Prefix | None, *, wait: float = 0.0) -> Any: ...
 
 
 async def open_route(
@@ -40,6 +41,7 @@ async def open_route(
     first: int,
     last: int,
     needs: Needs,
+    before: PeerID,
     prefixes: Callable[[Sequence[Leg]], Sequence[Prefix | None]] | None = None,
 ) -> list[Any]:
     """Opens a session at each hop of the best route; looks for another route while one of them fails.
@@ -48,6 +50,7 @@ async def open_route(
     order that is the same for everybody: who held one hop while waiting for another could wait for ever.
 
     Args:
+        before: whoever pushes steps to the first hop.
         prefixes: for the hops of a route what they may have in their caches already; None: nothing.
 
     Raises:
@@ -59,7 +62,8 @@ async def open_route(
     while True:
         legs = await failures.route(first, last, needs)
         known = [None] * len(legs) if prefixes is None else prefixes(legs)
-        ways = [partial(dial, leg, prefix) for leg, prefix in zip(legs, known, strict=True)]
+        pushers = [before, *(leg.peer_id for leg in legs)][: len(legs)]
+        ways = [partial(dial, *way) for way in zip(legs, pushers, known, strict=True)]
         if crowded.isdisjoint(leg.peer_id for leg in legs):
             opened = await _open_together(ways)
         else:

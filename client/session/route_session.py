@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from hivemind.p2p import PeerID
 
 from swarm.errors import LeavingError, SwarmError
 from swarm.wire.handover import TakeOver
@@ -142,7 +143,7 @@ class RouteSession:
             return self._prefixes(legs, inputs.dtype, spare)
 
         padding = _reordered(self._left_padding, order)
-        self._pipeline.hops = await self._open(self._first, self._last, padding, prefixes)
+        self._pipeline.hops = await self._open(self._first, self._last, self._view.peer.peer_id, padding, prefixes)
         self._pipeline.sharing = self._names is not None
         self._tell("route", self.hops)
         start = min(spare, *(hop.reused for hop in self.hops))
@@ -248,11 +249,12 @@ class RouteSession:
 
     async def _renew(self, index: int, take_over: TakeOver | None = None) -> None:
         failed = self.hops[index]
+        before = self.hops[index - 1].peer_id if index else self._view.peer.peer_id
         self._pipeline.sharing = False  # what comes out of another hop is not quite the same
 
         async def open_hops(order: torch.Tensor) -> list[Hop]:
             padding = _reordered(failed.left_padding, order)
-            return await self._open(failed.start, failed.end, padding, take_over=take_over)
+            return await self._open(failed.start, failed.end, before, padding, take_over=take_over)
 
         replacement = await replay(
             failed,
@@ -264,26 +266,31 @@ class RouteSession:
             handed_over=take_over is not None,
         )
         self.hops[index : index + 1] = replacement
+        for behind in self.hops[index + len(replacement) :][:1]:
+            if not behind.is_petals:
+                await behind.let_push(replacement[-1].peer_id)
         self._tell("replaced", replacement)
 
     async def _open(
         self,
         first: int,
         last: int,
+        before: PeerID,
         padding: tuple[int, ...],
         prefixes: Callable[[Sequence[Leg]], Sequence[Prefix | None]] | None = None,
         take_over: TakeOver | None = None,
     ) -> list[Hop]:
-        """Hops for the blocks ``first:last``, for rows with ``padding`` at their left. Raises as :func:`open_route`."""
+        """Hops for the blocks ``first:last``, behind the peer ``before``, for rows with ``padding`` at their left.
+        Raises as :func:`open_route`."""
 
-        async def dial(leg: Leg, prefix: Prefix | None, *, wait: float = 0.0) -> Hop:
-            dialing = self._dial(leg, padding, prefix, wait, take_over)
+        async def dial(leg: Leg, before: PeerID, prefix: Prefix | None, *, wait: float = 0.0) -> Hop:
+            dialing = self._dial(leg, before, padding, prefix, wait, take_over)
             if not self._view.pulse.knows(leg.peer_id):
                 return await dialing  # the first connection to a peer may take longer than an answer
             lives = partial(self._view.pulse.lives, leg.peer_id)
             return await watched(dialing, leg.peer_id, UNKNOWN_SECONDS, lives)
 
-        return await open_route(dial, self._failures, first, last, self._needs(padding), prefixes)
+        return await open_route(dial, self._failures, first, last, self._needs(padding), before, prefixes)
 
     def _needs(self, padding: Sequence[int]) -> Needs:
         return Needs(
@@ -305,6 +312,7 @@ class RouteSession:
     async def _dial(
         self,
         leg: Leg,
+        before: PeerID,
         left_padding: Sequence[int],
         prefix: Prefix | None,
         wait: float,
@@ -325,6 +333,7 @@ class RouteSession:
             timeout=self._settings.connect_timeout,
             hands_over=self._croppable and self._settings.handover_timeout > 0,  # recurrent states stay where they are
             take_over=take_over,
+            pusher=before,
         )
         hop.left_padding = tuple(left_padding)
         hop.on_push_failed = lambda step_id: self._pipeline.push_failed(hop, step_id)

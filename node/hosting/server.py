@@ -24,6 +24,7 @@ from ..adapters.checkpoint import AdapterCheckpoint, open_adapter
 from ..adapters.config import AdapterSpec, parse_specs
 from ..engine.blocks.quantization import Keep, Scheme, describe, find_scheme
 from ..output import Output
+from ..rpc.budget import raise_file_limit
 from ..settings import NodeSettings
 from .agreement import require_agreement
 from .family_check import require_right_blocks
@@ -51,6 +52,7 @@ async def serve(settings: NodeSettings, output: Output, stop: asyncio.Event) -> 
         output.event("leaving", "Leaving the swarm: finishing the steps under way…")
         await host.leave()
 
+    raise_file_limit()
     await run_until(stop, lambda stack: _start(settings, output, stack), leave, Host.run)
     output.event("stopped", "Stopped.")
 

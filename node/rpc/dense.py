@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import ExitStack
 from typing import Any
 
 from hivemind.p2p import PeerID
@@ -60,8 +61,9 @@ class DensePasses:
         async def handle(stream: MessageStream, peer: PeerID) -> None:
             head = Request()
 
-            async def parts() -> AsyncIterator[runtime_pb2.Tensor]:
+            async def parts(held: ExitStack) -> AsyncIterator[runtime_pb2.Tensor]:
                 while (request := await stream.receive(Request)) is not None:
+                    held.callback(stream.claim())
                     if request.uid and head.uid and request.uid != head.uid:
                         raise BadRequestError("the parts of a request name different blocks")
                     head.uid = head.uid or request.uid
@@ -71,8 +73,9 @@ class DensePasses:
 
             limits = self._shared.limits
             limit = 3 * limits.message_bytes(self._shared.served.hidden_size)
-            tensors = await asyncio.wait_for(join(parts(), max_bytes=limit), limits.request_timeout)
-            response = await answer(Request(uid=head.uid, metadata=head.metadata, tensors=tensors))
+            with ExitStack() as held:
+                tensors = await asyncio.wait_for(join(parts(held), max_bytes=limit), limits.request_timeout)
+                response = await answer(Request(uid=head.uid, metadata=head.metadata, tensors=tensors))
             for tensor in response.tensors:
                 for part in split(tensor):
                     await stream.send(Response(tensors=[part]))

@@ -11,7 +11,7 @@ from hivemind.p2p import P2P, P2PContext, PeerID
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 from hivemind.proto import runtime_pb2
 
-from swarm.errors import PeerLostError, SwarmError
+from swarm.errors import OutOfCacheError, PeerLostError, SwarmError
 from swarm.wire import rpc
 from swarm.wire.error_text import to_wire
 from swarm.wire.handover import HANDOVER
@@ -27,6 +27,8 @@ from .sessions import Sessions
 from .shared import Shared
 
 logger = logging.getLogger(__name__)
+_LOOK_SECONDS = 5.0
+_MAX_REFUSING = 64
 
 
 class Handler:
@@ -44,20 +46,23 @@ class Handler:
             rpc.FORWARD_STREAM: dense.stream_of(dense.forward),
             rpc.BACKWARD_STREAM: dense.stream_of(dense.backward),
         }
-        self._answers = {
+        self._answers: dict[str, Callable[[Request, PeerID], Awaitable[Response]]] = {
             rpc.PUSH: self._sessions.take_push,
-            rpc.FORWARD: dense.forward,
-            rpc.BACKWARD: dense.backward,
+            rpc.FORWARD: lambda request, _: dense.forward(request),
+            rpc.BACKWARD: lambda request, _: dense.backward(request),
         }
+        self._open: set[MessageStream] = set()
+        self._refusing = 0
 
     async def register(self) -> None:
         """Starts to serve."""
         for name, handle in self._streams.items():
             await self._p2p.add_binary_stream_handler(rpc.handle_name(name), self._guarded(handle))
         for name, answer in self._answers.items():
-            await self._p2p.add_protobuf_handler(rpc.handle_name(name), _unary(answer), Request)
+            await self._p2p.add_protobuf_handler(rpc.handle_name(name), self._unary(answer), Request)
         await self._p2p.add_protobuf_handler(rpc.handle_name(rpc.INFO), self._info, runtime_pb2.ExpertUID)
         self._shared.spawn(self._sessions.end_idle())
+        self._shared.spawn(self._end_stuck())
 
     def serve(self, start: int, end: int) -> None:
         """From now on these are the blocks that are served; sessions that are open go on."""
@@ -94,9 +99,14 @@ class Handler:
 
         async def guarded(info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             limit = self._shared.limits.message_bytes(self._shared.served.hidden_size)
-            stream = MessageStream(reader, writer, max_bytes=limit)
+            peer, budget = info.peer_id, self._shared.budget
+            stream = MessageStream(reader, writer, max_bytes=limit, memory=budget.room(peer))
+            if not budget.streams.take(peer):
+                await self._refuse(stream)
+                return
+            self._open.add(stream)
             try:
-                await handle(stream, info.peer_id)
+                await handle(stream, peer)
             except PeerLostError:
                 pass  # the peer went away; nobody is left to tell
             except SwarmError as error:
@@ -109,17 +119,44 @@ class Handler:
                 await stream.linger()
             finally:
                 stream.close()
+                self._open.discard(stream)
+                budget.streams.give_back(peer)
 
         return guarded
 
+    def _unary(
+        self, answer: Callable[[Request, PeerID], Awaitable[Response]]
+    ) -> Callable[[Request, P2PContext], Awaitable[Response]]:
+        calls = self._shared.budget.calls
 
-def _unary(answer: Callable[[Request], Awaitable[Response]]) -> Callable[[Request, P2PContext], Awaitable[Response]]:
-    async def handle(request: Request, context: P2PContext) -> Response:
-        try:
-            return await answer(request)
-        except Exception as error:
-            if not isinstance(error, SwarmError):
-                logger.exception("a request of %s failed", context.remote_id)
-            raise RuntimeError(to_wire(error)) from None  # hivemind sends the text
+        async def handle(request: Request, context: P2PContext) -> Response:
+            peer = context.remote_id
+            try:
+                if not calls.take(peer):
+                    raise OutOfCacheError("this node has no room for another request of yours now")
+                try:
+                    return await answer(request, peer)
+                finally:
+                    calls.give_back(peer)
+            except Exception as error:
+                if not isinstance(error, SwarmError):
+                    logger.exception("a request of %s failed", peer)
+                raise RuntimeError(to_wire(error)) from None  # hivemind sends the text
 
-    return handle
+        return handle
+
+    async def _refuse(self, stream: MessageStream) -> None:
+        """Tells who has too many streams; not those that come too fast even for that."""
+        if self._refusing < _MAX_REFUSING:
+            self._refusing += 1
+            await stream.send_error(OutOfCacheError("this node has no room for another stream of yours now"))
+            await stream.linger()
+            self._refusing -= 1
+        stream.abort()
+
+    async def _end_stuck(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            for stream in [*self._open]:
+                if stream.is_stuck():
+                    stream.abort()

@@ -16,6 +16,7 @@ class Limits:
         max_rows: rows of a session or a request.
         max_step_tokens: rows × columns of one message.
         max_waiting_steps: steps of one session that wait.
+        opening_timeout: seconds that a stream may be open before it says what it is for.
         step_timeout: seconds that a session may be idle.
         idle_seconds: after so many a session loses its cache if another one waits for cache.
         max_waiting_sessions: sessions that wait for cache; more are refused at once.
@@ -28,6 +29,7 @@ class Limits:
     max_rows: int = MAX_ROWS
     max_step_tokens: int = MAX_STEP_TOKENS
     max_waiting_steps: int = 64
+    opening_timeout: float = 30.0
     step_timeout: float = 15 * 60.0
     idle_seconds: float = 60.0
     max_waiting_sessions: int = 256

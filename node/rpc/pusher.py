@@ -13,6 +13,7 @@ from swarm.wire.rpc import PUSH, PUSH_STREAM, handle_name
 from swarm.wire.stream import MessageStream
 
 _MAX_STREAMS = 256
+_MAX_WAITING, _MAX_WAITING_FOR_ONE = 1024, 64
 
 
 class Pusher:
@@ -42,6 +43,8 @@ class Pusher:
         Raises:
             PeerLostError: the peer can't be reached from here.
         """
+        if self._waiting[peer_id] >= _MAX_WAITING_FOR_ONE or self._waiting.total() >= _MAX_WAITING:
+            raise PeerLostError(f"can't push to {peer_id}: too many wait for it")
         self._waiting[peer_id] += 1
         try:
             async with self._locks.setdefault(peer_id, asyncio.Lock()):
@@ -57,7 +60,7 @@ class Pusher:
     def close(self) -> None:
         """Closes all streams."""
         for peer_id in list(self._streams):
-            self._drop(peer_id)
+            self._drop(peer_id, broken=False)
 
     async def _send(self, peer_id: PeerID, request: runtime_pb2.ExpertRequest) -> None:
         stream = self._streams.get(peer_id)
@@ -85,10 +88,10 @@ class Pusher:
         stream = MessageStream(reader, writer, max_bytes=2**16)
         self._streams[peer_id] = stream
         while len(self._streams) > _MAX_STREAMS:
-            self._drop(next(iter(self._streams)))
+            self._drop(next(iter(self._streams)), broken=False)
         return stream
 
-    def _drop(self, peer_id: PeerID) -> None:
+    def _drop(self, peer_id: PeerID, *, broken: bool = True) -> None:
         stream = self._streams.pop(peer_id, None)
         if stream is not None:
-            stream.close()
+            stream.abort() if broken else stream.close()

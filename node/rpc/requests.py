@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from hivemind.p2p import PeerID
 from hivemind.proto import runtime_pb2
 
 from swarm.errors import BadRequestError, NotServedError, OutOfOrderError
@@ -19,6 +20,9 @@ from swarm.wire.rpc import Metadata, Request, arrange
 
 from ..engine.scheduling.messages import Prefix
 from .limits import Limits
+
+STEP_TENSORS = 3
+"""Hidden states, prompts and hypo_ids."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +56,26 @@ class Served:
 
 
 class Arrived(NamedTuple):
-    """A message of a session, its fields as they came, and what they say."""
+    """A message of a session, its fields as they came, and what they say. ``let_go`` is called when it is done with."""
 
     request: Request
     fields: dict[str, Any]
     metadata: Metadata
+    let_go: Callable[[], None]
 
 
-def open_message(request: Request) -> Arrived:
-    """A message of a session, whose tensors are read when its turn comes."""
-    fields = rpc.load(request.metadata)
-    return Arrived(request, fields, rpc.parse(fields))
+def open_message(request: Request, let_go: Callable[[], None] = lambda: None) -> Arrived:
+    """A message of a session, whose tensors are read when its turn comes.
+
+    Raises:
+        BadRequestError: it can't be read; it has been let go.
+    """
+    try:
+        fields = rpc.load(request.metadata)
+        return Arrived(request, fields, rpc.parse(fields), let_go)
+    except BaseException:
+        let_go()
+        raise
 
 
 @dataclass(frozen=True)
@@ -78,6 +91,7 @@ class Opening:
     adapter: str = ""
     handover_key: bytes = b""
     take_over: TakeOver | None = None
+    pusher: PeerID | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +107,7 @@ class StepInput:
 
 def check_opening(arrived: Arrived, served: Served, limits: Limits) -> Opening:
     """Checks the message that opens a session."""
-    request, _, metadata = arrived
+    request, _, metadata, _ = arrived
     first, last = served.blocks_of(request.uid)
     served.check_adapter(metadata.active_adapter)
     if metadata.max_length is None:
@@ -124,13 +138,14 @@ def check_opening(arrived: Arrived, served: Served, limits: Limits) -> Opening:
         metadata.active_adapter,
         metadata.handover_key,
         metadata.take_over,
+        metadata.pusher,
     )
 
 
 def read_step(arrived: Arrived, opening: Opening, served: Served, limits: Limits, *, position: int) -> StepInput:
     """Decodes and checks a step of a session that has done ``position`` columns."""
-    request, _, metadata = arrived
-    hidden, prompts, hypo_ids = _tensors(request, metadata, served, limits, count=3)
+    request, _, metadata, _ = arrived
+    hidden, prompts, hypo_ids = _tensors(request, metadata, served, limits, count=STEP_TENSORS)
     if metadata.active_adapter not in ("", opening.adapter):
         raise BadRequestError("the adapter of a session can't change: open another session for another adapter")
     start = position if metadata.start is None else metadata.start

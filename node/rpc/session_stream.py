@@ -11,7 +11,7 @@ from typing import Any
 from hivemind.p2p import PeerID
 from hivemind.proto import runtime_pb2
 
-from swarm.errors import OutOfCacheError, PeerLostError, SwarmError
+from swarm.errors import BadRequestError, OutOfCacheError, PeerLostError, SwarmError
 from swarm.wire import rpc
 from swarm.wire.codec import encode
 from swarm.wire.records import span_uid
@@ -21,7 +21,7 @@ from swarm.wire.stream import MessageStream
 from ..engine.scheduling.row_group import RowGroup
 from ..engine.scheduling.work import StepTimes
 from .fetching import fetch_columns
-from .requests import Arrived, Opening, open_message, read_step
+from .requests import STEP_TENSORS, Arrived, Opening, open_message, read_step
 from .shared import Shared
 
 logger = logging.getLogger(__name__)
@@ -37,8 +37,9 @@ class SessionStream:
         idle_since: in the event loop's seconds; None while a step is under way.
     """
 
-    def __init__(self, shared: Shared, stream: MessageStream, opening: Opening, rows: RowGroup) -> None:
+    def __init__(self, shared: Shared, stream: MessageStream, peer: PeerID, opening: Opening, rows: RowGroup) -> None:
         self._shared, self._stream, self.opening, self.rows = shared, stream, opening, rows
+        self._room_for = shared.budget.room(peer)  # what is sent for this client
         self._waiting: deque[Arrived | SwarmError | None] = deque()
         self._done: deque[str] = deque(maxlen=2 * shared.limits.max_waiting_steps)  # names of steps that have begun
         self._room = asyncio.Event()  # set when a step that waited has begun
@@ -47,6 +48,7 @@ class SessionStream:
         self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.idle_since: float | None = None
         self.reorders = 0
+        self._pusher = opening.pusher
 
     @property
     def is_full(self) -> bool:
@@ -57,11 +59,14 @@ class SessionStream:
         """Begins to take what the client sends."""
         return asyncio.create_task(self._read())
 
-    def begin(self, first: Arrived) -> None:
+    def begin(self) -> None:
         """Begins with the message that opened the session, which has been admitted."""
-        self._waiting.appendleft(first)
         self._busy = False
         self.go_on()
+
+    def admits_push(self, peer: PeerID) -> bool:
+        """Whether a peer may put steps into the session. Petals' clients don't say who may, so anybody may."""
+        return self._pusher is None or peer == self._pusher
 
     def end_after_step(self, error: SwarmError) -> None:
         """Ends it when the step that is under way, if there is one, has ended; none that waits begins."""
@@ -74,19 +79,26 @@ class SessionStream:
         """Ends it; the first error counts."""
         if not self.over.done():
             self.over.set_result(None) if error is None else self.over.set_exception(error)
+        while self._waiting:
+            arrived = self._waiting.popleft()
+            if isinstance(arrived, Arrived):
+                arrived.let_go()
 
     async def _read(self) -> None:
         """Takes what the client sends."""
         last: SwarmError | None = None
         try:
             while (request := await self._stream.receive(Request)) is not None:
-                arrived = open_message(request)
+                arrived = open_message(request, self._stream.claim())
                 while self.is_full:
                     self._room.clear()
                     await self._room.wait()
                 self.take(arrived)
         except SwarmError as error:
             last = error
+        except Exception as error:  # whatever it is, nobody reads on
+            logger.exception("a message of a session can't be read")
+            last = BadRequestError(f"a message can't be read: {error!r}")
         self.take(last)
 
     async def take_over(self, reading: asyncio.Task[None]) -> None:
@@ -142,6 +154,8 @@ class SessionStream:
     def take(self, arrived: Arrived | SwarmError | None) -> None:
         """Has a step wait for its turn, which may be now; or what ends the session: an error, or its client (None)."""
         self._waiting.append(arrived)
+        if self.over.done():
+            self.end(None)
         self.go_on()
 
     def go_on(self) -> None:
@@ -157,20 +171,25 @@ class SessionStream:
                 try:
                     self._begin(arrived)
                 except Exception as error:
+                    arrived.let_go()
                     self.end(error)
         self.idle_since = None if self._busy else asyncio.get_running_loop().time()
 
     def _begin(self, arrived: Arrived) -> None:
         """Begins a step, unless it has come before."""
         metadata = arrived.metadata
+        if metadata.pusher is not None and not metadata.pushed:
+            self._pusher = metadata.pusher
         if metadata.step_id is not None:
             if metadata.step_id in self._done:
+                arrived.let_go()
                 return
             self._done.append(metadata.step_id)
         step = read_step(arrived, self.opening, self._shared.served, self._shared.limits, position=self._position)
         start, columns = step.start, step.hidden.shape[1]
         self._busy = True
         if columns == 0:
+            arrived.let_go()
             output = encode(step.hidden.to(self._shared.served.dtype))
             self._position = start
             self._reply(Response(tensors=[output], metadata=_about(arrived, reused=start)))
@@ -190,6 +209,7 @@ class SessionStream:
 
         def finish() -> None:
             self._shared.busy -= 1
+            arrived.let_go()
             if not self.over.done():
                 try:
                     output = encode(future.result())
@@ -212,30 +232,41 @@ class SessionStream:
             self._shared.spawn(self._reply_later(response))
 
     async def _reply_later(self, response: Response) -> None:
+        size = response.ByteSize()
         try:
-            await self._stream.send(response)
-        except PeerLostError as error:
+            await self._room_for.take(size)
+            try:
+                await self._stream.send(response)
+            finally:
+                self._room_for.give_back(size)
+        except SwarmError as error:
             self.end(error)
         self._busy = False
         self.go_on()
 
     def _push_on(self, output: runtime_pb2.Tensor, arrived: Arrived) -> None:
-        request, fields, metadata = arrived
+        request, fields, metadata, _ = arrived
         hop, *rest = metadata.next_servers
         passed_on = dict(
             fields, session_id=hop.session_id, next_servers=[following.to_tuple() for following in rest], pushed=True
         )
         onward = Request(
             uid=span_uid(self._shared.served.prefix, hop.start, hop.end),
-            tensors=[output, *request.tensors[1:]],
+            tensors=[output, *request.tensors[1:STEP_TENSORS]],  # what was not looked at stays here
             metadata=rpc.dump(passed_on),
         )
         if not self._shared.pusher.push_now(hop.peer_id, onward):
             self._shared.spawn(self._push_later(hop.peer_id, onward, metadata.step_id))
 
     async def _push_later(self, peer_id: PeerID, onward: Request, step_id: str | None) -> None:
+        size = onward.ByteSize()
         try:
-            await self._shared.pusher.push(peer_id, onward)
+            if not self._room_for.try_take(size):
+                raise PeerLostError("too much waits to be pushed for this client")
+            try:
+                await self._shared.pusher.push(peer_id, onward)
+            finally:
+                self._room_for.give_back(size)
         except PeerLostError as error:
             logger.debug("%s", error)
             # the client forwards the output itself, or finds that the next hop is gone

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
 from hivemind.p2p import PeerID
 
@@ -11,9 +12,11 @@ from swarm.wire.rpc import Request, Response
 from swarm.wire.stream import MessageStream
 
 from .handovers import Handovers
-from .requests import check_opening, open_message
+from .requests import Arrived, check_opening, open_message
 from .session_stream import SessionStream
 from .shared import Shared
+
+logger = logging.getLogger(__name__)
 
 
 class Sessions:
@@ -37,21 +40,26 @@ class Sessions:
             SwarmError: it can't be opened, or what ended it.
         """
         shared = self._shared
-        request = await asyncio.wait_for(stream.receive(Request), shared.limits.step_timeout)
+        request = await asyncio.wait_for(stream.receive(Request), shared.limits.opening_timeout)
         if request is None:
             return
         shared.refuse_if_leaving()
-        first = open_message(request)
-        opening = check_opening(first, shared.served, shared.limits)
+        first = open_message(request, stream.claim())
+        try:
+            opening = check_opening(first, shared.served, shared.limits)
+            rows = shared.engine.open(
+                rows=opening.rows,
+                first=opening.first,
+                last=opening.last,
+                left_padding=opening.left_padding,
+                adapter=opening.adapter,
+            )
+        except BaseException:
+            first.let_go()
+            raise
         session_id = first.metadata.session_id or f"unnamed {id(first)} {peer}"  # without a name nobody can push to it
-        rows = shared.engine.open(
-            rows=opening.rows,
-            first=opening.first,
-            last=opening.last,
-            left_padding=opening.left_padding,
-            adapter=opening.adapter,
-        )
-        session = SessionStream(shared, stream, opening, rows)
+        session = SessionStream(shared, stream, peer, opening, rows)
+        session.take(first)
         reading = session.read()
         try:
             await session.admit(reading, first.metadata.alloc_timeout)
@@ -61,7 +69,7 @@ class Sessions:
                 raise BadRequestError("there is a session of this id already")
             self._open[session_id] = session
             try:
-                session.begin(first)
+                session.begin()
                 await session.over
             finally:
                 del self._open[session_id]
@@ -79,23 +87,27 @@ class Sessions:
         self._pushed.add(stream)
         try:
             while (request := await stream.receive(Request)) is not None:
-                self._deliver(request)
+                self._deliver(open_message(request, stream.claim()), peer)
         finally:
             self._pushed.discard(stream)
 
-    async def take_push(self, request: Request) -> Response:
+    async def take_push(self, request: Request, peer: PeerID) -> Response:
         """``rpc_push``, as Petals' servers do it: one output."""
-        self._deliver(request)
+        self._deliver(open_message(request), peer)
         return Response()
 
-    def _deliver(self, request: Request) -> None:
-        arrived = open_message(request)
+    def _deliver(self, arrived: Arrived, peer: PeerID) -> None:
         session = self._open.get(arrived.metadata.session_id or "")
         if session is None:
-            return  # its client is gone, or has found another route
-        if session.is_full:
+            arrived.let_go()  # its client is gone, or has found another route
+        elif not session.admits_push(peer):
+            arrived.let_go()
+            logger.warning("%s may not push into a session of another peer's", peer)
+        elif session.is_full:
+            arrived.let_go()
             raise BadRequestError("too many steps of one session are waiting")
-        session.take(arrived)
+        else:
+            session.take(arrived)
 
     async def end_idle(self) -> None:
         """Ends sessions that are idle for too long: much sooner, and one at a time, while others wait for cache."""

@@ -12,6 +12,7 @@ from swarm.errors import LeavingError
 
 from ..engine.cache.handover import tensor_shapes
 from ..engine.engine import Engine
+from .budget import Budget
 from .chunks import ChunkFormat
 from .limits import Limits
 from .pusher import Pusher
@@ -26,11 +27,13 @@ class Shared:
         leaving: no more work is taken.
         busy: steps and requests under way.
         waiting: sessions that wait for cache.
+        budget: what each peer may take.
     """
 
     def __init__(self, p2p: P2P, engine: Engine, served: Served, limits: Limits) -> None:
         self.p2p, self.engine, self.served, self.limits = p2p, engine, served, limits
         self.pusher = Pusher(p2p)
+        self.budget = Budget(limits.message_bytes(served.hidden_size))
         self.leaving = False
         self.busy = 0
         self.waiting = 0

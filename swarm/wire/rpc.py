@@ -44,6 +44,7 @@ MAX_METADATA_BYTES = 2**18
 NAME_BYTES = 16
 NAMED_TOKENS = 16
 """Tokens of a row that one name in ``page_names`` stands for."""
+MAX_HOPS = 256
 MAX_NAMES = 4096
 """In one message."""
 _Text = Annotated[str, msgspec.Meta(max_length=1024)]
@@ -92,12 +93,14 @@ class Metadata:
             means same content.
         handover_key: with this, another node may fetch what the session has in its cache.
         take_over: where to fetch what the session is to begin with.
+        pusher: who but the client may put steps into the session, from now on. Not given: anybody, as Petals has it.
+        pushed: the step comes from the hop before.
     """
 
     session_id: _Text | None = None
     max_length: _Count | None = None
     step_id: _Text | None = None
-    next_servers: tuple[NextHop, ...] = ()
+    next_servers: Annotated[tuple[NextHop, ...], msgspec.Meta(max_length=MAX_HOPS)] = ()
     start: _Count | None = None
     left_padding: tuple[_Count, ...] = ()
     args_structure: Any = None
@@ -108,6 +111,8 @@ class Metadata:
     page_names: tuple[Any, ...] = ()  # of bytes
     handover_key: Key = b""
     take_over: TakeOver | None = None
+    pusher: PeerID | None = None
+    pushed: bool = False
 
     def __post_init__(self) -> None:
         if not all(0 < hop.end - hop.start <= _MAX_HOP_BLOCKS for hop in self.next_servers):

@@ -42,6 +42,7 @@ class FakeHop:
         self.reused, self.reorders, self.restarts = 0, 0, 0
         self.on_push_failed: Callable[[str], None] | None = None
         self.broken: SwarmError | None = None
+        self.pusher: PeerID | None = None
         self.failed_at: float | None = None
         self.silent = False
         self.loses_pushes = False
@@ -96,6 +97,9 @@ class FakeHop:
     def handover(self, seconds: float) -> TakeOver | None:
         return None
 
+    async def let_push(self, peer_id: PeerID) -> None:
+        self.pusher = peer_id
+
     async def close(self) -> None:
         self.ended = "closed"
 
@@ -128,6 +132,7 @@ class FakeView:
         return self
 
     restarts = 0
+    peer_id = PeerID(b"client")
 
     async def check_daemon(self) -> None:
         """It lives."""
@@ -175,12 +180,13 @@ class Dialer:
         self.delay = 0.0
         self._make = make
 
-    async def __call__(self, leg: Leg, prefix: object, *, wait: float = 0.0) -> FakeHop:
+    async def __call__(self, leg: Leg, before: PeerID, prefix: object, *, wait: float = 0.0) -> FakeHop:
         await asyncio.sleep(self.delay)
         self.waits.append((leg.peer_id, wait))
         if self.errors.get(leg.peer_id):
             raise self.errors[leg.peer_id].pop(0)
         self.opened.append(self._make(leg))
+        self.opened[-1].pusher = before
         return self.opened[-1]
 
 

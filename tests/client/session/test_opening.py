@@ -26,7 +26,9 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def open_all(dialer: Dialer, view: FakeView, wait_timeout: float = 5.0) -> list[FakeHop]:
     async def run() -> list[Any]:
-        return await open_route(dialer, Failures(view, ClientSettings(wait_timeout=wait_timeout)), 0, 8, Needs())
+        return await open_route(
+            dialer, Failures(view, ClientSettings(wait_timeout=wait_timeout)), 0, 8, Needs(), peer("client")
+        )
 
     return asyncio.run(run())
 
@@ -35,6 +37,7 @@ def test_the_quickest_route_is_opened() -> None:
     dialer = Dialer()
     hops = open_all(dialer, FakeView(SPANS))
     assert [hop.peer_id for hop in hops] == [peer("a"), peer("b")]
+    assert [hop.pusher for hop in hops] == [peer("client"), peer("a")]
     assert [hop.ended for hop in hops] == ["", ""]
 
 
@@ -106,7 +109,7 @@ def test_nothing_stays_open_when_the_caller_gives_up(crowded: bool) -> None:
         if crowded:
             dialer.errors[peer("b")] = [OutOfCacheError("full")]
         opening = asyncio.create_task(
-            open_route(dialer, Failures(view, ClientSettings(wait_timeout=5.0)), 0, 8, Needs())  # type: ignore[arg-type]
+            open_route(dialer, Failures(view, ClientSettings(wait_timeout=5.0)), 0, 8, Needs(), peer("client"))  # type: ignore[arg-type]
         )
         while len(dialer.waits) < (3 if crowded else 1):
             await asyncio.sleep(0)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from hivemind.p2p import PeerID
 
 from swarm.client.routing.route import Leg
 from swarm.client.session.route_session import RouteSession
@@ -26,8 +27,9 @@ class Session(RouteSession):
         super().__init__(view, ClientSettings(), first=0, last=8, max_length=64, hidden_size=1)
         self.opened: list[FakeHop] = []
 
-    async def _dial(self, leg: Leg, left_padding: Sequence[int], prefix: Any, wait: float, take_over: Any) -> Any:
+    async def _dial(self, leg: Leg, before: PeerID, left_padding: Sequence[int], *args: Any) -> Any:
         hop = FakeHop(leg)
+        hop.pusher = before
         hop.left_padding = tuple(left_padding)
         self.opened.append(hop)
         return hop
@@ -51,6 +53,7 @@ def test_a_hop_that_fails_is_replaced_and_nothing_changes(which: int) -> None:
         assert failed.ended == "abandoned"
         assert failed not in session.hops
         assert len(session.opened) == 3
+        assert [hop.pusher for hop in session.hops] == [session._view.peer.peer_id, session.hops[0].peer_id]
         return outputs[0]
 
     asyncio.run(run())
