@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hivemind.p2p import PeerID
 
 MAX_BAN_SECONDS = 60.0
+_RESTARTS_BELIEVED = 3  # a node that fails after each is no better than one that doesn't restart
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class _Ban:
 
 
 class Bans:
-    """Bans last ``base`` seconds, twice as long with each failure in a row, and end when the node has restarted."""
+    """Bans last ``base`` seconds, twice as long with each failure in a row. Some end as the node has restarted."""
 
     def __init__(self, base: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._base, self._clock = base, clock
@@ -46,8 +47,8 @@ class Bans:
         ban = self._bans.get(peer_id)
         if ban is None:
             return None
-        if started and started != ban.started:
-            self.succeeded(peer_id)
+        if started and started != ban.started and ban.failures <= _RESTARTS_BELIEVED:
+            self._bans[peer_id] = replace(ban, started=started, until=self._clock())  # it counts if it fails again
             return None
         left = ban.until - self._clock()
         return f"banned for {left:.0f} s more after: {ban.reason or 'a failure'}" if left > 0 else None

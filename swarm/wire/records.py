@@ -17,12 +17,16 @@ from typing import Annotated, Any
 
 import msgspec
 
-from .fields import Natural, Number, read
+from .fields import Number, read
 
 UID_DELIMITER = "."
 CHAIN_DELIMITER = " "
 _KEY_AND_VALUE = 2
-Relay = Annotated[str, msgspec.Meta(max_length=256)]
+MAX_RPS = 1e6
+"""Faster than any machine: who says more than that of itself is believed so much."""
+_MAX_ENTRIES = 1024
+_Label = Annotated[str, msgspec.Meta(max_length=256)]
+_Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
 
 
 class ServerState(enum.IntEnum):
@@ -55,19 +59,19 @@ class Offer:
         adapters: by the names of its LoRA adapters a hash of each, as there may be several of one name.
     """
 
-    fingerprint: str = ""
+    fingerprint: _Label = ""
     push_stream: bool = False
     left_padding: bool = False
-    sessions: Natural = 0
+    sessions: _Count = 0
     started: Number = 0.0
-    cache_tokens_total: Natural = 0
-    max_rows: Natural = 0
-    max_step_tokens: Natural = 0
+    cache_tokens_total: _Count = 0
+    max_rows: _Count = 0
+    max_step_tokens: _Count = 0
     deterministic: bool = False
-    manifest: str = ""
-    reached: str = ""
-    relays: tuple[Relay, ...] = ()
-    adapters: Mapping[str, str] = field(default_factory=dict)
+    manifest: _Label = ""
+    reached: _Label = ""
+    relays: Annotated[tuple[_Label, ...], msgspec.Meta(max_length=8)] = ()
+    adapters: Annotated[Mapping[_Label, _Label], msgspec.Meta(max_length=_MAX_ENTRIES)] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,19 +89,19 @@ class ServerInfo:
 
     state: ServerState
     throughput: Number
-    start_block: Natural | None = None
-    end_block: Natural | None = None
-    public_name: str | None = None
-    version: str | None = None
+    start_block: _Count | None = None
+    end_block: _Count | None = None
+    public_name: _Label | None = None
+    version: _Label | None = None
     network_rps: Number | None = None
     forward_rps: Number | None = None
     inference_rps: Number | None = None
-    adapters: tuple[str, ...] = ()
-    torch_dtype: str | None = None
-    quant_type: str | None = None
+    adapters: Annotated[tuple[_Label, ...], msgspec.Meta(max_length=_MAX_ENTRIES)] = ()
+    torch_dtype: _Label | None = None
+    quant_type: _Label | None = None
     using_relay: bool | None = None
-    cache_tokens_left: Natural | None = None
-    next_pings: Mapping[str, Number] | None = None
+    cache_tokens_left: _Count | None = None
+    next_pings: Annotated[Mapping[_Label, Number], msgspec.Meta(max_length=_MAX_ENTRIES)] | None = None
     offer: Offer | None = None
 
     def names(self, block: int) -> bool:
@@ -146,6 +150,8 @@ class ServerInfo:
                 peer: rtt for peer, rtt in pings.items() if isinstance(rtt, (int, float)) and math.isfinite(rtt)
             }
         info = read(cls, fields)
+        speeds = {name: getattr(info, name) for name in ("throughput", "network_rps", "forward_rps", "inference_rps")}
+        info = replace(info, **{name: min(speed, MAX_RPS) for name, speed in speeds.items() if speed is not None})
         if info.cache_tokens_left is None:
             return info
         blocks = info._num_blocks()
