@@ -20,8 +20,9 @@ export class Route {
   take({ tokens, events }) {
     for (const { kind, hops, reason } of events) {
       if (kind === "route") this.hops = hops;
-      else if (kind === "failed") this.detours.push({ failed: hops[0], reason, by: null, at: this.tokens.length });
-      else if (kind === "replaced") {
+      else if (kind === "failed" || kind === "left") {
+        this.detours.push({ failed: hops[0], slow: kind === "left", reason, by: null, at: this.tokens.length });
+      } else if (kind === "replaced") {
         const detour = this.detours.at(-1);
         detour.by = hops;
         const index = this.hops.findIndex((hop) => same(hop, detour.failed));
@@ -49,8 +50,8 @@ export class Route {
       h("a", { className: down(hop) ? "hop down" : "hop", href: `swarm.html#${hop.peer}`, target: "_blank", title: hop.peer },
         h("b", { textContent: blocks(hop) }), ` ${peerName(hop)}`),
     ]);
-    const detours = this.detours.map(({ failed, by, at, reason }) => h("li", { className: "detour", title: reason },
-      `Detour at token ${at + 1}: ${peerName(failed)} failed; `,
+    const detours = this.detours.map(({ failed, slow, by, at, reason }) => h("li", { className: "detour", title: reason },
+      `Detour at token ${at + 1}: ${peerName(failed)} ${slow ? "became slow" : "failed"}; `,
       by ? `blocks ${blocks(failed)} went on at ${by.map(peerName).join(", ")}.` : `looking for another node with blocks ${blocks(failed)}…`));
     const many = this.tokens.length;
     this.element.replaceChildren(
