@@ -23,9 +23,9 @@ export class Route {
       else if (kind === "failed" || kind === "left") {
         this.detours.push({ failed: hops[0], slow: kind === "left", reason, by: null, at: this.tokens.length });
       } else if (kind === "replaced") {
-        const detour = this.detours.at(-1);
-        detour.by = hops;
-        const index = this.hops.findIndex((hop) => same(hop, detour.failed));
+        const detour = this.detours.find((one) => !one.by); // none: a hop that can't forget tokens was opened anew
+        if (detour) detour.by = hops;
+        const index = this.hops.findIndex((hop) => (detour ? same(hop, detour.failed) : hop.start === hops[0].start));
         if (index >= 0) this.hops = [...this.hops.slice(0, index), ...hops, ...this.hops.slice(index + 1)];
       }
     }
