@@ -29,6 +29,8 @@ class ClientSettings:
         startup_timeout: to join the swarm.
         handover_timeout: how long another node may take to fetch what a node that leaves has in its KV cache; what it
             hasn't got by then is computed again. 0: all of it is.
+        leave_slow: whether a session moves away from a node that has become slower than another way would be. Not with
+            ``deterministic``: what is computed again has other last bits.
         deterministic: use only nodes whose results don't depend on who else uses them (``swarm-node serve
             --deterministic``), and compute the output head that way too.
         prefix_reuse: which sessions that begin alike share what nodes have in their caches. ``"client"``: those of one
@@ -49,6 +51,7 @@ class ClientSettings:
     prefill_tokens: int = 512
     startup_timeout: float = 30.0
     handover_timeout: float = 10.0
+    leave_slow: bool = True
     deterministic: bool = False
     prefix_reuse: str = "client"
     prefix_salt: str | None = None

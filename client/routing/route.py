@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from hivemind.p2p import PeerID
 
@@ -20,6 +21,8 @@ DEFAULT_BLOCK_SECONDS = 0.003
 """Per block, for a node that doesn't say how fast it is."""
 NO_CACHE_SECONDS = 10.0
 """Penalty for a node whose KV cache is too full: chosen only if there is no other way."""
+_PREFILL_SPEEDUP = 8
+"""How much less a column takes in a prefill than in a decode step, for a node that doesn't say."""
 SESSION_LOAD = 0.05
 """How much each session of a node slows the next one down: sessions are batched, so little."""
 _ARRIVALS_KEPT = 8
@@ -37,6 +40,13 @@ class Leg:
     def peer_id(self) -> PeerID:
         """The peer that serves it."""
         return self.span.peer_id
+
+
+class Claim(NamedTuple):
+    """The seconds of a decode step in one leg."""
+
+    network: float
+    computing: float
 
 
 @dataclass(frozen=True)
@@ -102,6 +112,25 @@ def find_route(
         legs.append(best.leg)
         best = best.previous
     return tuple(reversed(legs))
+
+
+def claims(legs: Sequence[Leg], rtts: Mapping[PeerID, float]) -> list[Claim]:
+    """What a decode step from here along ``legs`` and back takes in each of them, by the nodes' records."""
+    network, before = [], None
+    for leg in legs:
+        network.append(_network(before, leg.span, rtts))
+        before = leg
+    network[-1] += rtts.get(legs[-1].peer_id, DEFAULT_RTT) / 2
+    return [
+        Claim(way, HOP_SECONDS + (leg.end - leg.start) * _block_seconds(leg.span))
+        for way, leg in zip(network, legs, strict=True)
+    ]
+
+
+def fill_seconds(leg: Leg, tokens: int) -> float:
+    """What it takes to compute ``tokens`` anew in a leg, by the node's record."""
+    rps = leg.span.info.forward_rps
+    return (leg.end - leg.start) * tokens * (1.0 / rps if rps else _block_seconds(leg.span) / _PREFILL_SPEEDUP)
 
 
 def _without_parts(span: RemoteSpan, inner: frozenset[int]) -> RemoteSpan:

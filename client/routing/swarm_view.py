@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
 
 from hivemind.p2p import PeerID
@@ -23,12 +23,14 @@ from ..settings import ClientSettings
 from .bans import Bans
 from .left_out import LeftOut, Needs, Seen, explain
 from .pulse import Pulse
-from .route import Leg, describe_blocks, find_route
+from .route import Claim, Leg, claims, describe_blocks, find_route
+from .slowness import Slowdowns
 from .step_times import StepTimes
 
 logger = logging.getLogger(__name__)
 _MAX_PINGED = 16
 _FULL_SECONDS = 5.0  # how long a node whose KV cache was full is asked last
+_SLOW_SECONDS = 60.0  # how long one that was left as it is slow is asked last
 _POLL_SECONDS = 0.5
 _CLOCK_SECONDS = 2.0  # for others to tell their time
 _REASON_CHARS = 300  # of what a stranger says
@@ -57,6 +59,7 @@ class SwarmView:
         self._adapters: set[str] = set()  # that were seen so far
         self._rtts: dict[PeerID, float] = {}
         self.step_times = StepTimes()
+        self.slowdowns = Slowdowns()
         self.pulse = Pulse(
             lambda peer_id, timeout: ask_info(peer.p2p, peer_id, timeout),
             lambda peer_id: peer.p2p._client.disconnect(peer_id),
@@ -106,6 +109,27 @@ class SwarmView:
     def full(self, peer_id: PeerID) -> None:
         """A peer has no KV cache left: ask others first."""
         self._full[peer_id] = time.monotonic() + _FULL_SECONDS
+
+    def slow(self, peer_id: PeerID) -> None:
+        """A session has left a peer as it is slow: ask others first."""
+        self._full[peer_id] = time.monotonic() + _SLOW_SECONDS
+
+    def leg(self, peer_id: PeerID, start: int, end: int) -> Leg | None:
+        """The blocks ``start:end`` at a peer; None if its record is gone."""
+        span = next((span for span in self._spans if span.peer_id == peer_id), None)
+        return None if span is None else Leg(span, start, end)
+
+    def around(self, peer_id: PeerID, start: int, end: int, needs: Needs) -> tuple[Leg, ...]:
+        """The best chain for these blocks that doesn't go through a peer; empty if there is none now."""
+        try:
+            legs = self._find(start, end, needs, {peer_id})
+        except MissingBlocksError:
+            return ()
+        return () if any(leg.peer_id == peer_id for leg in legs) else legs
+
+    def claims(self, legs: Sequence[Leg]) -> list[Claim]:
+        """What a decode step takes along ``legs``, by the nodes' records."""
+        return claims(legs, self._rtts)
 
     def succeeded(self, peer_id: PeerID) -> None:
         """A peer answered well."""
@@ -284,6 +308,8 @@ class SwarmView:
         if seconds is not None:
             self._rtts[peer_id] = seconds
             self.pulse.note(peer_id, seconds)
+            again = await ping(self.peer, peer_id, 3.0)  # the first one had to connect
+            self._rtts[peer_id] = min(seconds, again or seconds)
 
 
 def _started(span: RemoteSpan) -> float:

@@ -137,3 +137,20 @@ class Failures:
         """Waits a little if one of ``errors``, that were just met, says that a peer is full: room may come soon."""
         if any(isinstance(error, OutOfCacheError) for error in errors):
             await asyncio.sleep(_FULL_RETRY_SECONDS * share)
+
+
+class Trial(Failures):
+    """Work that is done along given legs, or not at all: the first error ends it."""
+
+    def __init__(self, view: View, settings: ClientSettings, legs: tuple[Leg, ...]) -> None:
+        super().__init__(view, settings)
+        self._legs = legs
+
+    async def route(self, first: int, last: int, needs: Needs) -> tuple[Leg, ...]:
+        """The given legs."""
+        return self._legs
+
+    async def met(self, asked: Asked, error: SwarmError, *, restarts: int | None = None, ago: float = 0.0) -> None:
+        """Counts an error as usual, and raises it."""
+        await super().met(asked, error, restarts=restarts, ago=ago)
+        raise error

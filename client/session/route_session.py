@@ -17,17 +17,18 @@ from swarm.wire.handover import TakeOver
 from ..routing.left_out import Needs
 from ..routing.pulse import watched
 from ..routing.route import Leg
+from ..routing.slowness import MOST_COLUMNS, Slowness
 from ..routing.step_times import UNKNOWN_SECONDS
 from ..routing.swarm_view import SwarmView
 from ..settings import ClientSettings
-from .failures import Failures
+from .failures import Failures, Trial
 from .history import History
 from .hop import Hop
 from .opening import Prefix, open_route
 from .pipeline import Chunk, Pipeline
 from .prefix import Digests, PageNames, describe_context
 from .repair import InputsMissing, replay
-from .trace import HopName, HopTime, RouteEvent, split_time
+from .trace import HopName, HopTime, RouteEvent, split_time, waited
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,9 @@ class RouteSession:
         self._rows = 0
         self._left_padding: tuple[int, ...] = ()
         self._pipeline: Pipeline[Hop] = Pipeline(settings, self._worth, view.step_times)
+        self._slowness: Slowness[Hop] | None = None
+        if settings.leave_slow and not settings.deterministic:
+            self._slowness = Slowness(view, max_length)
         self._inputs = History()
         self._names: PageNames | None = None
         self._before: tuple[int, PageNames | None] | None = None  # the position and the names as the last step began
@@ -143,7 +147,8 @@ class RouteSession:
             return self._prefixes(legs, inputs.dtype, spare)
 
         padding = _reordered(self._left_padding, order)
-        self._pipeline.hops = await self._open(self._first, self._last, self._view.peer.peer_id, padding, prefixes)
+        me = self._view.peer.peer_id
+        self._pipeline.hops = await self._open(self._first, self._last, me, padding, self._failures, prefixes)
         self._pipeline.sharing = self._names is not None
         self._tell("route", self.hops)
         start = min(spare, *(hop.reused for hop in self.hops))
@@ -156,6 +161,7 @@ class RouteSession:
     async def _run(self, start: int, hidden: torch.Tensor, hypo_ids: torch.Tensor | None) -> torch.Tensor:
         columns = hidden.shape[1]
         await self._replace_cropped()
+        await self._leave_slow()
         width = self._width(self.hops)
         began = asyncio.get_running_loop().time()
         chunks = [
@@ -176,6 +182,10 @@ class RouteSession:
                 self._failures.progress(chunk.start)
             if self.on_route is not None:
                 self.times = self._times(began, chunks)
+            if self._slowness is not None and columns <= min(MOST_COLUMNS, width):
+                answers = [answer for hop in self.hops if (answer := hop.answered(chunks[0].step_id)) is not None]
+                if len(answers) == len(self.hops):
+                    self._slowness.note(self.hops, waited(began, answers), self._rows * columns, self.position)
         finally:
             self._pipeline.end(chunks)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
@@ -247,29 +257,58 @@ class RouteSession:
             await hop.close()
             await self._renew(self.hops.index(hop))
 
+    async def _leave_slow(self) -> None:
+        """Moves away from a hop that is slower than another way would be. If that fails, all is as before."""
+        if self._slowness is None:
+            return
+        move = self._slowness.due(self.hops, self.position, self._rows, lambda hop: self._needs(hop.left_padding))
+        if move is None:
+            return
+        hop = move.hop
+        logger.info("Blocks %d:%d: %s; moving there…", hop.start, hop.end, move.reason)
+        seconds = self._settings.handover_timeout
+        take_over = hop.handover(seconds if hop.history.missing else min(seconds, move.cost))
+        moving = self._replacement(hop, take_over, Trial(self._view, self._settings, move.legs))
+        try:
+            replacement = await asyncio.wait_for(moving, move.patience)
+        except (SwarmError, InputsMissing, asyncio.TimeoutError) as error:
+            logger.info("Blocks %d:%d stay where they are: %s", hop.start, hop.end, str(error) or type(error).__name__)
+            return
+        self._view.slow(hop.peer_id)
+        self._tell("left", [hop], move.reason)
+        await self._put(self.hops.index(hop), replacement)
+        await hop.close()
+
     async def _renew(self, index: int, take_over: TakeOver | None = None) -> None:
-        failed = self.hops[index]
-        before = self.hops[index - 1].peer_id if index else self._view.peer.peer_id
+        self._pipeline.sharing = False
+        await self._put(index, await self._replacement(self.hops[index], take_over, self._failures))
+
+    async def _put(self, index: int, replacement: list[Hop]) -> None:
         self._pipeline.sharing = False  # what comes out of another hop is not quite the same
-
-        async def open_hops(order: torch.Tensor) -> list[Hop]:
-            padding = _reordered(failed.left_padding, order)
-            return await self._open(failed.start, failed.end, before, padding, take_over=take_over)
-
-        replacement = await replay(
-            failed,
-            self._rows,
-            self._pipeline,
-            self._failures,
-            open_hops,
-            self._width,
-            handed_over=take_over is not None,
-        )
         self.hops[index : index + 1] = replacement
         for behind in self.hops[index + len(replacement) :][:1]:
             if not behind.is_petals:
                 await behind.let_push(replacement[-1].peer_id)
         self._tell("replaced", replacement)
+
+    async def _replacement(self, hop: Hop, take_over: TakeOver | None, failures: Failures) -> list[Hop]:
+        """Hops that have what ``hop`` has, ready to take its place."""
+        index = self.hops.index(hop)
+        before = self.hops[index - 1].peer_id if index else self._view.peer.peer_id
+
+        async def open_hops(order: torch.Tensor) -> list[Hop]:
+            padding = _reordered(hop.left_padding, order)
+            return await self._open(hop.start, hop.end, before, padding, failures, take_over=take_over)
+
+        return await replay(
+            hop,
+            self._rows,
+            self._pipeline,
+            failures,
+            open_hops,
+            self._width,
+            handed_over=take_over is not None,
+        )
 
     async def _open(
         self,
@@ -277,6 +316,7 @@ class RouteSession:
         last: int,
         before: PeerID,
         padding: tuple[int, ...],
+        failures: Failures,
         prefixes: Callable[[Sequence[Leg]], Sequence[Prefix | None]] | None = None,
         take_over: TakeOver | None = None,
     ) -> list[Hop]:
@@ -290,7 +330,7 @@ class RouteSession:
             lives = partial(self._view.pulse.lives, leg.peer_id)
             return await watched(dialing, leg.peer_id, UNKNOWN_SECONDS, lives)
 
-        return await open_route(dial, self._failures, first, last, self._needs(padding), before, prefixes)
+        return await open_route(dial, failures, first, last, self._needs(padding), before, prefixes)
 
     def _needs(self, padding: Sequence[int]) -> Needs:
         return Needs(

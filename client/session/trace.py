@@ -36,12 +36,23 @@ class RouteEvent(NamedTuple):
     """Something happened to a route.
 
     ``kind``: ``route``, the session was opened over ``hops``; ``failed``, ``hops`` has the one that did, and ``reason``
-    says how; ``replaced``, ``hops`` took over the blocks of the one that failed last.
+    says how; ``left``, the same of one that works, but slower than another way; ``replaced``, ``hops`` took over the
+    blocks of the one that failed or was left last.
     """
 
     kind: str
     hops: tuple[HopName, ...]
     reason: str = ""
+
+
+def waited(began: float, answers: Iterable[Answered]) -> list[float]:
+    """The seconds for which a step waited for each hop, from when the answers of all hops before it were there. At
+    least what the hop says that it took."""
+    seconds = []
+    for answer in answers:
+        seconds.append(max(answer.at - began, answer.queue_s + answer.compute_s))
+        began = max(began, answer.at)
+    return seconds
 
 
 def split_time(began: float, steps: Iterable[tuple[HopName, Sequence[Answered]]]) -> tuple[HopTime, ...]:

@@ -29,6 +29,7 @@ class Proxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self._alive: list[threading.Event] = []
+        self._dead: list[tuple[socket.socket, socket.socket]] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
     def break_all(self) -> int:
@@ -53,6 +54,12 @@ class Proxy:
                 threading.Thread(target=self._forward, args=(here, there, alive), daemon=True).start()
 
     def _forward(self, here: socket.socket, there: socket.socket, alive: threading.Event) -> None:
+        with suppress(OSError):  # one side has ended
+            self._forward_until_dead(here, there, alive)
+        self._dead.append((here, there))  # open for ever, as behind a router that has forgotten them
+
+    @staticmethod
+    def _forward_until_dead(here: socket.socket, there: socket.socket, alive: threading.Event) -> None:
         while alive.is_set():
             for ready in select.select([here, there], [], [], 0.05)[0]:
                 data = ready.recv(2**16)
@@ -62,7 +69,6 @@ class Proxy:
                     return
                 if alive.is_set():
                     (there if ready is here else here).sendall(data)
-        self._dead = (here, there)  # open for ever, as behind a router that has forgotten them
 
 
 def goes_on(

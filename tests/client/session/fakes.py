@@ -11,7 +11,8 @@ from hivemind.p2p import PeerID
 
 from swarm.client.routing.left_out import Needs
 from swarm.client.routing.pulse import Pulse
-from swarm.client.routing.route import Leg, find_route
+from swarm.client.routing.route import Claim, Leg, claims, find_route
+from swarm.client.routing.slowness import Slowdowns
 from swarm.client.routing.step_times import StepTimes
 from swarm.client.session.history import History
 from swarm.client.session.protocols import HopLike, View
@@ -124,7 +125,9 @@ class FakeView:
         self.were_full: list[PeerID] = []
         self.good: list[PeerID] = []
         self.asked: list[Needs] = []
+        self.were_slow: list[PeerID] = []
         self.step_times = StepTimes()
+        self.slowdowns = Slowdowns()
         self.pulse = Pulse(self.answer, self.answer, self.succeeded, 1.0)
 
     @property
@@ -168,6 +171,18 @@ class FakeView:
 
     def full(self, peer_id: PeerID) -> None:
         self.were_full.append(peer_id)
+
+    def slow(self, peer_id: PeerID) -> None:
+        self.were_slow.append(peer_id)
+
+    def leg(self, peer_id: PeerID, start: int, end: int) -> Leg | None:
+        return next((Leg(span, start, end) for span in self.spans if span.peer_id == peer_id), None)
+
+    def around(self, peer_id: PeerID, start: int, end: int, needs: Needs) -> tuple[Leg, ...]:
+        return find_route([span for span in self.spans if span.peer_id != peer_id], start, end, rtts={})
+
+    def claims(self, legs: Sequence[Leg]) -> list[Claim]:
+        return claims(legs, {})
 
 
 class Dialer:

@@ -11,9 +11,12 @@ import torch
 from hivemind.p2p import PeerID
 
 from swarm.client.routing.route import Leg
+from swarm.client.routing.slowness import Move
 from swarm.client.session.route_session import RouteSession
+from swarm.client.session.trace import RouteEvent
 from swarm.client.settings import ClientSettings
-from tests.client.routing.test_routing import span
+from swarm.errors import OutOfCacheError
+from tests.client.routing.test_routing import peer, span
 from tests.client.session.fakes import FakeHop, FakeView, lost
 
 SPANS = [span("a", 0, 4, rps=300), span("b", 4, 8, rps=300), span("c", 0, 4, rps=100), span("d", 4, 8, rps=100)]
@@ -26,8 +29,13 @@ class Session(RouteSession):
         view: Any = FakeView(SPANS)
         super().__init__(view, ClientSettings(), first=0, last=8, max_length=64, hidden_size=1)
         self.opened: list[FakeHop] = []
+        self.refusing: list[PeerID] = []
+        self.events: list[RouteEvent] = []
+        self.on_route = self.events.append
 
     async def _dial(self, leg: Leg, before: PeerID, left_padding: Sequence[int], *args: Any) -> Any:
+        if leg.peer_id in self.refusing:
+            raise OutOfCacheError("full")
         hop = FakeHop(leg)
         hop.pusher = before
         hop.left_padding = tuple(left_padding)
@@ -91,5 +99,38 @@ def test_a_step_that_fails_for_good_is_as_if_it_had_not_been() -> None:
         assert torch.equal(first, await expected.step(inputs(5), None, None))
         outputs = [await each.step(inputs(1, 20.0), None, None) for each in (session, expected)]
         assert torch.equal(*outputs)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_slow_hop_is_left_or_kept_and_nothing_changes(refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        session, whole = Session(), Session()
+        for each in (session, whole):
+            await each.step(inputs(5), None, None)
+            await each.step(inputs(1, 10.0), torch.tensor([1, 1]), None)
+        before: list[Any] = list(session.hops)
+        move = Move(before[1], (Leg(SPANS[3], 4, 8),), 0.3, 0.04, 1.0, 1.0)
+        session.refusing = [peer("d")] if refused else []
+        due = iter([move])
+        monkeypatch.setattr(session._slowness, "due", lambda *_: next(due, None))
+        for first in (20.0, 30.0):
+            outputs = [await each.step(inputs(1, first), None, None) for each in (session, whole)]
+            assert torch.equal(*outputs)
+        view: Any = session._view
+        kinds = [event.kind for event in session.events]
+        if refused:
+            assert session.hops == before
+            assert kinds == ["route"]
+            assert view.were_full == [peer("d")]
+            assert not before[1].ended
+        else:
+            assert [hop.peer_id for hop in session.hops] == [peer("a"), peer("d")]
+            assert kinds == ["route", "left", "replaced"]
+            assert session.events[1].reason == "a step takes 300 ms, elsewhere about 40 ms"
+            assert before[1].ended == "closed"
+            assert view.were_slow == [peer("b")]
+        assert not view.left_out
 
     asyncio.run(run())

@@ -20,11 +20,12 @@ export class Route {
   take({ tokens, events }) {
     for (const { kind, hops, reason } of events) {
       if (kind === "route") this.hops = hops;
-      else if (kind === "failed") this.detours.push({ failed: hops[0], reason, by: null, at: this.tokens.length });
-      else if (kind === "replaced") {
-        const detour = this.detours.at(-1);
-        detour.by = hops;
-        const index = this.hops.findIndex((hop) => same(hop, detour.failed));
+      else if (kind === "failed" || kind === "left") {
+        this.detours.push({ failed: hops[0], slow: kind === "left", reason, by: null, at: this.tokens.length });
+      } else if (kind === "replaced") {
+        const detour = this.detours.find((one) => !one.by); // none: a hop that can't forget tokens was opened anew
+        if (detour) detour.by = hops;
+        const index = this.hops.findIndex((hop) => (detour ? same(hop, detour.failed) : hop.start === hops[0].start));
         if (index >= 0) this.hops = [...this.hops.slice(0, index), ...hops, ...this.hops.slice(index + 1)];
       }
     }
@@ -49,8 +50,8 @@ export class Route {
       h("a", { className: down(hop) ? "hop down" : "hop", href: `swarm.html#${hop.peer}`, target: "_blank", title: hop.peer },
         h("b", { textContent: blocks(hop) }), ` ${peerName(hop)}`),
     ]);
-    const detours = this.detours.map(({ failed, by, at, reason }) => h("li", { className: "detour", title: reason },
-      `Detour at token ${at + 1}: ${peerName(failed)} failed; `,
+    const detours = this.detours.map(({ failed, slow, by, at, reason }) => h("li", { className: "detour", title: reason },
+      `Detour at token ${at + 1}: ${peerName(failed)} ${slow ? "became slow" : "failed"}; `,
       by ? `blocks ${blocks(failed)} went on at ${by.map(peerName).join(", ")}.` : `looking for another node with blocks ${blocks(failed)}…`));
     const many = this.tokens.length;
     this.element.replaceChildren(
