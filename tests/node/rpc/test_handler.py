@@ -5,130 +5,31 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-import threading
-from collections.abc import Coroutine, Iterator
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
-from hivemind.p2p import P2P
 from hivemind.p2p.p2p_daemon_bindings.control import P2PHandlerError
 from hivemind.proto import runtime_pb2
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from swarm.errors import BadRequestError, PeerLostError, SwarmError
-from swarm.model.loading import load_span
-from swarm.model.source import resolve
-from swarm.node.engine.engine import Engine
-from swarm.node.rpc.handler import Handler
-from swarm.node.rpc.limits import Limits
-from swarm.node.rpc.requests import Served
 from swarm.wire import rpc
 from swarm.wire.codec import decode, encode
 from swarm.wire.records import span_uid
 from swarm.wire.stream import MessageStream
-from tests.models import tiny_model
-
-Request, Response = runtime_pb2.ExpertRequest, runtime_pb2.ExpertResponse
-T = TypeVar("T")
-HIDDEN = 64
-LIMITS = Limits(max_length=128, max_rows=8, max_step_tokens=256, max_waiting_steps=4, step_timeout=20.0)
-EMPTY, EMPTY_INT64 = encode(rpc.EMPTY), encode(rpc.EMPTY_INT64)
-
-
-@dataclass
-class Scene:
-    """A node and a stranger, in an event loop in a thread."""
-
-    loop: asyncio.AbstractEventLoop
-    engine: Engine
-    node: P2P
-    stranger: P2P
-
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, 30), self.loop).result()
-
-    async def open(self, method: str = rpc.INFERENCE) -> MessageStream:
-        _, reader, writer = await self.stranger.call_binary_stream_handler(self.node.peer_id, rpc.handle_name(method))
-        return MessageStream(reader, writer, max_bytes=2**24)
-
-
-@pytest.fixture(scope="module")
-def scene() -> Iterator[Scene]:
-    source = resolve(str(tiny_model("llama-gqa", layers=2)))
-    span = load_span(source, 0, 2, dtype=torch.float32, device="cpu")
-    engine = Engine(span, cache_tokens=512)
-    engine.start()
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, daemon=True).start()
-
-    async def start() -> tuple[P2P, P2P, Handler]:
-        node = await P2P.create(nat_port_map=False)
-        handler = Handler(node, engine, Served("m", 0, 2, HIDDEN, torch.float32), LIMITS)
-        await handler.register()
-        address = [str(address) for address in await node.get_visible_maddrs()]
-        return node, await P2P.create(initial_peers=address, nat_port_map=False), handler
-
-    node, stranger, handler = asyncio.run_coroutine_threadsafe(start(), loop).result()
-    scene = Scene(loop, engine, node, stranger)
-    yield scene
-    scene.run(handler.leave(1.0))
-    scene.run(stranger.shutdown())
-    scene.run(node.shutdown())
-    engine.stop()
-    loop.call_soon_threadsafe(loop.stop)
-
-
-def step(hidden: torch.Tensor, start: int, *, uid: str | None = None, **fields: Any) -> runtime_pb2.ExpertRequest:
-    metadata = {"start": start, **({"max_length": 64} if start == 0 else {}), **fields}
-    tensors = [encode(hidden), EMPTY, EMPTY_INT64]
-    return Request(uid=span_uid("m", 0, 2) if uid is None else uid, tensors=tensors, metadata=rpc.dump(metadata))
-
-
-async def converse(scene: Scene, requests: list[runtime_pb2.ExpertRequest]) -> list[torch.Tensor | SwarmError]:
-    """Sends the requests one after the other; what came back, up to the first error."""
-    stream = await scene.open()
-    answers: list[torch.Tensor | SwarmError] = []
-    try:
-        for request in requests:
-            await stream.send(request)
-            response = await stream.receive(Response)
-            if response is None:
-                break
-            answers.append(decode(response.tensors[0], max_elements=2**20))
-    except SwarmError as error:
-        answers.append(error)
-    finally:
-        stream.close()
-    return answers
-
-
-async def settle(scene: Scene) -> None:
-    """Waits until the node has noticed that its strangers are gone."""
-    while scene.engine.stats().sessions:
-        await asyncio.sleep(0.005)
-
-
-def well(scene: Scene) -> torch.Tensor:
-    """A good session's outputs; the node must give them at any time."""
-    hidden = torch.linspace(-1, 1, 3 * HIDDEN).view(1, 3, HIDDEN)
-    answers = scene.run(converse(scene, [step(hidden[:, :2], 0), step(hidden[:, 2:], 2)]))
-    assert all(isinstance(answer, torch.Tensor) for answer in answers), answers
-    return torch.cat([answer for answer in answers if isinstance(answer, torch.Tensor)], dim=1)
-
-
-@pytest.fixture(scope="module")
-def right(scene: Scene) -> torch.Tensor:
-    return well(scene)
-
-
-def still_well(scene: Scene, right: torch.Tensor) -> None:
-    assert torch.equal(well(scene), right)
-    scene.run(settle(scene))
-    assert scene.engine.stats().cache_tokens_free == scene.engine.stats().cache_tokens
-
+from tests.node.rpc.scene import (
+    EMPTY,
+    EMPTY_INT64,
+    HIDDEN,
+    Request,
+    Response,
+    Scene,
+    converse,
+    step,
+    still_well,
+)
 
 junk = st.recursive(
     st.none()
