@@ -26,7 +26,7 @@ from ..engine.blocks.quantization import Keep, Scheme, describe, find_scheme
 from ..output import Output
 from ..rpc.budget import raise_file_limit
 from ..settings import NodeSettings
-from .agreement import require_agreement
+from .agreement import disagreements, require_agreement
 from .family_check import require_right_blocks
 from .host import Host
 from .invitation import say_reached
@@ -88,7 +88,7 @@ async def _start(settings: NodeSettings, output: Output, stack: AsyncExitStack) 
         manifest=sharing.root if sharing is not None else "",
         adapters={adapter.name: adapter.digest for adapter in adapters},
     )
-    require_agreement(records, peer.peer_id, offer, source.dht_prefix)
+    await require_agreement(peer.p2p, disagreements(records, peer.peer_id, offer, source.dht_prefix))
     covered = covered_by_others(records, peer.peer_id)
     start, end, reason = _choose_blocks(settings, source, plan, covered)
     output.event(

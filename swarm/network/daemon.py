@@ -68,6 +68,11 @@ class LastingP2P(P2P):
         return p2p
 
     @property
+    def identity(self) -> bytes:
+        """The key that was made for a daemon without ``identity_path``, as it stands in such a file."""
+        return self._key[1] if self._key is not None else b""
+
+    @property
     def is_up(self) -> bool:
         """Whether the daemon runs, as far as is known."""
         return self._settled.is_set() and self.lost is None

@@ -21,6 +21,9 @@ from ..errors import ConnectError, UsageError
 from ..wire.peer_id import read_peer_id
 from .clock import CLOCK, describe_skew, measure_skews, skew_told
 from .daemon import LastingP2P
+from .directory.guard import RecordGuard
+from .directory.protocol import GuardedProtocol
+from .directory.signing import SigningKey
 from .forks import belongs_to_process
 from .known_peers import KnownPeers
 from .lookout import Lookout
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 logging.getLogger("hivemind").setLevel(logging.CRITICAL)  # its warnings repeat, with traces, what we raise ourselves
 for _module in (node, routing):
     vars(_module)["random"] = CHANCE  # its names for itself and its turns don't come out of a program's own numbers
+vars(node)["DHTProtocol"] = GuardedProtocol  # it has no other way to take one
 
 logger = logging.getLogger(__name__)
 _STOP_SECONDS = 2.0
@@ -100,6 +104,7 @@ class Peer:
             dht = await DHTNode.create(
                 p2p,
                 initial_peers=list(options.initial_peers),
+                record_validator=RecordGuard(_signing_key(p2p, options), p2p.peer_id, CLOCK.now),
                 client_mode=options.client or not _is_alone(options),  # until it is known that others reach it
                 num_workers=32,
                 # a node that vanished is asked again soon: it may be back, and our own records are refreshed often
@@ -226,6 +231,16 @@ async def _start_daemon(options: PeerOptions) -> WayfindingP2P:
 def _beside(identity: Path | None) -> Path | None:
     """The file for known peers."""
     return None if identity is None else identity.with_name(f"{identity.name}.peers")
+
+
+def _signing_key(p2p: LastingP2P, options: PeerOptions) -> SigningKey | None:
+    """The daemon's own key, for records; None if it can't be had, and then they are not signed."""
+    try:
+        identity = p2p.identity if options.identity is None else options.identity.read_bytes()
+        return SigningKey.read(identity)
+    except Exception as error:
+        logger.warning("this peer's records are not signed, as its key can't be read: %s", error)
+        return None
 
 
 def _is_alone(options: PeerOptions) -> bool:

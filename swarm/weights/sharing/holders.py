@@ -67,7 +67,7 @@ class Found:
 
 async def announce_holder(node: DHTNode, prefix: str, holder: Holder | None, *, ttl: float) -> None:
     """Says for ``ttl`` seconds what this peer has; None takes back what it said."""
-    value = None
+    value: dict[str, object] = {}  # which nobody can read; it can be signed, as None can't
     if holder is not None:
         value = {"root": holder.root, "blocks": [list(each) for each in holder.blocks], "whole": holder.whole}
     await node.store(

@@ -1,0 +1,1 @@
+"""The DHT as a directory: who may write what into it."""
