@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,7 +49,7 @@ def beside(peers: Sequence[str], texts: Sequence[Text], workdir: Path) -> Iterat
         def connect() -> Client:
             return petals.client(path, "demo-hf", peers, **OPTIONS)
 
-        thread = threading.Thread(target=_go_on, args=(connect, texts, seen, over), daemon=True)
+        thread = threading.Thread(target=_go_on, args=(connect, connect(), texts, seen, over), daemon=True)
         thread.start()
         try:
             yield seen
@@ -58,8 +58,10 @@ def beside(peers: Sequence[str], texts: Sequence[Text], workdir: Path) -> Iterat
             thread.join(ANSWER_SECONDS)
 
 
-def _go_on(connect, texts: Sequence[Text], seen: Beside, over: threading.Event) -> None:
-    client, turn = connect(), 0
+def _go_on(
+    connect: Callable[[], Client], client: Client, texts: Sequence[Text], seen: Beside, over: threading.Event
+) -> None:
+    turn = 0
     while not over.is_set():
         text = texts[turn % len(texts)]
         turn += 1

@@ -21,13 +21,14 @@ GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": TOKENS}
 
 @dataclass
 class Tally:
-    """What sessions have seen. ``gaps``: begin and end of each wait for a token, of all sessions."""
+    """What sessions have seen. ``gaps``: begin and end of each wait for a token, of all sessions, if they are kept."""
 
     done: int = 0
     tokens: int = 0
     failed: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     gaps: list[tuple[float, float]] = field(default_factory=list)
+    keep_gaps: bool = True
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def gap(self, since: float) -> float:
@@ -35,7 +36,8 @@ class Tally:
         now = time.monotonic()
         with self._lock:
             self.tokens += 1
-            self.gaps.append((since, now))
+            if self.keep_gaps:
+                self.gaps.append((since, now))
         return now
 
     def end(self, text: object, expected: object) -> None:
