@@ -56,7 +56,8 @@ class Links:
                 await asyncio.sleep(0.05)
             if not data:
                 break
-            with contextlib.suppress(OSError):  # whoever is gone is sent nothing, and the rest is thrown away
-                writer.write(data)
-                await writer.drain()
+            if not writer.is_closing():  # whoever is gone is sent nothing, and the rest is thrown away
+                with contextlib.suppress(OSError):
+                    writer.write(data)
+                    await writer.drain()
         writer.close()

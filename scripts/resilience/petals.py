@@ -68,7 +68,7 @@ def _go_on(
         try:
             made = client.ask("generate", ids=text.ids.tolist(), max_retries=8, timeout=ANSWER_SECONDS, **GREEDY)
         except AssertionError as error:
-            seen.failed.append(str(error).strip().splitlines()[-1])
+            seen.failed.append(str(error).strip().splitlines()[-1][:80])
         except TimeoutError as error:
             seen.failed.append(str(error).splitlines()[0])
             if not over.is_set():
