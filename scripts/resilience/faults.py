@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .nodes import Node, Swarm, daemon_of
+from .nodes import Node, Swarm, Zygote, daemon_of
 
 NUM_BLOCKS = 8
 
@@ -230,6 +230,7 @@ class Faults:
             said = process.events()[-1]
             assert said["event"] == "error", said
             assert "No space left" in said["message"], said
+            assert Zygote.wait(process.pid) == 2
         finally:
             filler.unlink()
         return end
