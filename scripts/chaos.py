@@ -110,6 +110,7 @@ def run(seconds: float, sessions: int, seed: int, petals: bool) -> Outcome:
         wrong=tally.wrong,
         failed=tally.failed,
         broken=faults.broken,
+        repeated=faults.repeated,
         stuck=stuck,
         left=[*left, *kept(before, after)],
         held={name: (before[name], after[name]) for name in after},

@@ -18,6 +18,8 @@ from pathlib import Path
 from .nodes import Node, Swarm, Zygote, daemon_of
 
 NUM_BLOCKS = 8
+STARTS = 3
+"""How often a node is started that ends while it starts, as when nobody answers it in time."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Faults:
     Attributes:
         past: those that have happened.
         broken: what did not go as it should, such as a node that did not come back.
+        repeated: nodes that ended while they started, with what they said, and were started again.
     """
 
     def __init__(self, swarm: Swarm, callers: Mapping[str, int], seed: int, longest: float) -> None:
@@ -46,6 +49,7 @@ class Faults:
         self._chance = random.Random(seed)
         self.past: list[Fault] = []
         self.broken: list[str] = []
+        self.repeated: list[str] = []
         self._of_nodes: dict[str, Callable[[Node, random.Random], float]] = {
             "kill -9": self._kill,
             "SIGTERM": self._terminate,
@@ -122,10 +126,20 @@ class Faults:
                 node.busy = False
 
     def _back(self, node: Node) -> None:
-        """It serves, after a restart if it has ended."""
-        if not node.running.alive:
-            self._swarm.start(node)
-        node.running.wait_ready()
+        """It serves. As a supervisor would, this starts it again if it has ended, also if it ends while it starts."""
+        for attempt in range(STARTS):
+            if not node.running.alive:
+                self._swarm.start(node)
+            try:
+                node.running.wait_ready()
+                return
+            except AssertionError:
+                if attempt == STARTS - 1 or node.running.alive:
+                    raise
+                self._note_end(node)
+
+    def _note_end(self, node: Node) -> None:
+        self.repeated.append(f"{node}: {node.running.events()[-1].get('message')}")
 
     def _pause(self, seconds: float) -> float:
         """Waits; the time now."""
@@ -218,9 +232,8 @@ class Faults:
         end = time.monotonic()
         for path in node.disk.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        self._swarm.start(node)
+        self._wait_for_weights(node)
         process = node.running
-        wait_for(lambda: any(e["event"] == "progress" and 0 < e["done"] < e["total"] for e in process.events()), 60)
         filler = node.disk / "filler"
         try:
             with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
@@ -234,6 +247,18 @@ class Faults:
         finally:
             filler.unlink()
         return end
+
+    def _wait_for_weights(self, node: Node) -> None:
+        """Starts it, until a part of its weights has come."""
+
+        def are_coming() -> bool:
+            if not node.running.alive:
+                self._note_end(node)
+                self._swarm.start(node)
+            return any(e["event"] == "progress" and 0 < e["done"] < e["total"] for e in node.running.events())
+
+        self._swarm.start(node)
+        wait_for(are_coming, 60)
 
 
 def thinnest(spans: list[tuple[int, int]]) -> tuple[int, ...]:

@@ -85,6 +85,7 @@ class Outcome:
     wrong: list[str]
     failed: list[str]
     broken: list[str]
+    repeated: list[str]
     stuck: int
     left: list[str]
     held: dict[str, tuple[Figures, Figures]]
@@ -114,9 +115,10 @@ class Outcome:
             )
         if self.petals:
             print(f"beside them, a Petals client: {json.dumps(self.petals, ensure_ascii=False)}")
-        for what in (*self.wrong, *self.broken, *self.left):
+        for what in (*self.wrong, *self.broken, *self.left, *self.repeated):
             print(what)
         print(
             f"wrong texts {len(self.wrong)}, errors of callers {len(self.failed)}, stuck {self.stuck}, left behind "
-            f"{len(self.left)}, faults that did not go as they should {len(self.broken)}"
+            f"{len(self.left)}, faults that did not go as they should {len(self.broken)}, starts that had to be "
+            f"repeated {len(self.repeated)}"
         )
