@@ -50,7 +50,9 @@ def left_behind(swarm: Swarm, gateway: Gateway) -> list[str]:
     """What nodes and the gateway still hold of sessions that have ended, after some time."""
     deadline = time.monotonic() + QUIET_SECONDS
     while True:
-        found = {str(node): node.figures() for node in swarm.nodes} | {"gateway": gateway.figures()}
+        found = {str(node): node.figures() for node in swarm.nodes if node.running.alive} | {
+            "gateway": gateway.figures()
+        }
         left = [
             f"{who}: {name} {what[name]:.0f}" for who, what in found.items() for name in OF_SESSIONS if what.get(name)
         ]
@@ -62,7 +64,7 @@ def left_behind(swarm: Swarm, gateway: Gateway) -> list[str]:
 def hold(swarm: Swarm, gateway: Gateway) -> dict[str, Figures]:
     """What all processes hold."""
     time.sleep(2.0)  # tasks are counted every second
-    held = {f"node {node.number}": node.held() for node in swarm.nodes}
+    held = {f"node {node.number}": node.held() for node in swarm.nodes if node.running.alive}
     return {**held, "gateway": gateway.held(), "client": figures(os.getpid(), count_tasks())}
 
 
