@@ -16,6 +16,8 @@ PROMPTS = ("This method returns", "A list of the", "Raises an error if", "The fi
 TOKENS = 48
 STUCK_SECONDS = 300.0
 """A session that has got no token for so long is given up."""
+_HTTP = httpx.Client(timeout=STUCK_SECONDS, limits=httpx.Limits(max_keepalive_connections=0))
+"""One for all: each makes a TLS context, whose memory would look like a leak."""
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": TOKENS}
 
 
@@ -101,7 +103,7 @@ def by_gateway(url: str, text: Text, tally: Tally) -> None:
     """
     body = {"model": "demo", "prompt": text.prompt, "max_tokens": TOKENS, "temperature": 0, "stream": True}
     since, said = time.monotonic(), ""
-    with httpx.stream("POST", f"{url}/completions", json=body, timeout=STUCK_SECONDS) as reply:
+    with _HTTP.stream("POST", f"{url}/completions", json=body) as reply:
         if reply.status_code != 200:
             raise RuntimeError(f"the gateway answers {reply.status_code}: {reply.read().decode()[:300]}")
         for line in reply.iter_lines():
