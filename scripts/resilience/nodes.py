@@ -23,7 +23,7 @@ from .links import Links
 from .probe import PROBE, Figures, Probe
 
 END_TIMEOUT = 60.0
-_PORTS = itertools.count(15_000 + os.getpid() % 10_000)
+_PORTS = itertools.count(15_000 + os.getpid() * 97 % 10_000)  # not those of a script that was started just before
 
 
 class Zygote(nodes.Zygote):
