@@ -166,7 +166,7 @@ class Faults:
     def _terminate(self, node: Node, chance: random.Random) -> float:
         node.running.terminate()
         node.running.wait_gone(60)
-        assert node.running.events()[-1]["event"] == "stopped", node.running.events()[-1]
+        assert any(event["event"] == "stopped" for event in node.running.events()), node.running.events()[-1]
         end = time.monotonic()
         self._pause(chance.uniform(0.0, 3.0))
         return end
