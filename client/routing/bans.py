@@ -21,7 +21,8 @@ class _Ban:
 
 
 class Bans:
-    """Bans last ``base`` seconds, twice as long with each failure in a row. Some end as the node has restarted."""
+    """Bans last ``base`` seconds, twice as long each time that a peer fails again when it was let in. Some end as the
+    node has restarted."""
 
     def __init__(self, base: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._base, self._clock = base, clock
@@ -30,9 +31,12 @@ class Bans:
     def failed(self, peer_id: PeerID, reason: str = "", *, started: float = 0.0, ago: float = 0.0) -> None:
         """Bans a peer that failed ``ago`` seconds before now; ``started`` is when it came up by its own record, 0 if it
         doesn't say."""
-        failures = self._bans[peer_id].failures + 1 if peer_id in self._bans else 1
+        ban, at = self._bans.get(peer_id), self._clock() - ago
+        if ban is not None and at <= ban.until and started in (0.0, ban.started):
+            return  # each of many sessions meets the failure for which the peer is left out already
+        failures = 1 if ban is None else ban.failures + 1
         seconds = min(MAX_BAN_SECONDS, self._base * 2 ** min(failures - 1, 16))
-        self._bans[peer_id] = _Ban(failures, started, self._clock() - ago + seconds, reason)
+        self._bans[peer_id] = _Ban(failures, started, at + seconds, reason)
 
     def succeeded(self, peer_id: PeerID) -> None:
         """Forgets a peer's failures."""

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from hivemind.p2p import PeerID
 
@@ -167,3 +167,10 @@ async def watched(work: Awaitable[T], peer_id: PeerID, patience: float, lives: C
         for pending in (task, asking):
             if pending is not None:
                 pending.cancel()
+                pending.add_done_callback(_look_at)
+
+
+def _look_at(done: asyncio.Future[Any]) -> None:
+    """Takes note of how it ended: asyncio writes to the log what nobody has looked at."""
+    if not done.cancelled():
+        done.exception()

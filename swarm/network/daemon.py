@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ _STEADY_SECONDS = 5.0  # a daemon that dies sooner than that has not really star
 _PAUSE_SECONDS = 1.0
 _START_SECONDS = 30.0
 _ANSWER_SECONDS = 2.0
+_REJOIN_SECONDS = 2.0  # peers that are gone are asked for longer
+_REJOINS: ContextVar[bool] = ContextVar("swarm_rejoins", default=False)  # what runs here finds the others again
 _PORT = re.compile(r"/[^/]+/[^/]+/tcp/(\d+)(?!.*/p2p-circuit)")
 
 
@@ -78,7 +81,7 @@ class LastingP2P(P2P):
         return self._settled.is_set() and self.lost is None
 
     async def keep(self, restarted: Callable[[], Awaitable[None]]) -> None:
-        """Starts the daemon again whenever it has died, and runs ``restarted`` beside each time.
+        """Starts the daemon again whenever it has died, and runs ``restarted`` each time, which looks for the others.
 
         Ends when the daemon is lost: twice in a row it did not start, or died at once.
         """
@@ -100,14 +103,25 @@ class LastingP2P(P2P):
                 why = str(error) or repr(error)
             else:
                 self.restarts, why = self.restarts + 1, ""
-                self._settled.set()
-                telling = asyncio.ensure_future(restarted())
+                telling = asyncio.ensure_future(self._rejoin(restarted))
             began = loop.time()
         self.lost = DaemonError(
             f"this process's network daemon (p2pd) has ended and can't be started again ({why or 'it ends at once'}), "
             "so no peer can be reached: start the process again"
         )
         self._settled.set()
+
+    async def _rejoin(self, restarted: Callable[[], Awaitable[None]]) -> None:
+        """Lets calls go on when ``restarted`` has found other peers again, of which the new daemon knows none yet: they
+        would fail as if these peers were gone."""
+        _REJOINS.set(True)
+        rejoining = asyncio.ensure_future(restarted())
+        try:
+            await asyncio.wait({rejoining}, timeout=_REJOIN_SECONDS)
+            self._settled.set()
+            await rejoining
+        finally:
+            rejoining.cancel()
 
     async def check(self) -> None:
         """Waits until the daemon is up. Who knows that a call failed learns here whether that was the daemon's fault.
@@ -139,7 +153,8 @@ class LastingP2P(P2P):
         return await super().call_binary_stream_handler(*args, **kwargs)
 
     async def _wait(self) -> None:
-        await self._settled.wait()
+        if not _REJOINS.get():
+            await self._settled.wait()
         if self.lost is not None:
             raise self.lost
 

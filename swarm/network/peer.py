@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import socket
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +45,7 @@ vars(node)["DHTProtocol"] = GuardedProtocol  # it has no other way to take one
 logger = logging.getLogger(__name__)
 _STOP_SECONDS = 2.0
 _ASKED = 8  # peers, for their time
+_PORT_SECONDS = 3.0
 _JOIN_SECONDS = 3.0  # for peers that are to be asked first
 
 
@@ -185,7 +188,7 @@ async def _set_clock(p2p: LastingP2P, initial_peers: Sequence[str]) -> None:
 
 async def _start_daemon(options: PeerOptions) -> WayfindingP2P:
     if not options.client:
-        _check_port(options.host, options.port)
+        await _check_port(options.host, options.port)
     if options.identity is not None:
         options.identity.parent.mkdir(parents=True, exist_ok=True)
         _check_identity(options.identity)
@@ -265,18 +268,27 @@ def _check_address(address: str, *, needs_peer: bool) -> None:
         raise UsageError(f"{address!r} is no address of a peer: the form is {form}") from error
 
 
-def _check_port(host: str, port: int) -> None:
+async def _check_port(host: str, port: int) -> None:
+    """
+    Raises:
+        ConnectError: the port is taken, and stays so: that of a daemon which is just ending becomes free.
+    """
     if not port:
         return
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConnectError(
-                f"can't listen on {host} port {port} ({error.strerror}): choose another --port"
-            ) from error
+    deadline = time.monotonic() + _PORT_SECONDS
+    while True:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+                return
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                    raise ConnectError(
+                        f"can't listen on {host} port {port} ({error.strerror}): choose another --port"
+                    ) from error
+        await asyncio.sleep(0.05)
 
 
 def _check_identity(path: Path) -> None:

@@ -23,6 +23,7 @@ START_TIMEOUT = 120.0
 class Zygote:
     """The process that forks nodes; see :mod:`tests.swarm_e2e.zygote`."""
 
+    module = "tests.swarm_e2e.zygote"
     _process: subprocess.Popen[str] | None = None
 
     @classmethod
@@ -52,7 +53,7 @@ class Zygote:
             # and the Hub, which is not there, is not asked: its library would try for twenty seconds
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
             cls._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.swarm_e2e.zygote"],
+                [sys.executable, "-m", cls.module],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -78,12 +79,19 @@ class Zygote:
 class Node:
     """A ``swarm-node serve`` process."""
 
-    def __init__(self, argv: Sequence[str], workdir: Path, netns: str | None = None) -> None:
+    def __init__(
+        self,
+        argv: Sequence[str],
+        workdir: Path,
+        netns: str | None = None,
+        zygote: type[Zygote] = Zygote,
+        env: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         number = len(list(workdir.glob("*.out")))
         self.stdout, self.stderr = workdir / f"{number}.out", workdir / f"{number}.err"
         self.stdout.touch()
         self.argv = list(argv)
-        self.pid = Zygote.start(["swarm-node", *self.argv], self.stdout, self.stderr, netns=netns)
+        self.pid = zygote.start(["swarm-node", *self.argv], self.stdout, self.stderr, env=env, netns=netns)
 
     def events(self) -> list[dict[str, Any]]:
         """What it has said so far: every line of it is JSON."""

@@ -12,11 +12,14 @@ import ctypes
 import json
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 _NEW_NET = 0x40000000
 
 
-def main() -> None:
+def main(prepare: Callable[[dict[str, Any]], None] = lambda order: None) -> None:
+    """``prepare`` is given each order, in the new process, before its command runs."""
     from swarm.compat.late_imports import importing
 
     with importing():  # as the commands do
@@ -48,6 +51,7 @@ def main() -> None:
             os.environ["COLUMNS"] = "200"
             code = 70
             try:
+                prepare(order)
                 commands[sys.argv[0]]()
                 code = 0
             except SystemExit as end:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 
 import pytest
@@ -155,3 +156,26 @@ def test_work_is_watched() -> None:
     assert len(asked) > 1
     with pytest.raises(PeerLostError, match="does not answer"):
         asyncio.run(watched(slow(), ONE, 0.01, no))
+
+
+def test_what_ends_badly_when_nobody_waits_any_more_is_not_logged() -> None:
+    told: list[object] = []
+
+    async def stubborn() -> None:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            raise PeerLostError("unreachable") from None
+
+    async def no() -> bool:
+        return False
+
+    async def run() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, about: told.append(about))
+        with pytest.raises(PeerLostError, match="does not answer"):
+            await watched(stubborn(), ONE, 0.01, no)
+        await asyncio.sleep(0.01)
+        gc.collect()
+
+    asyncio.run(run())
+    assert not told

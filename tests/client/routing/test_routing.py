@@ -108,6 +108,22 @@ def test_a_route_covers_each_block_once_or_the_swarm_has_a_hole(shapes: list[tup
     assert all(leg.span.start <= leg.start < leg.end <= leg.span.end for leg in route)
 
 
+def test_what_many_sessions_meet_at_once_is_one_failure() -> None:
+    now = 100.0
+    bans, one = Bans(3.0, clock=lambda: now), peer("one")
+    for _ in range(8):
+        bans.failed(one)
+        now += 0.1
+    now = 103.5
+    assert not bans.banned(one)
+    for late in (0.0, 5.0):  # the second began before the first was over
+        bans.failed(one, ago=late)
+    now = 109.0
+    assert bans.banned(one)
+    now = 109.6
+    assert not bans.banned(one)
+
+
 def test_bans_grow_and_end_with_success_or_a_restart() -> None:
     now = 100.0
     bans, one = Bans(3.0, clock=lambda: now), peer("one")

@@ -176,6 +176,23 @@ def test_a_daemon_whose_port_is_taken_meanwhile_is_lost() -> None:
     run(work, port=port)
 
 
+def test_the_port_of_a_daemon_that_is_ending_is_waited_for() -> None:
+    """The one before may be going still: that of a node which was killed, or of an attempt to join that failed."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+
+        async def work() -> None:
+            starting = asyncio.create_task(Peer.start(PeerOptions(host="127.0.0.1", port=port)))
+            await asyncio.sleep(0.3)
+            assert not starting.done()
+            taken.close()
+            peer = await starting
+            assert f"/tcp/{port}/" in peer.addresses[0]
+            await peer.stop()
+
+        asyncio.run(asyncio.wait_for(work(), 60))
+
+
 def test_the_daemon_alone_is_in_a_session_of_its_own() -> None:
     """A Ctrl-C is not for it. What else this process starts at that time stays in the terminal's session."""
 
