@@ -29,7 +29,8 @@ app = typer.Typer(
 )
 
 _BOOTSTRAP = PeerOptions(port=31337, serve_relay=True)
-_LISTEN = ("lan", "lan_name", "host", "port", "announce", "public_ip")
+_FIND = ("lan", "lan_name", "swarm_key", "join")
+_LISTEN = (*_FIND, "shut_out", "host", "port", "announce", "public_ip")
 
 
 @app.command()
@@ -126,17 +127,17 @@ def bootstrap(
 
 @app.command()
 @takes_settings
-def status(
-    settings: Annotated[NodeSettings, Only("model", "initial_peers", "lan", "lan_name", "dht_prefix")], view: View
-) -> None:
+def status(settings: Annotated[NodeSettings, Only("model", "initial_peers", *_FIND, "dht_prefix")], view: View) -> None:
     """Show who serves which blocks of MODEL, how fast, what is free, and where blocks are missing."""
     with importing():
         from swarm.commands.status import show, watch
 
     async def run(stop: asyncio.Event) -> None:
         _require_peers(settings.peer)
-        peers, lan, prefix = settings.peer.initial_peers, settings.peer.lan, settings.dht_prefix
-        overviews = watch(settings.model, peers, lan=lan, dht_prefix=prefix, interval=view.interval)
+        peer, prefix = settings.peer, settings.dht_prefix
+        overviews = watch(
+            settings.model, peer.initial_peers, lan=peer.lan, key=peer.key, dht_prefix=prefix, interval=view.interval
+        )
         await show(overviews, view, top=False, stop=stop)
 
     run_until_stopped(run, lambda text: print(f"Error: {text}", file=sys.stderr))
