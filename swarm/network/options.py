@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from ..option import LIST, NETWORK, Form, Option
+from ..option import LIST, NETWORK, Form, Only, Option
 from .lock.invitation import Invitation, read_invitation
 from .lock.key import SwarmKey, given_keys, read_keys
 
@@ -100,6 +100,10 @@ class KeyOptions:
     def peers(self, initial_peers: Sequence[str]) -> tuple[str, ...]:
         """``initial_peers``, and those of the invitation."""
         return tuple(dict.fromkeys((*initial_peers, *(() if self.join is None else self.join.initial_peers))))
+
+
+Keys = Annotated[KeyOptions, Only("swarm_key", "join")]
+"""Of those who take nothing from others, so that there is nobody to shut out."""
 
 
 @dataclass(frozen=True)
