@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +25,7 @@ from swarm.network.info import ask_info
 from swarm.network.lock.client import CALL, HELLO, PROVE, STREAM, LockedClient
 from swarm.network.lock.gate import LOCKED, SHUT_OUT, WELCOME, WRONG_KEY
 from swarm.network.lock.handshake import new_nonce
-from swarm.network.lock.invitation import read_invitation
+from swarm.network.lock.invitation import Invitation, read_invitation
 from swarm.network.lock.key import SwarmKey
 from swarm.network.nat.dial_back import HANDLE
 from swarm.network.options import KeyOptions
@@ -307,6 +311,24 @@ def test_an_invitation_is_all_that_one_needs(swarm: Swarm, key_file: Path, whole
         ["swarm-node", "fetch", Path(swarm.model).name, "--to", str(key_file.with_name("fetched")), "--join", line]
     )
     assert fetched.returncode == 0, fetched.stdout + fetched.stderr
+
+
+def test_the_key_is_not_on_the_list_of_processes(swarm: Swarm) -> None:
+    """Of a command that was given a line, after a moment."""
+    line = Invitation(tuple(swarm.initial_peers), KEY).line()
+    main = "from swarm.node.cli import main; main()"
+    argv = [sys.executable, "-c", main, "status", swarm.model, "--json", "--join", line]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as command:
+        while KEY.text() in (said := Path(f"/proc/{command.pid}/cmdline").read_text()):
+            assert command.poll() is None
+            time.sleep(0.01)
+        assert said.rstrip("\0").endswith("--json")
+        seen, _ = command.communicate(timeout=60)
+    assert len(json.loads(seen)["nodes"]) == 2
+    for node in swarm.nodes:
+        shown = node.stdout.read_text() + node.stderr.read_text() + Path(f"/proc/{node.pid}/cmdline").read_text()
+        assert KEY.text() not in shown
+        assert KEY.text()[-20:] not in shown
 
 
 def test_nobody_is_shut_out_of_an_open_swarm(tmp_path: Path) -> None:
