@@ -133,11 +133,12 @@ class LockedClient(Client):
         return WELCOME + session.answer(b"call", number, answer)
 
     async def _take_stream(self, info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.closing(writer):
-            handler, name = await self._let_in(info.peer_id, reader, writer)
-            if handler is not None:
-                self._note(info.peer_id, writer)
-                await handler(StreamInfo(info.peer_id, info.addr, name), reader, writer)
+        handler, name = await self._let_in(info.peer_id, reader, writer)
+        if handler is None:
+            writer.close()
+            return
+        self._note(info.peer_id, writer)
+        await handler(StreamInfo(info.peer_id, info.addr, name), reader, writer)
 
     async def _let_in(
         self, caller: PeerID, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
