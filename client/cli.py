@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swarm.commands.builder import takes_settings
+from swarm.commands.hidden import hide_invitation
 from swarm.commands.options import CONTEXT, View
 from swarm.commands.terminal import require_text, run, text_input
 from swarm.compat.late_imports import importing
@@ -155,6 +156,7 @@ def _load(where: Where, ends: Ends) -> tuple[SwarmModelForCausalLM, PreTrainedTo
         where.model,
         initial_peers=where.initial_peers,
         lan=where.lan.lan_name or where.lan.lan,
+        swarm_key=where.key.keys(),
         dht_prefix=where.dht_prefix,
         **asdict(ends),
         **asdict(where.client),
@@ -180,8 +182,8 @@ def _watch(where: Where, view: View, *, top: bool) -> None:
             overviews = watch_gateway(where.api, where.api_key, where.model, interval=view.interval)
         else:
             assert where.model is not None
-            lan, prefix = where.lan, where.dht_prefix
-            overviews = watch(where.model, where.initial_peers, lan=lan, dht_prefix=prefix, interval=view.interval)
+            lan, prefix, peers = where.lan, where.dht_prefix, where.initial_peers
+            overviews = watch(where.model, peers, lan=lan, key=where.key, dht_prefix=prefix, interval=view.interval)
         await show(overviews, view, top=top, stop=asyncio.Event())
 
     asyncio.run(run())
@@ -193,4 +195,5 @@ def _nowhere(text: str) -> None:
 
 def main() -> None:
     """Entry point of ``swarm``."""
+    hide_invitation()
     run(app)

@@ -17,7 +17,7 @@ from swarm.errors import ConnectError
 from swarm.network.forks import belongs_to_process, is_forked, refuse_fork
 from swarm.network.lan.look import find_peers
 from swarm.network.lan.presence import Presence
-from swarm.network.options import LanOptions
+from swarm.network.options import KeyOptions, LanOptions
 from swarm.network.peer import Peer, PeerOptions
 
 T = TypeVar("T")
@@ -37,6 +37,7 @@ class Runtime:
         self._peers: dict[tuple[str, ...], tuple[Peer, int]] = {}
         self._peers_lock = asyncio.Lock()
         self._lan: dict[tuple[str, ...], str] = {}  # the names of swarms that were found on the local network
+        self._keys: dict[tuple[str, ...], KeyOptions] = {}
 
     @classmethod
     def get(cls) -> Runtime:
@@ -82,6 +83,10 @@ class Runtime:
         self._lan[initial_peers] = name
         return initial_peers
 
+    def unlock(self, initial_peers: tuple[str, ...], key: KeyOptions) -> None:
+        """From now on a peer that joins by ``initial_peers`` has this key."""
+        self._keys[initial_peers] = key
+
     async def join(
         self, initial_peers: tuple[str, ...], *, startup_timeout: float, known_peers: Path | None = None
     ) -> Peer:
@@ -92,12 +97,17 @@ class Runtime:
 
         Raises:
             ConnectError: none of the initial peers answers.
+            LockedError: the swarm has another key, or has one and none is known.
         """
         async with self._peers_lock:
             peer, users = self._peers.get(initial_peers, (None, 0))
             if peer is None:
                 options = PeerOptions(
-                    initial_peers=initial_peers, client=True, startup_timeout=startup_timeout, known_peers=known_peers
+                    initial_peers=initial_peers,
+                    key=self._keys.get(initial_peers, KeyOptions()),
+                    client=True,
+                    startup_timeout=startup_timeout,
+                    known_peers=known_peers,
                 )
                 peer = await Peer.start(options)
                 if (name := self._lan.get(initial_peers)) is not None:

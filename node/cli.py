@@ -9,15 +9,17 @@ from typing import Annotated
 import typer
 
 from swarm.commands.builder import takes_settings
+from swarm.commands.hidden import hide_invitation
 from swarm.commands.options import CONTEXT, View
 from swarm.commands.terminal import run as run_command
 from swarm.compat.late_imports import importing
 from swarm.compute.openmp import set_waiting
 from swarm.errors import UsageError
+from swarm.network.lock.key import SwarmKey
 from swarm.network.options import PeerOptions
 from swarm.option import Only
 
-from .commands.process import open_output, run_until_stopped
+from .commands.process import open_output, print_secret, run_until_stopped
 from .settings import FetchSettings, Format, LogFormat, NodeSettings
 
 app = typer.Typer(
@@ -29,7 +31,8 @@ app = typer.Typer(
 )
 
 _BOOTSTRAP = PeerOptions(port=31337, serve_relay=True)
-_LISTEN = ("lan", "lan_name", "host", "port", "announce", "public_ip")
+_FIND = ("lan", "lan_name", "swarm_key", "join")
+_LISTEN = (*_FIND, "shut_out", "host", "port", "announce", "public_ip")
 
 
 @app.command()
@@ -111,9 +114,12 @@ def bootstrap(
         with importing():
             from swarm.network.lan.join import flags, start_peer
 
+            from .hosting.invitation import how_to_unlock
+
         peer = await start_peer(options, (), output.event)
-        near = [] if peer.presence is None else [f"  {flags(peer.presence.swarm)}"]
-        lines = ["Others join with:", *near, *(f"  --initial-peers {address}" for address in peer.addresses)]
+        near = [] if peer.presence is None else [flags(peer.presence.swarm)]
+        ways = [*near, *(f"--initial-peers {address}" for address in peer.addresses)]
+        lines = ["Others join with:", *(f"  {way}{how_to_unlock(peer)}" for way in ways)]
         output.panel(
             "ready", "Bootstrap peer is up", lines, maddrs=list(peer.addresses), peer_id=peer.peer_id.to_base58()
         )
@@ -126,28 +132,60 @@ def bootstrap(
 
 @app.command()
 @takes_settings
-def status(
-    settings: Annotated[NodeSettings, Only("model", "initial_peers", "lan", "lan_name", "dht_prefix")], view: View
-) -> None:
+def status(settings: Annotated[NodeSettings, Only("model", "initial_peers", *_FIND, "dht_prefix")], view: View) -> None:
     """Show who serves which blocks of MODEL, how fast, what is free, and where blocks are missing."""
     with importing():
         from swarm.commands.status import show, watch
 
     async def run(stop: asyncio.Event) -> None:
         _require_peers(settings.peer)
-        peers, lan, prefix = settings.peer.initial_peers, settings.peer.lan, settings.dht_prefix
-        overviews = watch(settings.model, peers, lan=lan, dht_prefix=prefix, interval=view.interval)
+        peer, prefix = settings.peer, settings.dht_prefix
+        overviews = watch(
+            settings.model, peer.initial_peers, lan=peer.lan, key=peer.key, dht_prefix=prefix, interval=view.interval
+        )
         await show(overviews, view, top=False, stop=stop)
 
     run_until_stopped(run, lambda text: print(f"Error: {text}", file=sys.stderr))
 
 
+@app.command()
+@takes_settings
+def invite(options: Annotated[PeerOptions, Only("initial_peers", *_FIND)]) -> None:
+    """Print an invitation: one line with addresses of the swarm and its key, for --join. Joins first, to be sure.
+
+    Whoever has the line is in the swarm.
+    """
+
+    async def run(stop: asyncio.Event) -> None:
+        with importing():
+            from .commands.invite import invite as make
+
+        _require_peers(options)
+        print_secret((await make(options)).line())
+
+    run_until_stopped(run, lambda text: print(f"Error: {text}", file=sys.stderr))
+
+
+key = typer.Typer(no_args_is_help=True, help="Keys of locked swarms.")
+app.add_typer(key, name="key")
+
+
+@key.command("new")
+@takes_settings
+def new_key() -> None:
+    """Print a new key: swarm-node key new > swarm.key. Who has it is in the swarm: keep it as you keep a password."""
+    print_secret(SwarmKey.new().text())
+
+
 def _require_peers(options: PeerOptions) -> None:
     if not options.initial_peers and not options.lan.wanted:
-        raise UsageError("say which swarm: --initial-peers MADDR, or --lan for one on this network")
+        raise UsageError(
+            "say which swarm: --initial-peers MADDR, --join LINE for an invitation, or --lan for one on this network"
+        )
 
 
 def main() -> None:
     """Entry point of ``swarm-node``."""
+    hide_invitation()
     set_waiting()  # before torch is imported
     run_command(app)

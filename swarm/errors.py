@@ -7,6 +7,7 @@ SwarmError                 node      the root
   UsageError               caller    what was asked for can't work
     ModelError             caller    the model can't be used
     ConnectError           network   no peer can be reached, or the own address is taken
+    LockedError            caller    the swarm has a key that this process hasn't
     InputError             caller    found before anything is sent: not finite, wrong shape, too long (a ValueError)
     SessionInUseError      caller    a session is used by two threads at once
   MissingBlocksError       network   no node that can be used serves some of the blocks
@@ -67,6 +68,12 @@ class ConnectError(UsageError):
 
     code = "connect"
     owner = Owner.NETWORK
+
+
+class LockedError(UsageError):
+    """The swarm is locked, and this process hasn't its key, or has one though the swarm is open."""
+
+    code = "locked"
 
 
 class InputError(UsageError, ValueError):

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from swarm.commands.options import WEIGHTS, CacheDir, DhtPrefix, Manifest
 from swarm.errors import UsageError
-from swarm.network.options import InitialPeers, LanOptions
+from swarm.network.options import InitialPeers, KeyOptions, Keys, LanOptions
 from swarm.option import NETWORK, Only, Option
 
 from ..settings import ClientSettings
@@ -27,6 +27,7 @@ class Where:
     ] = None
     initial_peers: InitialPeers = ()
     lan: LanOptions = field(default_factory=LanOptions)
+    key: Keys = field(default_factory=KeyOptions)
     dht_prefix: DhtPrefix = None
     client: ClientSettings = field(default_factory=ClientSettings)
     api: Annotated[
@@ -40,6 +41,9 @@ class Where:
     ] = None
     api_key: Annotated[str | None, Option("Key for --api, if it wants one.", env="SWARM_API_KEY", panel=NETWORK)] = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "initial_peers", self.key.peers(self.initial_peers))
+
     def require(self) -> None:
         """
         Raises:
@@ -50,7 +54,7 @@ class Where:
         if self.api is None and not self.initial_peers and not self.lan.wanted:
             raise UsageError(
                 "say which swarm: --lan for one on this network, --initial-peers MADDR, as printed by swarm-node "
-                "serve, or a gateway: --api URL"
+                "serve, --join LINE for an invitation, or a gateway: --api URL"
             )
         if self.api is not None and (self.initial_peers or self.lan.wanted):
             raise UsageError("--api and --initial-peers or --lan can't be given together: a gateway knows its swarm")
@@ -88,4 +92,5 @@ class Sampling:
 
 
 MaxNewTokens = Annotated[int, Option("How many tokens to generate at most.", min=1)]
-Looking = Annotated[Where, Only("model", "initial_peers", "lan", "lan_name", "dht_prefix", "api", "api_key")]
+_LOOKING = ("model", "initial_peers", "lan", "lan_name", "swarm_key", "join", "dht_prefix", "api", "api_key")
+Looking = Annotated[Where, Only(*_LOOKING)]

@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from swarm.commands.builder import takes_settings
 from swarm.commands.terminal import outlive_readers
 from swarm.errors import UsageError
+from swarm.network.options import KeyOptions
 from swarm.option import Option
 
 from ..commands.errors import errors
@@ -55,8 +56,9 @@ def serve(settings: GatewaySettings) -> None:
         if (error.name or "").startswith(("swarm", "torch", "transformers")):
             raise
         raise UsageError(f"{INSTALL} ({error.name} is missing)") from error
-    if settings.local:  # its nodes read MODEL here, and so do the ends
-        settings = replace(settings, ends=replace(settings.ends, weights="hub", manifest=None))
+    if settings.local:  # its nodes read MODEL here, and so do the ends; nobody else reaches them, so there is no key
+        ends = replace(settings.ends, weights="hub", manifest=None)
+        settings = replace(settings, key=KeyOptions(), ends=ends)
     run(settings)
 
 
@@ -67,8 +69,8 @@ def _check(settings: GatewaySettings) -> None:
         raise UsageError("--local starts a swarm of its own, for one model: leave out --initial-peers and --lan")
     if not settings.local and not asked:
         raise UsageError(
-            "say which swarm: --lan for one on this network, --initial-peers MADDR, or start one on this machine with "
-            "--local"
+            "say which swarm: --lan for one on this network, --initial-peers MADDR, --join LINE for an invitation, or "
+            "start one on this machine with --local"
         )
     if settings.dht_prefix is not None and several:
         raise UsageError("--dht-prefix is the name of one model: leave it out, or start a gateway for each model")

@@ -119,7 +119,7 @@ def running(settings: GatewaySettings, log: Callable[[dict[str, Any]], None]) ->
         models = {model.id: model for model in _load(settings, peers, admission, metrics, stack)}
         peer = next(iter(models.values())).peer  # all have the same
         metrics.watch(peer)
-        watch = SwarmWatch(models, peers)
+        watch = SwarmWatch(models, peers, settings.key.keys(), shows_key=access.keys is not None)
         gateway = Gateway(models, watch, metrics, access, log, log_prompts=settings.log_prompts)
         server = uvicorn.Server(
             uvicorn.Config(
@@ -195,7 +195,7 @@ def _find_swarm(settings: GatewaySettings) -> tuple[str, ...]:
     from ..model.find_swarm import find_swarm
 
     lan = settings.lan.lan_name or settings.lan.lan
-    return find_swarm(tuple(settings.initial_peers), lan, settings.models, settings.dht_prefix)
+    return find_swarm(tuple(settings.initial_peers), lan, settings.models, settings.dht_prefix, settings.key)
 
 
 def _load(
@@ -215,6 +215,7 @@ def _load(
         facade = SwarmModelForCausalLM.from_pretrained(
             name,
             initial_peers=peers,
+            swarm_key=settings.key.keys(),
             dht_prefix=settings.dht_prefix,
             wait_timeout=settings.wait_timeout,
             **asdict(settings.ends),

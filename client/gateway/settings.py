@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from swarm.commands.options import DhtPrefix
-from swarm.network.options import InitialPeers, LanOptions
+from swarm.network.options import InitialPeers, KeyOptions, Keys, LanOptions
 from swarm.option import LIST, NETWORK, Form, Option
 
 from ..commands.options import Ends
@@ -41,6 +41,7 @@ class GatewaySettings:
     ]
     initial_peers: InitialPeers = ()
     lan: LanOptions = field(default_factory=LanOptions)
+    key: Keys = field(default_factory=KeyOptions)
     local: Annotated[bool, Option("Start a private swarm for MODEL beside it.", panel=NETWORK)] = False
     local_nodes: Annotated[int, Option("With --local: how many nodes.", panel=NETWORK, min=1)] = 2
     host: Annotated[str, Option("Address to listen on.", env="SWARM_GATEWAY_HOST", panel=NETWORK)] = "127.0.0.1"
@@ -65,3 +66,6 @@ class GatewaySettings:
         ),
     ] = ()
     log_prompts: Annotated[bool, Option("Write prompts to the log too.")] = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "initial_peers", self.key.peers(self.initial_peers))

@@ -8,6 +8,8 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 
+from swarm.network.lock.invitation import Invitation
+from swarm.network.lock.key import SwarmKey
 from swarm.network.overview import Overview
 
 from .errors import ApiError
@@ -27,10 +29,20 @@ class SwarmWatch:
 
     Args:
         initial_peers: by which nodes may join.
+        keys: of a locked swarm.
+        shows_key: whoever can look at the swarm here may join it.
     """
 
-    def __init__(self, models: Mapping[str, ServedModel], initial_peers: Sequence[str]) -> None:
-        self._models, self._peers = models, initial_peers
+    def __init__(
+        self,
+        models: Mapping[str, ServedModel],
+        initial_peers: Sequence[str],
+        keys: Sequence[SwarmKey] = (),
+        *,
+        shows_key: bool = False,
+    ) -> None:
+        self._models, self._peers, self._locked = models, initial_peers, bool(keys)
+        self._invitation = Invitation(tuple(initial_peers), keys[0]).line() if keys and shows_key else None
         self.history = NodeHistory()
         self._overviews: dict[str, Overview] = {}
         self._encoded = b""
@@ -115,4 +127,7 @@ class SwarmWatch:
     def _encode(self) -> bytes:
         models = [overview.to_dict() for overview in self._overviews.values()]
         join = {model.id: [model.name, *self._peers] for model in self._models.values()}
-        return json.dumps({"models": models, "join": join}, ensure_ascii=False, separators=(",", ":")).encode()
+        said: dict[str, object] = {"models": models, "join": join}
+        if self._locked:
+            said["invitation"] = self._invitation
+        return json.dumps(said, ensure_ascii=False, separators=(",", ":")).encode()

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from swarm.errors import UsageError
+from swarm.network.lock.invitation import read_invitation
+from swarm.network.options import KeyOptions
 
 from ..settings import ClientSettings
 
@@ -17,6 +19,17 @@ def peers_of(initial_peers: object) -> tuple[str, ...]:
     """Addresses, of which a single one need not be in a list; whatever they are (strings, multiaddrs), as text."""
     several = isinstance(initial_peers, Iterable) and not isinstance(initial_peers, str | bytes)
     return tuple(map(str, initial_peers)) if several else (str(initial_peers),)  # type: ignore[call-overload]
+
+
+def key_of(swarm_key: Any, join: str | None) -> KeyOptions:
+    """The key of a locked swarm, or several, each as :attr:`KeyOptions.swarm_key` has it; and an invitation.
+
+    Raises:
+        UsageError: ``join`` is no invitation.
+    """
+    several = swarm_key if isinstance(swarm_key, list | tuple) else (swarm_key,)
+    keys = tuple(key for key in several if key is not None)
+    return KeyOptions(swarm_key=keys, join=None if join is None else read_invitation(join))
 
 
 def dtype_of(dtype: str | torch.dtype | None, torch_dtype: str | torch.dtype | None) -> str | torch.dtype:

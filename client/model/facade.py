@@ -24,7 +24,7 @@ from ..ends.ends import put_blocks_in
 from ..ends.generating import Generation, open_cache
 from ..ends.head import combine_head
 from ..ends.remote_blocks import RemoteBlocks
-from .arguments import device_of, dtype_of, peers_of, settings_of
+from .arguments import device_of, dtype_of, key_of, peers_of, settings_of
 from .generation import choose_cache, limit_candidates, refuse_unserved, resume
 from .model_session import ModelSession, open_cache_of
 from .streaming import stream_tokens
@@ -80,6 +80,8 @@ class SwarmModelForCausalLM(GenerateHooks, _Family):
         *,
         initial_peers: str | Sequence[str] = (),
         lan: bool | str = False,
+        swarm_key: Any = None,
+        join: str | None = None,
         dtype: str | torch.dtype | None = None,
         torch_dtype: str | torch.dtype | None = None,
         device_map: Any = None,
@@ -98,6 +100,8 @@ class SwarmModelForCausalLM(GenerateHooks, _Family):
                 manifest's root: the tokenizer is then in :attr:`files`.
             initial_peers: multiaddresses of nodes that are in the swarm, or one.
             lan: instead of them, to find the swarm on the local network: ``True``, or its name.
+            swarm_key: of a locked swarm: the key's file, or the key itself (better from a variable than in a program).
+            join: an invitation instead of them, as ``swarm-node invite`` prints it.
             dtype: of the ends: ``"auto"``, the default, for the checkpoint's own, else a torch dtype or its name.
             torch_dtype: its old name.
             device_map: where the ends go: a device, ``{"": device}``, or ``"auto"``. Default: the CPU.
@@ -112,6 +116,7 @@ class SwarmModelForCausalLM(GenerateHooks, _Family):
             ModelError: the model can't be found or used, or the versions of transformers and torch that are installed
                 aren't tested and compute models of its type wrong.
             ConnectError: none of ``initial_peers`` answers, or no swarm is found on the local network.
+            LockedError: the swarm has a key, and it isn't the one that is given.
             UsageError: an argument can't be, or the process was forked from one that is in a swarm.
             TypeError: an argument isn't known.
         """
@@ -120,7 +125,7 @@ class SwarmModelForCausalLM(GenerateHooks, _Family):
 
         refuse_fork()
         chosen, ends_dtype, device = settings_of(settings), dtype_of(dtype, torch_dtype), device_of(device_map)
-        peers = find_swarm(peers_of(initial_peers), lan, [os.fspath(model)], dht_prefix)
+        peers = find_swarm(peers_of(initial_peers), lan, [os.fspath(model)], dht_prefix, key_of(swarm_key, join))
         source = find_model(
             os.fspath(model),
             peers,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import stat
+import sys
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
@@ -22,6 +24,14 @@ def open_output(log_format: LogFormat) -> Output:
 
     outlive_readers()
     return make_output(log_format.value)
+
+
+def print_secret(text: str) -> None:
+    """Prints it, into a file that nobody else can read if it goes into one."""
+    number = sys.stdout.fileno()
+    if stat.S_ISREG(os.fstat(number).st_mode):
+        os.fchmod(number, 0o600)
+    print(text)
 
 
 def run_until_stopped(run: Callable[[asyncio.Event], Awaitable[None]], say_error: Callable[[str], None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from swarm.network.lan.addresses import announced, own_interfaces
+from swarm.network.lan.choice import DEFAULT_NAME
 from swarm.network.lan.join import flags
 from swarm.network.nat.reachability import UNKNOWN, Reached
 from swarm.network.peer import Peer
@@ -16,7 +17,9 @@ def say_serving(means: Means, start: int, end: int, ready: tuple[int, int]) -> N
     model, peer, join = means.settings.model, means.peer, how_to_join(means.peer)
     python = f"initial_peers=[{reachable(peer)!r}]"
     if peer.presence is not None:
-        python = "lan=True" if join == "--lan" else f"lan={peer.presence.swarm!r}"
+        python = "lan=True" if peer.presence.swarm == DEFAULT_NAME else f"lan={peer.presence.swarm!r}"
+    if peer.lock is not None:
+        python += ", swarm_key='swarm.key'"
     fields = {"maddrs": list(peer.addresses), "peer_id": peer.peer_id.to_base58(), "blocks": list(ready)}
     if ready != (start, end):
         text = f"Serving blocks {ready[0]}:{ready[1]} already, until all of {start}:{end} are here. Others join with"
@@ -37,7 +40,11 @@ def say_serving(means: Means, start: int, end: int, ready: tuple[int, int]) -> N
             f"  swarm chat {model}{option} {join}",
             "or in Python:",
             f"  model = SwarmModelForCausalLM.from_pretrained({model!r}, {python}{argument})",
-            *([f"beyond this network with --initial-peers {reachable(peer)}"] if peer.presence is not None else []),
+            *(
+                [f"beyond this network with --initial-peers {reachable(peer)}{how_to_unlock(peer)}"]
+                if peer.presence is not None
+                else []
+            ),
             *([f"with LoRA adapters, {by}: {', '.join(adapters)}"] if adapters else []),
         ],
         model=means.source.name,
@@ -48,7 +55,13 @@ def say_serving(means: Means, start: int, end: int, ready: tuple[int, int]) -> N
 
 def how_to_join(peer: Peer) -> str:
     """What others add to their commands."""
-    return flags(peer.presence.swarm) if peer.presence is not None else f"--initial-peers {reachable(peer)}"
+    join = flags(peer.presence.swarm) if peer.presence is not None else f"--initial-peers {reachable(peer)}"
+    return join + how_to_unlock(peer)
+
+
+def how_to_unlock(peer: Peer) -> str:
+    """What they add besides in a locked swarm. It names a file: the key itself is never shown."""
+    return "" if peer.lock is None else " --swarm-key swarm.key"
 
 
 def say_reached(output: Output, peer: Peer) -> None:

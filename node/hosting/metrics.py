@@ -48,6 +48,11 @@ class NodeCollector:
         yield GaugeMetricFamily("swarm_daemon_up", "Whether the network daemon runs (0 or 1)", self._peer.p2p.is_up)
         restarts = self._peer.restarts
         yield CounterMetricFamily("swarm_daemon_restarts", "Times that the network daemon was started again", restarts)
+        if self._peer.lock is not None:
+            refused = CounterMetricFamily("swarm_refused", "Peers that a locked swarm didn't let in", labels=["why"])
+            for why, count in self._peer.lock.refused.items():
+                refused.add_metric([why], count)
+            yield refused
         now = self._peer.reach.now
         reached = GaugeMetricFamily("swarm_reached", "How others reach the node: 1 for what is so", labels=["how"])
         for how in (DIRECT, RELAY, UNREACHABLE, UNKNOWN):

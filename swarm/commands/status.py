@@ -15,19 +15,25 @@ from ..compute.threads import in_thread
 from ..model.source import is_here, resolve
 from ..network import dht
 from ..network.lan.look import find_peers
-from ..network.options import LanOptions, PeerOptions
+from ..network.options import KeyOptions, LanOptions, PeerOptions
 from ..network.overview import NodeView, Overview, look, measure
 from ..network.peer import Peer
 from ..ranges import describe
 from ..weights.sharing.holders import possible_prefixes
 from .options import View
 
-_NOWHERE = LanOptions()
+_NOWHERE, _NO_KEY = LanOptions(), KeyOptions()
 _SHADES = " ▁▂▃▄▅▆▇█"
 
 
 async def watch(
-    model: str, initial_peers: Sequence[str], *, lan: LanOptions = _NOWHERE, dht_prefix: str | None, interval: float
+    model: str,
+    initial_peers: Sequence[str],
+    *,
+    lan: LanOptions = _NOWHERE,
+    key: KeyOptions = _NO_KEY,
+    dht_prefix: str | None,
+    interval: float,
 ) -> AsyncIterator[Overview]:
     """A swarm as it is now, and again every ``interval`` seconds. Nodes are asked themselves too. Of a model that isn't
     here, the swarm's own list says how many blocks it has."""
@@ -35,7 +41,7 @@ async def watch(
     if lan.wanted:
         names = possible_prefixes(model, dht_prefix) if source is None else [source.dht_prefix]
         _, initial_peers = await find_peers(lan, [names])
-    peer = await Peer.start(PeerOptions(initial_peers=initial_peers, client=True))
+    peer = await Peer.start(PeerOptions(initial_peers=initial_peers, key=key, client=True))
     before: Overview | None = None
     try:
         if source is not None:

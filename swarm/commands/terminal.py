@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TextIO
 
 from ..errors import BadRequestError, SwarmError, UsageError
+from .hidden import SECRETS
 
 _PROXY = re.compile("socksio|proxy URL")  # how httpx speaks of proxies that it can't use
 
@@ -44,7 +45,10 @@ def run(command: Callable[[], object]) -> None:
     """Runs a command, which reads ``sys.argv``, and exits."""
     _complete_streams()
     try:
-        for argument in (*sys.argv[1:], *(value for name, value in os.environ.items() if name.startswith("SWARM_"))):
+        for argument in (
+            *sys.argv[1:],
+            *(value for name, value in os.environ.items() if name.startswith("SWARM_") and name not in SECRETS),
+        ):
             require_text(argument, f"the argument {argument!r}")
         command()
         code: object = 0

@@ -1,11 +1,14 @@
 """How a process joins the network. hivemind isn't imported, so that the command line starts at once."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from ..option import LIST, NETWORK, Option
+from ..option import LIST, NETWORK, Form, Only, Option
+from .lock.invitation import Invitation, read_invitation
+from .lock.key import SwarmKey, given_keys, read_keys
 
 InitialPeers = Annotated[
     Sequence[str],
@@ -49,6 +52,61 @@ class LanOptions:
 
 
 @dataclass(frozen=True)
+class KeyOptions:
+    """The key of a private swarm, and who is shut out of it. Nothing of it is shown with the settings."""
+
+    swarm_key: Annotated[
+        Sequence[str | os.PathLike[str] | SwarmKey],
+        Option(
+            "File with the key of a locked swarm, as swarm-node key new prints it; while the key is changed, two: "
+            "repeat it. The variable may hold the key itself.",
+            env="SWARM_KEY",
+            panel=NETWORK,
+            metavar="FILE",
+            form=Form(list[str] | None, given_keys, lambda keys: None),
+        ),
+    ] = field(default=(), repr=False)
+    join: Annotated[
+        Invitation | None,
+        Option(
+            "Join by an invitation, as swarm-node invite prints it, instead of --initial-peers and --swarm-key: the "
+            "line, or better a file with it.",
+            env="SWARM_JOIN",
+            panel=NETWORK,
+            metavar="LINE",
+            form=Form(str | None, lambda line: None if line is None else read_invitation(line), lambda _: None),
+        ),
+    ] = field(default=None, repr=False)
+    shut_out: Annotated[
+        Path | None,
+        Option(
+            "File of PeerIDs, one a line, that are refused although they have the key. It is read again when it has "
+            "changed.",
+            env="SWARM_SHUT_OUT",
+            panel=NETWORK,
+            metavar="FILE",
+        ),
+    ] = None
+
+    def keys(self) -> tuple[SwarmKey, ...]:
+        """The keys, also that of the invitation.
+
+        Raises:
+            UsageError: a file can't be read, or has none.
+        """
+        invited = () if self.join is None or self.join.key is None else (self.join.key,)
+        return read_keys((*self.swarm_key, *invited))
+
+    def peers(self, initial_peers: Sequence[str]) -> tuple[str, ...]:
+        """``initial_peers``, and those of the invitation."""
+        return tuple(dict.fromkeys((*initial_peers, *(() if self.join is None else self.join.initial_peers))))
+
+
+Keys = Annotated[KeyOptions, Only("swarm_key", "join")]
+"""Of those who take nothing from others, so that there is nobody to shut out."""
+
+
+@dataclass(frozen=True)
 class PeerOptions:
     """How to join.
 
@@ -62,6 +120,7 @@ class PeerOptions:
 
     initial_peers: InitialPeers = ()
     lan: LanOptions = field(default_factory=LanOptions)
+    key: KeyOptions = field(default_factory=KeyOptions)
     host: Annotated[str, Option("Address to listen on.", env="SWARM_HOST", panel=NETWORK)] = "0.0.0.0"
     port: Annotated[int, Option("TCP port; 0 takes a free one.", env="SWARM_PORT", panel=NETWORK, min=0, max=65535)] = 0
     announce: Annotated[
@@ -100,3 +159,6 @@ class PeerOptions:
     client: bool = False
     known_peers: Path | None = None
     startup_timeout: float = 30.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "initial_peers", self.key.peers(self.initial_peers))

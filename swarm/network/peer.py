@@ -19,7 +19,7 @@ from hivemind.proto import dht_pb2
 from hivemind.utils.multiaddr import Multiaddr
 
 from ..chance import CHANCE
-from ..errors import ConnectError, UsageError
+from ..errors import ConnectError, LockedError, UsageError
 from ..wire.peer_id import read_peer_id
 from .clock import CLOCK, describe_skew, measure_skews, skew_told
 from .daemon import LastingP2P
@@ -28,6 +28,8 @@ from .directory.protocol import GuardedProtocol
 from .directory.signing import SigningKey
 from .forks import belongs_to_process
 from .known_peers import KnownPeers
+from .lock.client import LockedClient, is_locked, lock
+from .lock.shut_out import ShutOut
 from .lookout import Lookout
 from .nat.dial_back import DialBack
 from .nat.reachability import Reachability
@@ -55,6 +57,7 @@ class Peer:
 
     Attributes:
         presence: on a local network, if any.
+        lock: of a private swarm; None: the swarm is open.
         after_restart: is called, one after the other, when the daemon was started again and has rejoined.
     """
 
@@ -63,6 +66,7 @@ class Peer:
     ) -> None:
         self.p2p, self.dht, self.addresses, self.reach = p2p, dht, tuple(addresses), reach
         self.presence: Presence | None = None
+        self.lock: LockedClient | None = p2p._client if isinstance(p2p._client, LockedClient) else None
         self.lookout, self._known = Lookout(self, known), known
         reach.on_change.append(lambda _: self.lookout.tell())
         self._dial_back = DialBack(p2p, _start_probe, reach.about)
@@ -80,7 +84,8 @@ class Peer:
 
         Raises:
             ConnectError: no initial peer answers, the port is taken, or the identity is in use.
-            UsageError: an address or the identity file is malformed.
+            LockedError: the swarm has another key, or has one and none is given.
+            UsageError: a key, an address or the identity file is malformed.
         """
         for address in (*options.initial_peers, *options.announce):
             _check_address(address, needs_peer=address in options.initial_peers)
@@ -101,7 +106,12 @@ class Peer:
 
     @classmethod
     async def _join(cls, options: PeerOptions, known: KnownPeers) -> Peer:
+        keys, shut_out = options.key.keys(), ShutOut(options.key.shut_out)
+        if shut_out and not keys:
+            raise UsageError("--shut-out needs --swarm-key: in an open swarm a peer just takes another PeerID")
         p2p = await _start_daemon(options)
+        if keys:
+            lock(p2p, keys, shut_out)
         try:
             await _set_clock(p2p, options.initial_peers)
             dht = await DHTNode.create(
@@ -115,8 +125,11 @@ class Peer:
                 backoff_rate=1.5,
             )
         except BaseException as error:
+            denied = await _why_denied(p2p, options.initial_peers) if isinstance(error, Exception) else None
             await p2p.shutdown()
             if isinstance(error, Exception):
+                if denied is not None:
+                    raise LockedError(denied) from error
                 skew = skew_told(error)
                 why = _unreachable(options.initial_peers) if skew is None else f"can't join: {describe_skew(skew)}"
                 raise ConnectError(why) from error
@@ -249,6 +262,18 @@ def _signing_key(p2p: LastingP2P, options: PeerOptions) -> SigningKey | None:
 def _is_alone(options: PeerOptions) -> bool:
     """Whether only this machine's own processes can reach the peer."""
     return options.host in ("127.0.0.1", "::1", "localhost") and not options.relay
+
+
+async def _why_denied(p2p: P2P, initial_peers: Sequence[str]) -> str | None:
+    """Whether the swarm doesn't let this peer in, and why."""
+    if isinstance(p2p._client, LockedClient):
+        return p2p._client.denied
+    peers = {PeerID.from_base58(Multiaddr(address)["p2p"]) for address in initial_peers}
+    if any(await asyncio.gather(*(is_locked(p2p, peer, _JOIN_SECONDS) for peer in peers))):
+        return (
+            "this swarm is locked: give its key by --swarm-key FILE (or the variable SWARM_KEY), or join by --join LINE"
+        )
+    return None
 
 
 async def _start_probe() -> P2P:

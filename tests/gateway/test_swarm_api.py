@@ -15,9 +15,12 @@ from swarm.client.gateway.access.keys import KeyStore
 from swarm.client.gateway.node_history import COLUMNS, NodeHistory
 from swarm.client.gateway.server import GatewaySettings, running
 from swarm.client.session.trace import Answered, HopName, split_time
+from swarm.network.lock.invitation import Invitation
+from swarm.network.lock.key import SwarmKey
+from swarm.network.options import KeyOptions
 from swarm.network.overview import Meter, NodeView, Overview
 from tests.gateway.conftest import Api, Whole
-from tests.swarm_e2e.nodes import Swarm, run_command
+from tests.swarm_e2e.nodes import Swarm, run_command, run_swarm
 
 
 def ask(api: Api, **fields: Any) -> list[dict[str, Any]]:
@@ -34,6 +37,7 @@ def test_the_swarm_as_json_and_as_events(api: Api, swarm: Swarm) -> None:
     assert [(node.start, node.end) for node in overview.nodes] == [(0, 4), (4, 8)]
     assert all(node.meter is not None and node.meter.rtt > 0 for node in overview.nodes)
     assert seen["join"] == {"demo": ["demo", *swarm.initial_peers]}
+    assert "invitation" not in seen
     with httpx.stream("GET", api.url.removesuffix("/v1") + "/api/swarm/events", timeout=30) as events:
         assert events.headers["content-type"].startswith("text/event-stream")
         lines = (line for line in events.iter_lines() if line)
@@ -48,6 +52,25 @@ def test_a_nodes_history_is_for_nodes_that_were_seen(api: Api, swarm: Swarm) -> 
     known = api.get(f"/api/swarm/nodes/{swarm.nodes[0].peer_id}").json()
     assert tuple(known["columns"]) == COLUMNS
     assert api.get("/api/swarm/nodes/Qm").status_code == 404
+
+
+def test_who_holds_a_key_of_the_gateway_is_invited_to_its_locked_swarm(tmp_path: Path) -> None:
+    keys, key, file = KeyStore(tmp_path / "keys.sqlite"), SwarmKey.new(), tmp_path / "swarm.key"
+    alice = {"Authorization": f"Bearer {keys.add('alice')}"}
+    keys.close()
+    file.write_text(key.text())
+    with run_swarm("demo", ("0:8",), "--swarm-key", str(file)) as locked:
+        peers = tuple(locked.initial_peers)
+        settings = GatewaySettings(("demo",), initial_peers=peers, key=KeyOptions(swarm_key=(file,)), port=0)
+        for host, headers, told in (
+            ("0.0.0.0", alice, Invitation(peers, key).line()),
+            ("127.0.0.1", {}, None),  # asks for no key, so whoever is on this machine could look
+        ):
+            with running(replace(settings, host=host, keys_file=tmp_path / "keys.sqlite"), lambda _: None) as gateway:
+                url = gateway.url.removesuffix("/v1").replace("0.0.0.0", "127.0.0.1")
+                seen = httpx.get(f"{url}/api/swarm", headers=headers, timeout=30).json()
+                assert seen["invitation"] == told
+                assert seen["join"] == {"demo": ["demo", *peers]}
 
 
 def test_with_keys_the_swarm_is_for_those_who_have_one(settings: GatewaySettings, tmp_path: Path) -> None:

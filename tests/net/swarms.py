@@ -16,10 +16,15 @@ TOKENS = 6
 
 
 class NetSwarm:
-    """A swarm that serves the demo model, spread over hosts."""
+    """A swarm that serves the demo model, spread over hosts.
+
+    Attributes:
+        options: of every command, such as the swarm's key.
+    """
 
     def __init__(self, workdir: Path) -> None:
         self._workdir = workdir
+        self.options: tuple[str, ...] = ()
         self.nodes: list[Node] = []
         self.initial_peers: list[str] = []
 
@@ -27,7 +32,7 @@ class NetSwarm:
         """Starts a node, or without blocks a bootstrap peer. The first one is whom others join by."""
         what = ["bootstrap"] if blocks is None else ["serve", "demo", "--blocks", blocks]
         joining = [part for peer in self.initial_peers for part in ("--initial-peers", peer)]
-        argv = [*what, "--log-format", "json", *joining, *options]
+        argv = [*what, "--log-format", "json", *joining, *self.options, *options]
         node = Node(argv, self._workdir, host.namespace)
         self.nodes.append(node)
         if not self.initial_peers:
@@ -44,13 +49,14 @@ class NetSwarm:
     def generate(self, host: Host, peer: str | None = None) -> dict[str, Any]:
         """Generates on this host; what the command says, with ``text`` and ``route``."""
         argv = ["swarm", "generate", "demo", "--prompt", PROMPT, "--max-new-tokens", str(TOKENS), "--json"]
-        done = run_command([*argv, "--initial-peers", peer or self.initial_peers[0]], netns=host.namespace)
+        argv += ["--initial-peers", peer or self.initial_peers[0], *self.options]
+        done = run_command(argv, netns=host.namespace)
         assert done.returncode == 0, (done.stderr, [node.stderr.read_text()[-2000:] for node in self.nodes])
         return dict(json.loads(done.stdout))
 
     def status(self, host: Host) -> dict[str, dict[str, Any]]:
         """What the command says of each node."""
-        argv = ["swarm", "status", "demo", "--json", "--initial-peers", self.initial_peers[0]]
+        argv = ["swarm", "status", "demo", "--json", "--initial-peers", self.initial_peers[0], *self.options]
         done = run_command(argv, netns=host.namespace)
         assert done.returncode == 0, done.stderr
         return {node["peer_id"]: node for node in json.loads(done.stdout)["nodes"]}

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from swarm.network.lock.key import SwarmKey
 from tests.net.lab import Lab
 from tests.net.swarms import NetSwarm, last_reached, wait_for
+from tests.swarm_e2e.nodes import run_command
 
 
 @pytest.mark.parametrize(("outside", "options"), [("10.81.0", ()), ("54.81.0", ()), ("10.81.0", ("--relay",))])
@@ -48,6 +50,25 @@ def test_nats_on_both_sides(lab: Lab, swarm: NetSwarm, right: str) -> None:
         node.wait_ready()
     assert swarm.generate(lab.host(other))["text"] == right
     assert [last_reached(node)["how"] for node in nodes] == ["relay", "relay"]
+
+
+def test_a_lock_holds_over_relays(lab: Lab, swarm: NetSwarm, right: str, tmp_path: Path) -> None:
+    """PeerIDs are proved from end to end, whoever carries the bytes."""
+    file = tmp_path / "swarm.key"
+    file.write_text(SwarmKey.new().text())
+    swarm.options = ("--swarm-key", str(file))
+    lan = lab.lan("10.84.0")
+    first, client = lab.host(lan), lab.host(lan)
+    swarm.add(first, None)
+    hidden = swarm.add(lab.host(lab.nat(lan, "192.168.7")), "0:8")
+    hidden.wait_ready()
+    assert swarm.generate(client)["text"] == right
+    assert last_reached(hidden)["how"] == "relay"
+    locked = run_command(
+        ["swarm", "status", "demo", "--once", "--initial-peers", swarm.initial_peers[0]], netns=client.namespace
+    )
+    assert locked.returncode == 2
+    assert "this swarm is locked" in locked.stderr
 
 
 def test_a_relay_that_restarts_relays_again(lab: Lab, swarm: NetSwarm, right: str, tmp_path: Path) -> None:

@@ -46,9 +46,13 @@ def large(nodes: int, blocks: int) -> Overview:
     return Overview("large", "large", blocks, tuple(views), ((blocks - 4, blocks),))
 
 
-def serve(page: Page, overview: Overview) -> None:
+def serve(page: Page, overview: Overview, **more: Any) -> None:
     """Shows the page this one, once."""
-    look = {"models": [overview.to_dict()], "join": {overview.model: ["org/large", "/ip4/192.168.1.5/tcp/1/p2p/Qm"]}}
+    look = {
+        "models": [overview.to_dict()],
+        "join": {overview.model: ["org/large", "/ip4/192.168.1.5/tcp/1/p2p/Qm"]},
+        **more,
+    }
     events = f"data: {json.dumps(look)}\n\n"
     page.route("**/api/swarm/events", lambda route: route.fulfill(body=events, content_type="text/event-stream"))
 
@@ -67,6 +71,19 @@ def test_the_map_is_live(page: Page, site: Site) -> None:
     expect(page.locator("svg.map rect.bar:not(.away)")).to_have_count(alive)
     assert page.locator("#join").inner_text() == f"swarm-node serve demo --initial-peers {site.swarm.initial_peers[0]}"
     expect(page.locator("#join-note")).to_contain_text("own machine only")
+
+
+@pytest.mark.parametrize(
+    ("invitation", "command"),
+    [
+        ("swarm:/ip4/192.168.1.5/tcp/1/p2p/Qm#swk1_x", "--join 'swarm:/ip4/192.168.1.5/tcp/1/p2p/Qm#swk1_x'"),
+        (None, "--initial-peers /ip4/192.168.1.5/tcp/1/p2p/Qm --swarm-key swarm.key"),
+    ],
+)
+def test_how_to_join_a_locked_swarm(page: Page, site: Site, invitation: str | None, command: str) -> None:
+    serve(page, large(3, 20), invitation=invitation)
+    page.goto(site.url + "swarm.html")
+    expect(page.locator("#join")).to_have_text(f"swarm-node serve org/large {command}")
 
 
 def test_a_nodes_page(page: Page, site: Site) -> None:

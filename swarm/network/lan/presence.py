@@ -53,8 +53,8 @@ class Presence:
         self._task = asyncio.create_task(self._run())
 
     def serve(self, prefix: str) -> None:
-        """From now on the peer is announced with the model ``prefix`` of the DHT."""
-        self._model = model_label(prefix)
+        """From now on the peer is announced with the model ``prefix`` of the DHT; without, in a locked swarm."""
+        self._model = model_label(prefix) if self._peer.lock is None else ""
         self._changed.set()
 
     async def met_somebody(self, timeout: float) -> bool:

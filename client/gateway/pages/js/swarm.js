@@ -103,7 +103,10 @@ const quote = (word) => (/^[\w@%+=:,./-]+$/.test(word) ? word : `'${word.replace
 
 function drawJoin({ model: name }) {
   const [source, ...peers] = latest.join[name];
-  const command = ["swarm-node", "serve", source, ...peers.flatMap((peer) => ["--initial-peers", peer])].map(quote).join(" ");
+  const addresses = peers.flatMap((peer) => ["--initial-peers", peer]);
+  // of a locked swarm the gateway says "invitation": null if whoever opens this page needn't have a key for it
+  const how = latest.invitation ? ["--join", latest.invitation] : latest.invitation === null ? [...addresses, "--swarm-key", "swarm.key"] : addresses;
+  const command = ["swarm-node", "serve", source, ...how].map(quote).join(" ");
   if ($("join").textContent === command) return;
   $("join").textContent = command;
   const here = peers.every((peer) => peer.startsWith("/ip4/127.") || peer.startsWith("/ip6/::1/"));
