@@ -194,7 +194,13 @@ class NodeSettings:
     log_format: Format = LogFormat.text
     metrics_port: Annotated[
         int | None,
-        Option("Serve Prometheus metrics on this port.", env="SWARM_METRICS_PORT", panel=_OUTPUT, min=1, max=65535),
+        Option(
+            "Serve Prometheus metrics on this port of --host.",
+            env="SWARM_METRICS_PORT",
+            panel=_OUTPUT,
+            min=1,
+            max=65535,
+        ),
     ] = None
     update_period: float = 20.0
     store: Path | None = None

@@ -63,7 +63,7 @@ class Host:
         port = self._means.settings.metrics_port
         if port is not None and not self._metrics:
             self._metrics = True
-            serve_metrics(self._stats_now, self._means.peer, port)
+            serve_metrics(self._stats_now, self._means.peer, self._means.settings.peer.host, port)
         await serving.announce(loading.ready, **changes)
         say_serving(self._means, start, end, loading.ready)
 

@@ -61,8 +61,8 @@ class NodeCollector:
         yield GaugeMetricFamily("swarm_relay_addresses", "Addresses of relays that let others through", len(now.relays))
 
 
-def serve_metrics(stats: Callable[[], EngineStats], peer: Peer, port: int) -> None:
-    """Serves ``/metrics`` on ``port`` of every address, in a thread of its own.
+def serve_metrics(stats: Callable[[], EngineStats], peer: Peer, host: str, port: int) -> None:
+    """Serves ``/metrics`` on ``port`` of the address ``host``, in a thread of its own.
 
     Raises:
         ConnectError: the port is taken.
@@ -70,8 +70,8 @@ def serve_metrics(stats: Callable[[], EngineStats], peer: Peer, port: int) -> No
     registry = CollectorRegistry()
     registry.register(NodeCollector(stats, peer))
     try:
-        start_http_server(port, registry=registry)
+        start_http_server(port, host, registry)
     except OSError as error:
         raise ConnectError(
-            f"can't serve metrics on port {port} ({error.strerror}): choose another --metrics-port"
+            f"can't serve metrics on {host} port {port} ({error.strerror}): choose another --metrics-port"
         ) from error
