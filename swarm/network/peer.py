@@ -268,7 +268,7 @@ async def _why_denied(p2p: P2P, initial_peers: Sequence[str]) -> str | None:
     """Whether the swarm doesn't let this peer in, and why."""
     if isinstance(p2p._client, LockedClient):
         return p2p._client.denied
-    peers = {PeerID.from_base58(Multiaddr(address)["p2p"]) for address in initial_peers}
+    peers = {read_peer_id(Multiaddr(address)["p2p"]) for address in initial_peers}
     if any(await asyncio.gather(*(is_locked(p2p, peer, _JOIN_SECONDS) for peer in peers))):
         return (
             "this swarm is locked: give its key by --swarm-key FILE (or the variable SWARM_KEY), or join by --join LINE"
