@@ -25,8 +25,8 @@ from ..errors import DaemonError
 
 logger = logging.getLogger(__name__)
 _LEAVE_SESSION = "import os, sys; os.setsid(); os.execv(sys.argv[1], sys.argv[1:])"
-# The daemon starts two relays, one with its options and one with limits of 2 minutes and 128 KiB. Which of them serves is
-# a race, lost half of the time, unless all of the daemon runs on one thread.
+# The daemon starts two relays, one with its options and one with limits of 2 minutes and 128 KiB. Which one serves is a
+# race, lost half of the time, unless all of the daemon runs on one thread.
 _ONE_THREAD = "import os, sys; os.environ['GOMAXPROCS'] = '1'; os.setsid(); os.execv(sys.argv[1], sys.argv[1:])"
 _RELAYS = "-forceReachabilityPublic=1"
 _RELAY_LIMITS = ("-relayTimeLimit=87600h", f"-relayDataLimit={2**50}", "-relayMaxCircuits=1024")  # as good as none

@@ -131,6 +131,10 @@ class Reachability:
         await self._settled.wait()
         return self.now
 
+    def relays(self) -> set[str]:
+        """The names of those at which this peer has a place."""
+        return {relay.rpartition("/p2p/")[2] for relay in self.now.relays}
+
     def about(self) -> tuple[bool, Sequence[str]]:
         """What others may know: whether this peer can relay for them, and where it listens."""
         return self.now.how in (DIRECT, UNKNOWN), self._addresses
