@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from hivemind.p2p import PeerID
@@ -16,6 +17,7 @@ from .punch import Puncher
 
 _MAX_KNOWN = 10_000
 _CONNECT_SECONDS = 8.0
+_FIND_SECONDS = 3.0
 
 
 class WayfindingP2P(LastingP2P):
@@ -23,11 +25,15 @@ class WayfindingP2P(LastingP2P):
 
     Attributes:
         puncher: makes direct connections to them, if that is wanted.
+        find_ways: asks the swarm, for :meth:`learn`, when a peer is called that this one has never met.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.puncher: Puncher | None = None
+        self.find_ways: Callable[[], Awaitable[object]] | None = None
+        self._finding = False
+        self._met: OrderedDict[PeerID, float] = OrderedDict()  # peers not behind relays: until when that is believed
         self._ways: OrderedDict[PeerID, list[Circuit]] = OrderedDict()
 
     def learn(self, peer_id: PeerID, relays: Sequence[str]) -> None:
@@ -59,11 +65,29 @@ class WayfindingP2P(LastingP2P):
     async def _approach(self, peer_id: PeerID) -> None:
         """Connects to a peer that is behind relays: directly, or through one of them. The daemon does nothing if there
         is a connection, and tries the peer's own addresses at the same time."""
+        await self._wait()
+        if peer_id not in self._ways and self._met.get(peer_id, 0.0) < asyncio.get_running_loop().time():
+            await self._meet(peer_id)
         circuits = self._ways.get(peer_id)
         if circuits:
-            await self._wait()
             at_hand = [circuit for circuit in circuits if circuit.relay not in self._ways]
             if self.puncher is not None and at_hand and await self.puncher.reach(peer_id, at_hand):
                 return
             with contextlib.suppress(Exception):  # the call itself says why it can't be reached
                 await asyncio.wait_for(self._client.connect(peer_id, circuits), _CONNECT_SECONDS)
+
+    async def _meet(self, peer_id: PeerID) -> None:
+        """Somebody has named a peer that is new here, as a client does its next hop."""
+        if self.find_ways is None or self._finding:
+            return
+        self._finding, believed = True, math.inf
+        try:
+            with contextlib.suppress(Exception):
+                if peer_id not in {peer.peer_id for peer in await self.list_peers()}:
+                    believed = asyncio.get_running_loop().time() + _FIND_SECONDS
+                    await asyncio.wait_for(self.find_ways(), _FIND_SECONDS)
+            self._met[peer_id] = believed
+            while len(self._met) > _MAX_KNOWN:
+                self._met.popitem(last=False)
+        finally:
+            self._finding = False
