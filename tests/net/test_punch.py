@@ -7,7 +7,7 @@ import pytest
 from tests.net.lab import Lab
 from tests.net.swarms import NetSwarm, last_reached
 
-BYTES = 20_000  # more than the attempts to connect, less than a generation
+BYTES = 5_000  # more than attempts to connect, less than a generation
 
 
 def test_a_node_behind_a_nat_dials_the_client(lab: Lab, swarm: NetSwarm, right: str) -> None:
