@@ -28,9 +28,9 @@ def test_a_node_behind_a_nat_serves(
     assert last_reached(open_node)["how"] == "direct"
     assert last_reached(hidden)["how"] == "relay"
     seen = swarm.status(client)
-    assert {name: (node["state"], node["relayed"]) for name, node in seen.items()} == {
-        open_node.peer_id: ("online", False),
-        hidden.peer_id: ("online", True),
+    assert {name: (node["state"], node["reached"], node["relayed"]) for name, node in seen.items()} == {
+        open_node.peer_id: ("online", "direct", False),
+        hidden.peer_id: ("online", "hole-punched", True),
     }
 
 

@@ -18,6 +18,7 @@ from .punch import Puncher
 _MAX_KNOWN = 10_000
 _CONNECT_SECONDS = 8.0
 _FIND_SECONDS = 3.0
+_PAUSE_SECONDS = 1.0
 
 
 class WayfindingP2P(LastingP2P):
@@ -32,7 +33,7 @@ class WayfindingP2P(LastingP2P):
         super().__init__()
         self.puncher: Puncher | None = None
         self.find_ways: Callable[[], Awaitable[object]] | None = None
-        self._finding = False
+        self._find_at = 0.0  # not before: clients name peers as often as they like
         self._met: OrderedDict[PeerID, float] = OrderedDict()  # peers not behind relays: until when that is believed
         self._ways: OrderedDict[PeerID, list[Circuit]] = OrderedDict()
 
@@ -78,16 +79,17 @@ class WayfindingP2P(LastingP2P):
 
     async def _meet(self, peer_id: PeerID) -> None:
         """Somebody has named a peer that is new here, as a client does its next hop."""
-        if self.find_ways is None or self._finding:
+        loop = asyncio.get_running_loop()
+        if self.find_ways is None or loop.time() < self._find_at:
             return
-        self._finding, believed = True, math.inf
+        self._find_at, believed = math.inf, math.inf
         try:
             with contextlib.suppress(Exception):
                 if peer_id not in {peer.peer_id for peer in await self.list_peers()}:
-                    believed = asyncio.get_running_loop().time() + _FIND_SECONDS
+                    believed = loop.time() + _FIND_SECONDS
                     await asyncio.wait_for(self.find_ways(), _FIND_SECONDS)
             self._met[peer_id] = believed
             while len(self._met) > _MAX_KNOWN:
                 self._met.popitem(last=False)
         finally:
-            self._finding = False
+            self._find_at = 0.0 if believed == math.inf else loop.time() + _PAUSE_SECONDS
