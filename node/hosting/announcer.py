@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+from functools import partial
 
 from swarm.chance import CHANCE
 from swarm.network import dht
@@ -45,6 +46,7 @@ class Announcer:
         assert info.start_block is not None
         assert info.end_block is not None
         self._peer, self._prefix, self._num_blocks, self._repository = peer, prefix, num_blocks, repository
+        peer.p2p.find_ways = partial(dht.fetch, peer.dht, prefix, num_blocks)
         self._ready = info.start_block, info.end_block
         self._info, self._period = info, period
         self._engine: Engine | None = None

@@ -59,6 +59,8 @@ class NodeCollector:
             reached.add_metric([how], how == now.how)
         yield reached
         yield GaugeMetricFamily("swarm_relay_addresses", "Addresses of relays that let others through", len(now.relays))
+        made = 0 if self._peer.p2p.puncher is None else self._peer.p2p.puncher.made
+        yield CounterMetricFamily("swarm_hole_punched", "Direct connections made to or from peers behind NATs", made)
 
 
 def serve_metrics(stats: Callable[[], EngineStats], peer: Peer, host: str, port: int) -> None:

@@ -26,6 +26,10 @@ from ..errors import DaemonError
 
 logger = logging.getLogger(__name__)
 _LEAVE_SESSION = "import os, sys; os.setsid(); os.execv(sys.argv[1], sys.argv[1:])"
+# The daemon starts two relays, one with its options and one with limits of 2 minutes and 128 KiB. Which one serves is a
+# race, lost half of the time, unless all of the daemon runs on one thread.
+_ONE_THREAD = "import os, sys; os.environ['GOMAXPROCS'] = '1'; os.setsid(); os.execv(sys.argv[1], sys.argv[1:])"
+_RELAYS = "-forceReachabilityPublic=1"
 _RELAY_LIMITS = ("-relayTimeLimit=87600h", f"-relayDataLimit={2**50}", "-relayMaxCircuits=1024")  # as good as none
 _ATTEMPTS = 2
 _STEADY_SECONDS = 5.0  # a daemon that dies sooner than that has not really started
@@ -234,7 +238,7 @@ def restart_args(args: Sequence[str], addresses: Sequence[object]) -> list[str]:
 
 def _detached(args: Sequence[str]) -> list[str]:
     # the command leaves the session, and then becomes the daemon; hivemind lets nobody ask for start_new_session
-    return [sys.executable, "-I", "-S", "-c", _LEAVE_SESSION, *args]
+    return [sys.executable, "-I", "-S", "-c", _ONE_THREAD if _RELAYS in args else _LEAVE_SESSION, *args]
 
 
 def _make_key() -> bytes:

@@ -20,14 +20,7 @@ async def find_addresses(p2p: P2P, peer_id: PeerID) -> tuple[str, ...]:
         Exception: nobody knows (hivemind's errors).
     """
     find = p2pd_pb2.DHTRequest(type=p2pd_pb2.DHTRequest.FIND_PEER, peer=peer_id.to_bytes(), timeout=_FIND_SECONDS)
-    reader, writer = await p2p._client.control.daemon_connector.open_connection()
-    try:
-        await write_pbmsg(writer, p2pd_pb2.Request(type=p2pd_pb2.Request.DHT, dht=find))
-        response = p2pd_pb2.Response()  # type: ignore[no-untyped-call]
-        await read_pbmsg_safe(reader, response)
-    finally:
-        writer.close()
-    raise_if_failed(response)
+    response = await _ask(p2p, p2pd_pb2.Request(type=p2pd_pb2.Request.DHT, dht=find))
     return tuple(map(str, PeerInfo.from_protobuf(response.dht.peer).addrs))
 
 
@@ -38,3 +31,35 @@ async def connect(p2p: P2P, peer_id: PeerID, addresses: Sequence[str]) -> None:
         Exception: it doesn't answer at any of the addresses.
     """
     await p2p._client.connect(peer_id, [Multiaddr(address) for address in addresses])
+
+
+async def dial(p2p: P2P, peer_id: PeerID, addresses: Sequence[str], seconds: int) -> None:
+    """As :func:`connect`, and gives up after ``seconds``.
+
+    Raises:
+        Exception: it doesn't answer at any of the addresses, or not in time.
+    """
+    wanted = [Multiaddr(address).to_bytes() for address in addresses]
+    connecting = p2pd_pb2.ConnectRequest(peer=peer_id.to_bytes(), addrs=wanted, timeout=seconds)
+    await _ask(p2p, p2pd_pb2.Request(type=p2pd_pb2.Request.CONNECT, connect=connecting))
+
+
+async def direct_connections(p2p: P2P) -> dict[PeerID, list[str]]:
+    """The peers to which there is a connection without a relay, and where they are at its other end."""
+    found = {
+        peer.peer_id: [str(address) for address in peer.addrs if "/p2p-circuit" not in str(address)]
+        for peer in await p2p.list_peers()
+    }
+    return {peer_id: addresses for peer_id, addresses in found.items() if addresses}
+
+
+async def _ask(p2p: P2P, request: p2pd_pb2.Request) -> p2pd_pb2.Response:
+    reader, writer = await p2p._client.control.daemon_connector.open_connection()
+    try:
+        await write_pbmsg(writer, request)
+        response = p2pd_pb2.Response()  # type: ignore[no-untyped-call]
+        await read_pbmsg_safe(reader, response)
+    finally:
+        writer.close()
+    raise_if_failed(response)
+    return response

@@ -113,6 +113,9 @@ class PeerOptions:
     Attributes:
         serve_relay: relay for others.
         client: only ask, never listen nor store.
+        hole_punching: connect directly to peers behind NATs where their NATs let it happen; a client listens for it, on
+            a port that the system chooses. Off for all of a process with the environment variable
+            ``SWARM_HOLE_PUNCHING=0``.
         known_peers: the file with the peers met before, by which this one joins if no initial peer answers; default:
             beside the identity, if there is one.
         startup_timeout: seconds.
@@ -157,6 +160,7 @@ class PeerOptions:
     ] = None
     serve_relay: bool = False
     client: bool = False
+    hole_punching: bool = field(default_factory=lambda: os.environ.get("SWARM_HOLE_PUNCHING", "1") != "0")
     known_peers: Path | None = None
     startup_timeout: float = 30.0
 

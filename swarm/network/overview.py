@@ -27,6 +27,7 @@ _ASK_SECONDS = 2.0
 _FIRST_ASK_SECONDS = 6.0  # as long as the network takes to find out that an address doesn't answer
 METER = ("sessions", "waiting", "prefill_tokens", "decode_tokens", "busy_s", "cache_tokens", "cache_tokens_free")
 """What a node tells about itself in the field ``meter`` of its ``rpc_info``: :class:`Meter` says what they are."""
+HOLE_PUNCHED = "hole-punched"  # a node that others reach through a relay, and this process directly
 _Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
 
 
@@ -152,7 +153,8 @@ async def measure(peer: Peer, overview: Overview, before: Overview | None = None
         answer = await _ask(peer, node.peer_id, _FIRST_ASK_SECONDS if known is None else _ASK_SECONDS)
         if isinstance(answer, str):
             return node if meter is not None else replace(node, state="lost", problem=answer)
-        return replace(node, meter=answer, rates=None if answer is None else rates(meter, answer))
+        reached = HOLE_PUNCHED if peer.p2p.reaches_directly(node.peer_id) else node.reached
+        return replace(node, meter=answer, rates=None if answer is None else rates(meter, answer), reached=reached)
 
     nodes = tuple(await asyncio.gather(*map(ask, overview.nodes)))
     return replace(overview, nodes=nodes, holes=_holes(nodes, overview.num_blocks))

@@ -32,6 +32,7 @@ from .lock.client import LockedClient, is_locked, lock
 from .lock.shut_out import ShutOut
 from .lookout import Lookout
 from .nat.dial_back import DialBack
+from .nat.punch import Puncher
 from .nat.reachability import Reachability
 from .nat.ways import WayfindingP2P
 from .options import PeerOptions
@@ -140,8 +141,13 @@ class Peer:
         alone, relayed = _is_alone(options), options.relay
         reach = Reachability(p2p, dht, addresses, options.initial_peers, relayed=relayed, alone=alone)
         peer = cls(p2p, dht, addresses, known, reach)
+        if _listens(options) and options.hole_punching:
+            host, port = ("0.0.0.0", 0) if options.client else (options.host, options.port)
+            p2p.puncher = Puncher(p2p, host, port, reach.relays)
         if not options.client:
             await peer._dial_back.register()
+            if p2p.puncher is not None:
+                await p2p.puncher.register()
             await reach.start()
         return peer
 
@@ -188,6 +194,8 @@ class Peer:
         await asyncio.wait({self._keeping})
         leaving = [] if self.presence is None else [self.presence.stop()]
         leaving += [self.reach.stop(), self._dial_back.stop()]
+        if self.p2p.puncher is not None:
+            leaving.append(self.p2p.puncher.stop())
         for ending in (*leaving, self.dht.shutdown(), self.p2p.shutdown()):
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(ending, _STOP_SECONDS)
@@ -215,14 +223,14 @@ async def _start_daemon(options: PeerOptions) -> WayfindingP2P:
     try:
         p2p = await WayfindingP2P.create(
             initial_peers=list(options.initial_peers),
-            host_maddrs=None if options.client else [f"/{family}/{options.host}/tcp/{options.port}"],
+            host_maddrs=[f"/{family}/{options.host}/tcp/{0 if options.client else options.port}"],
             announce_maddrs=announce or None,
             dht_mode="client" if options.client else "server",
             force_reachability="private"
             if options.client or options.relay
             else "public",  # as it relays only then; whether others can reach it, it asks them
             identity_path=str(options.identity) if options.identity is not None else None,
-            no_listen=options.client,
+            no_listen=not _listens(options),
             nat_port_map=False,
             use_relay=True,
             use_auto_relay=options.relay,
@@ -257,6 +265,12 @@ def _signing_key(p2p: LastingP2P, options: PeerOptions) -> SigningKey | None:
     except Exception as error:
         logger.warning("this peer's records are not signed, as its key can't be read: %s", error)
         return None
+
+
+def _listens(options: PeerOptions) -> bool:
+    """A client does so only for peers behind NATs, of which there are none in a swarm on this machine alone."""
+    far = any("/127.0.0." not in address and "/::1/" not in address for address in options.initial_peers)
+    return not options.client or (options.hole_punching and far)
 
 
 def _is_alone(options: PeerOptions) -> bool:

@@ -25,6 +25,7 @@ class Lan:
     switch: str
     network: str
     gateway: str | None = None
+    router: Host | None = None
     taken: int = 0
 
 
@@ -71,14 +72,16 @@ class Lab:
             _ip("-n", host.namespace, "route", "add", "default", "via", lans[0].gateway)
         return host
 
-    def nat(self, outside: Lan, network: str) -> Lan:
-        """A network behind a router that masquerades, and lets nothing in that wasn't asked for, as a home has it."""
+    def nat(self, outside: Lan, network: str, *, symmetric: bool = False) -> Lan:
+        """A network behind a router that masquerades, and lets nothing in that wasn't asked for, as a home has it.
+        ``symmetric``: each connection gets a port of its own there, so that nobody can tell which the next one has."""
         inside = self.lan(network)
         router = self.host(outside, inside)
-        inside.gateway = router.addresses[1]
+        inside.gateway, inside.router = router.addresses[1], router
+        ports = ("-p", "tcp", "--random-fully") if symmetric else ()
         run = ("netns", "exec", router.namespace)
         _ip(*run, "sysctl", "-qw", "net.ipv4.ip_forward=1")
-        _ip(*run, "iptables", "-t", "nat", "-A", "POSTROUTING", "-o", "eth0", "-j", "MASQUERADE")
+        _ip(*run, "iptables", "-t", "nat", "-A", "POSTROUTING", "-o", "eth0", "-j", "MASQUERADE", *ports)
         _ip(*run, "iptables", "-P", "FORWARD", "DROP")
         _ip(*run, "iptables", "-A", "FORWARD", "-i", "eth1", "-j", "ACCEPT")
         established = ("-m", "conntrack", "--ctstate", "ESTABLISHED,RELATED")
@@ -87,6 +90,16 @@ class Lab:
         _ip(*run, "iptables", "-A", "INPUT", *established, "-j", "ACCEPT")
         _ip(*run, "iptables", "-A", "INPUT", "-p", "icmp", "-j", "ACCEPT")
         return inside
+
+    def count(self, at: Lan, others: Lan) -> None:
+        """Begins to count what passes between two networks with routers."""
+        for way in ("-d", "-s"):
+            _ip("netns", "exec", _router(at).namespace, "iptables", "-I", "FORWARD", way, _router(others).address)
+
+    def counted(self, at: Lan, others: Lan) -> int:
+        """The bytes that have passed since."""
+        listed = _ip("netns", "exec", _router(at).namespace, "iptables", "-nvxL", "FORWARD").splitlines()
+        return sum(int(line.split()[1]) for line in listed if f" {_router(others).address} " in f"{line} ")
 
     def close(self) -> None:
         """Kills what still runs there and takes everything down."""
@@ -126,6 +139,11 @@ def why_not() -> str | None:
     except (subprocess.CalledProcessError, OSError) as error:
         return f"network namespaces aren't permitted: {getattr(error, 'stderr', None) or error}".strip()
     return None
+
+
+def _router(lan: Lan) -> Host:
+    assert lan.router is not None
+    return lan.router
 
 
 def _ip(*arguments: str) -> str:

@@ -32,7 +32,7 @@ def test_a_node_behind_a_nat_serves(
     seen = swarm.status(client)
     assert {name: (node["state"], node["reached"], node["relayed"]) for name, node in seen.items()} == {
         open_node.peer_id: ("online", "direct", False),
-        hidden.peer_id: ("online", "relay", True),
+        hidden.peer_id: ("online", "hole-punched", True),
     }
 
 

@@ -13,6 +13,7 @@ from hivemind.utils.auth import AuthRole, AuthRPCWrapper
 from hivemind.utils.multiaddr import Multiaddr
 
 from ...wire.peer_id import read_peer_id
+from ..daemon_calls import direct_connections
 from .circuits import reserve
 from .dial_back import Answer, ask
 
@@ -130,6 +131,10 @@ class Reachability:
         await self._settled.wait()
         return self.now
 
+    def relays(self) -> set[str]:
+        """The names of those at which this peer has a place."""
+        return {relay.rpartition("/p2p/")[2] for relay in self.now.relays}
+
     def about(self) -> tuple[bool, Sequence[str]]:
         """What others may know: whether this peer can relay for them, and where it listens."""
         return self.now.how in (DIRECT, UNKNOWN), self._addresses
@@ -182,24 +187,27 @@ class Reachability:
     async def _hold(self) -> tuple[str, ...]:
         """Gets places at relays, or keeps them; the relays' addresses."""
         held = [relay.rpartition("/p2p/")[2] for relay in self.now.relays]
-        places: list[str] = []
-        count = 0
         seen = await self._seen_addresses()
+        ample: list[str] = []
+        narrow: list[str] = []
         for name in choose_relays(self._known, held):
-            if count == MAX_RELAYS:
+            if len(ample) == MAX_RELAYS:
                 break
-            if await reserve(self._p2p, read_peer_id(name), _RESERVE_SECONDS):
-                count += 1
-                told = [address.partition("/p2p/")[0] for address in self._known[name].addresses]
-                where = dict.fromkeys([*seen.get(name, ()), *told])
-                places += [f"{address}/p2p/{name}" for address in [*where][:_RELAY_ADDRESSES]]
-        return tuple(places)
+            terms = await reserve(self._p2p, read_peer_id(name), _RESERVE_SECONDS)
+            if terms is not None:
+                (ample if terms.ample else narrow).append(name)
+        return tuple(place for name in ample or narrow[:MAX_RELAYS] for place in self._places(name, seen))
+
+    def _places(self, relay: str, seen: Mapping[str, Sequence[str]]) -> list[str]:
+        told = [address.partition("/p2p/")[0] for address in self._known[relay].addresses]
+        where = dict.fromkeys([*seen.get(relay, ()), *told])
+        return [f"{address}/p2p/{relay}" for address in [*where][:_RELAY_ADDRESSES]]
 
     async def _seen_addresses(self) -> dict[str, list[str]]:
         """Where the peers are to which there is a connection."""
         return {
-            peer.peer_id.to_base58(): [str(each) for each in peer.addrs if "/p2p-circuit" not in str(each)]
-            for peer in await self._p2p.list_peers()
+            name.to_base58(): [address for address in addresses if not _is_local(address)]
+            for name, addresses in (await direct_connections(self._p2p)).items()
         }
 
     async def _take_part(self) -> None:

@@ -55,6 +55,7 @@ function describe(node) {
 }
 
 function reachedBy({ reached, relayed }) {
+  if (reached === "hole-punched") return "hole punching from this gateway, others through a relay";
   if (relayed) return "a relay";
   return { direct: "its own address", unreachable: "nobody", unknown: "not known yet" }[reached] ?? "?";
 }
