@@ -1,6 +1,7 @@
 """How a client behaves in a swarm."""
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -39,6 +40,8 @@ class ClientSettings:
             others' sessions, so all have to trust each other. ``"off"``: none.
         active_adapter: name of the LoRA adapter that a model begins with (``swarm-node serve --adapters``); None: the
             base weights alone.
+        allowed_peers: PeerIDs of the only nodes that may be used, the others see nothing; None: all.
+        blocked_peers: PeerIDs of nodes that may not be used.
         prefix_salt: a secret that several clients have in common, to share among themselves, with ``"client"``.
     """
 
@@ -55,6 +58,8 @@ class ClientSettings:
     deterministic: bool = False
     prefix_reuse: str = "client"
     prefix_salt: str | None = None
+    allowed_peers: Collection[str] | None = None
+    blocked_peers: Collection[str] = ()
     active_adapter: Annotated[
         str | None,
         Option(
@@ -70,6 +75,14 @@ class ClientSettings:
             raise UsageError(f"prefix_reuse is 'client', 'shared' or 'off', not {self.prefix_reuse!r}")
         if self.prefix_salt is not None and (self.prefix_reuse != "client" or not self.prefix_salt):
             raise UsageError("prefix_salt is a secret of one character at least, and goes with prefix_reuse='client'")
+        for name in ("allowed_peers", "blocked_peers"):
+            object.__setattr__(self, name, _names(name, getattr(self, name)))
+
+    def why_not(self, name: str) -> str | None:
+        """Why the user doesn't want the node of this PeerID to be used; None if it may be."""
+        if name in self.blocked_peers:
+            return "is one of blocked_peers"
+        return None if self.allowed_peers is None or name in self.allowed_peers else "is none of allowed_peers"
 
     def salt(self) -> bytes | None:
         """What the names of cached pages are salted with, a new secret each time by default; None to share nothing."""
@@ -78,3 +91,19 @@ class ClientSettings:
         if self.prefix_reuse == "shared":
             return b"shared"
         return b"client" + (os.urandom(16) if self.prefix_salt is None else self.prefix_salt.encode())
+
+
+def _names(field: str, found: object) -> frozenset[str] | None:
+    """PeerIDs as text, from what may be text or hivemind's PeerIDs."""
+    if not found:
+        return None if found is None else frozenset()
+    from swarm.wire.peer_id import read_peer_id  # which needs hivemind; commands start without
+
+    if isinstance(found, str | bytes) or not isinstance(found, Collection):
+        raise UsageError(f"{field} is a list of PeerIDs, not {found!r}")
+    try:
+        return frozenset(read_peer_id(str(each)).to_base58() for each in found)
+    except ValueError as error:
+        raise UsageError(
+            f"{field} has something that is no PeerID ({error}): swarm status --json shows them"
+        ) from error

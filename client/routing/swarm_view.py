@@ -256,7 +256,13 @@ class SwarmView:
             return "serves a model of another shape under this name"
         if span.info.state < ServerState.ONLINE:
             return "is still loading"
-        return needs.unmet(span.info) or self._why_silent(span) or self._bans.why(span.peer_id, started=_started(span))
+        unwanted = self._settings.why_not(span.peer_id.to_base58())
+        return (
+            unwanted
+            or needs.unmet(span.info)
+            or self._why_silent(span)
+            or self._bans.why(span.peer_id, started=_started(span))
+        )
 
     def _why_silent(self, span: RemoteSpan) -> str | None:
         seconds = self.pulse.silent_for(span.peer_id)

@@ -86,6 +86,26 @@ def test_routes_go_around_peers_that_failed_or_are_full() -> None:
     look("bans", {0: (0, 2, info()), 1: (2, 4, info()), 2: (2, 4, info())}, check)
 
 
+def test_only_nodes_that_the_user_wants_are_used() -> None:
+    async def check(view: SwarmView, nodes: list[Peer]) -> None:
+        a, b, c = (node.peer_id for node in nodes)
+        view._settings = ClientSettings(wait_timeout=0.0, blocked_peers=[str(c)])
+        assert {leg.peer_id for _ in range(20) for leg in await view.route(0, BLOCKS)} == {a, b}
+        view._settings = ClientSettings(wait_timeout=0.0, allowed_peers=[a, c])
+        assert {leg.peer_id for _ in range(20) for leg in await view.route(0, BLOCKS)} == {a, c}
+        view._settings = ClientSettings(wait_timeout=0.0, allowed_peers=[a], blocked_peers=[b])
+        with pytest.raises(MissingBlocksError, match=r"is one of blocked_peers.*|is none of allowed_peers"):
+            await view.route(0, BLOCKS)
+
+    look("wanted", {0: (0, 2, info()), 1: (2, 4, info()), 2: (2, 4, info())}, check)
+
+
+@pytest.mark.parametrize("wrong", ["Qm", ["Qm"], 3])
+def test_what_is_no_list_of_peers(wrong: Any) -> None:
+    with pytest.raises(UsageError, match="PeerID"):
+        ClientSettings(allowed_peers=wrong)
+
+
 def test_what_nodes_say_of_themselves() -> None:
     async def check(view: SwarmView, nodes: list[Peer]) -> None:
         assert view.adapters() == ["both"]
