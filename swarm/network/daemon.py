@@ -23,6 +23,7 @@ from hivemind.utils.asyncio import cancel_task_if_running
 from hivemind.utils.logging import loglevel, python_level_to_golog
 
 from ..errors import DaemonError
+from .calls import mend
 
 logger = logging.getLogger(__name__)
 _LEAVE_SESSION = "import os, sys; os.setsid(); os.execv(sys.argv[1], sys.argv[1:])"
@@ -66,12 +67,16 @@ class LastingP2P(P2P):
     async def create(cls, *args: Any, identity_path: str | None = None, **kwargs: Any) -> LastingP2P:
         """As ``P2P.create``. Without ``identity_path``, this object keeps the key that a daemon would make itself."""
         if identity_path is not None:
-            return await super().create(*args, identity_path=identity_path, **kwargs)  # type: ignore[return-value]
+            p2p = await super().create(*args, identity_path=identity_path, **kwargs)
+            assert isinstance(p2p, LastingP2P)
+            mend(p2p._client.control)
+            return p2p
         key = Path(tempfile.gettempdir(), f"swarm-{os.urandom(8).hex()}", "key"), _make_key()
         with _on_disk(key):
             p2p = await super().create(*args, identity_path=str(key[0]), check_if_identity_free=False, **kwargs)
         assert isinstance(p2p, LastingP2P)
         p2p._key = key
+        mend(p2p._client.control)
         return p2p
 
     @property
@@ -93,7 +98,11 @@ class LastingP2P(P2P):
         failed, began, why = 0, -math.inf, ""  # why: it did not start
         telling: asyncio.Future[None] | None = None
         while True:
-            code = await self._child.wait()
+            listening = asyncio.ensure_future(self._end_deaf())
+            try:
+                code = await self._child.wait()
+            finally:
+                listening.cancel()
             self._break_off()
             cancel_task_if_running(telling)
             failed = failed + 1 if loop.time() - began < _STEADY_SECONDS else 0
@@ -114,6 +123,14 @@ class LastingP2P(P2P):
             "so no peer can be reached: start the process again"
         )
         self._settled.set()
+
+    async def _end_deaf(self) -> None:
+        """Ends a daemon that this process can't hear any more."""
+        await asyncio.wait({self._client.control._read_task})
+        await asyncio.sleep(_ANSWER_SECONDS)  # mostly it is the daemon that has ended
+        logger.warning("the connection to the network daemon (p2pd) has broken: ending the daemon")
+        with suppress(ProcessLookupError):
+            self._child.kill()
 
     async def _rejoin(self, restarted: Callable[[], Awaitable[None]]) -> None:
         """Lets calls go on when ``restarted`` has found other peers again, of which the new daemon knows none yet: they
@@ -217,6 +234,7 @@ class LastingP2P(P2P):
         await ready
         control = self._client.control
         await control._ensure_persistent_conn()
+        mend(control)
         await self._ping_daemon()
         unary = dict(control.unary_handlers)
         for name, answer in unary.items():

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import time
+import uuid
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from typing import Any
 import pytest
 from hivemind.p2p import P2PContext, PeerID
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
+from hivemind.proto import p2pd_pb2
 from hivemind.proto.dht_pb2 import PingRequest
 from hivemind.utils.timed_storage import get_dht_time
 
 from swarm.errors import DaemonError
 from swarm.network.daemon import restart_args
-from swarm.network.peer import Peer, PeerOptions
+from swarm.network.peer import Peer, PeerOptions, ping
 
 GIVEN = [
     "/p2pd",
@@ -212,3 +214,58 @@ def test_the_daemon_alone_is_in_a_session_of_its_own() -> None:
         await peer.stop()
 
     asyncio.run(run())
+
+
+def test_an_answer_to_who_has_just_given_up_does_not_end_all_calls() -> None:
+    """hivemind's reader would set the result of a cancelled future, and end."""
+
+    async def work(first: Peer, second: Peer) -> None:
+        control = first.p2p._client.control
+        call_id, given_up = uuid.uuid4(), asyncio.get_running_loop().create_future()
+        control._pending_calls[call_id] = given_up
+        given_up.cancel()
+        answer = p2pd_pb2.PersistentConnectionResponse(  # type: ignore[no-untyped-call]
+            callId=call_id.bytes, callUnaryResponse=p2pd_pb2.CallUnaryResponse(response=b"late")
+        )
+        reader = asyncio.StreamReader()
+        data = answer.SerializeToString()
+        reader.feed_data(bytes([len(data)]) + data)
+        reader.feed_eof()
+        await control._read_from_persistent_conn(reader)  # to its end, and not with an error
+        assert await ping(first, second.peer_id, 5.0) is not None
+
+    run(work)
+
+
+def test_calls_that_are_given_up_leave_nothing() -> None:
+    async def work(first: Peer, second: Peer) -> None:
+        begun = asyncio.Event()
+
+        async def never(request: PingRequest, context: P2PContext) -> PingRequest:
+            begun.set()
+            await asyncio.sleep(3600)
+            return request
+
+        await second.p2p.add_protobuf_handler("never", never, PingRequest)
+        call = asyncio.ensure_future(
+            first.p2p.call_protobuf_handler(second.peer_id, "never", PingRequest(), PingRequest)
+        )
+        await begun.wait()
+        assert second.p2p._client.control._handler_tasks
+        call.cancel()
+        while second.p2p._client.control._handler_tasks:
+            await asyncio.sleep(0.01)
+
+    run(work)
+
+
+def test_a_daemon_that_is_not_heard_any_more_is_started_again() -> None:
+    async def work(first: Peer, second: Peer) -> None:
+        second.p2p._client.control._read_task.cancel()
+        while not second.restarts:
+            await asyncio.sleep(0.05)
+        await second.check_daemon()
+        while await ping(second, first.peer_id, 5.0) is None:
+            await asyncio.sleep(0.05)
+
+    run(work)
