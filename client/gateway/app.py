@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from functools import wraps
@@ -28,6 +29,7 @@ from .api.openapi import describe_api
 from .api.reply import Answer, Reply
 from .api.responses import respond
 from .api.swarm import ROUTES as SWARM_ROUTES
+from .decode.admission import ASKER
 from .errors import ApiError, as_api_error
 from .metrics import Metrics
 from .requests.parse import parse
@@ -37,6 +39,7 @@ from .static import Pages
 from .swarm_watch import SwarmWatch
 
 PAGES = Path(__file__).with_name("pages")
+_PART_SECONDS = 30.0
 _MAX_BODY_BYTES = 16 * 2**20
 R = TypeVar("R", bound=BaseModel)
 Handler = Callable[[ServedModel, R, Call], Awaitable[Answer]]
@@ -163,11 +166,13 @@ def _endpoint(path: str, schema: type[R], handler: Handler[R], prompt_field: str
         gateway: Gateway = request.app.state.gateway
         key = request.state.key
         call = Call(path, None if key is None else key.name)
+        ASKER.set(call.key or (request.client.host if request.client else ""))
         try:
-            body = parse(schema, await _read(request))
+            raw = await _read(request)
+            body = parse(schema, raw)
             call.prompt = getattr(body, prompt_field)
             model = gateway.model(body.model)  # type: ignore[attr-defined]
-            call.model = model.id
+            call.model, call.size = model.id, len(raw)
         except ApiError as error:
             gateway.done(call, error.status)
             raise
@@ -177,8 +182,14 @@ def _endpoint(path: str, schema: type[R], handler: Handler[R], prompt_field: str
 
 
 async def _read(request: Request) -> bytes:
-    parts, size = [], 0
-    async for part in request.stream():
+    parts, size, stream = [], 0, request.stream()
+    while True:
+        try:
+            part = await asyncio.wait_for(anext(stream, None), _PART_SECONDS)
+        except asyncio.TimeoutError:
+            raise ApiError(408, f"nothing more of the request has come for {_PART_SECONDS:.0f} seconds") from None
+        if part is None:
+            break
         size += len(part)
         if size > _MAX_BODY_BYTES:
             raise ApiError(413, f"the request is larger than {_MAX_BODY_BYTES >> 20} MiB")

@@ -23,6 +23,7 @@ from .errors import invalid
 from .text.grammar import GrammarFactory
 
 T = TypeVar("T")
+_CHARS_A_TOKEN, _SPARE_CHARS = 64, 2**16
 
 
 class ServedModel:
@@ -83,8 +84,28 @@ class ServedModel:
         """Runs work on text, in one thread: tokenizers are not made for several at once."""
         return await asyncio.get_running_loop().run_in_executor(self._text, work)
 
-    async def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of ``text``, with the special tokens that the tokenizer puts in front."""
+    def check_size(self, size: int, param: str) -> None:
+        """Refuses at once what is far too long, since to make tokens of it takes long, and holds up others.
+
+        Raises:
+            ApiError: no tokenizer would make so few tokens of so many characters or bytes that there is room for them.
+        """
+        limit = self._facade._connection.longest_session()
+        if limit is not None and size > _SPARE_CHARS + _CHARS_A_TOKEN * limit:
+            raise invalid(
+                f"This model's maximum context length is {limit} tokens. However, your request has {size} characters. "
+                "Please reduce its length.",
+                param,
+                "context_length_exceeded",
+            )
+
+    async def encode(self, text: str, param: str = "prompt") -> tuple[int, ...]:
+        """Token ids of ``text``, with the special tokens that the tokenizer puts in front.
+
+        Raises:
+            ApiError: as :meth:`check_size`.
+        """
+        self.check_size(len(text), param)
         encoded = await self.in_thread(partial(self.tokenizer, text))
         return tuple(encoded["input_ids"])
 
@@ -104,7 +125,7 @@ class ServedModel:
             ApiError: one of them is empty, or has tokens that the model doesn't know.
         """
         many: list[Any] = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
-        prompts = [await self.encode(each) if isinstance(each, str) else tuple(each) for each in many]
+        prompts = [await self.encode(each, param) if isinstance(each, str) else tuple(each) for each in many]
         if not prompts or not all(prompts):
             raise invalid(f"{param} is empty", param)
         return [self.known(prompt, param) for prompt in prompts]

@@ -25,6 +25,7 @@ from swarm.errors import ConnectError, UsageError
 
 from ..commands.local_swarm import LocalNode, LocalSwarm
 from .access.access import LOOPBACK, Access
+from .access.connections import BoundedProtocol
 from .access.key_desk import KeyDesk
 from .access.keys import KeyStore
 from .decode.admission import Admission
@@ -124,6 +125,7 @@ def running(settings: GatewaySettings, log: Callable[[dict[str, Any]], None]) ->
         server = uvicorn.Server(
             uvicorn.Config(
                 make_app(gateway),
+                http=BoundedProtocol,
                 log_config=None,
                 access_log=False,
                 lifespan="off",

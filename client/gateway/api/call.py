@@ -18,6 +18,7 @@ class Call:
         key: name of the API key, if keys are asked for.
         timings: of its sessions.
         route: the hops of its first session, ``peer[start:end]``.
+        size: bytes of the request.
         prompt, answer: texts, kept only where they are to be logged.
     """
 
@@ -32,6 +33,7 @@ class Call:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     prompt: Any = None
+    size: int = 0
 
     @property
     def queue_seconds(self) -> float:

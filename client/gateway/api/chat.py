@@ -25,6 +25,7 @@ async def chat(model: ServedModel, request: ChatRequest, call: Call) -> Answer:
     """Answers a conversation ``n`` times."""
     if request.top_logprobs is not None and not request.logprobs:
         raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
+    model.check_size(call.size, "messages")
     plan = plan_tools(request.tools, request.tool_choice)
     grammar = await model.in_thread(partial(_grammar, model, request, plan))
     rendered = await model.in_thread(partial(render, model.tokenizer, request.messages, plan.tools))

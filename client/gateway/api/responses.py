@@ -29,6 +29,7 @@ async def respond(model: ServedModel, request: ResponsesRequest, call: Call) -> 
     wanted = (request.text or {}).get("format")
     if wanted is not None and not (isinstance(wanted, dict) and wanted.get("type", "text") == "text"):
         raise invalid("structured output is only supported by /v1/chat/completions", "text.format")
+    model.check_size(call.size, "input")
     prompt = model.known(await model.in_thread(partial(render, model.tokenizer, _messages(request), ())), "input")
     call.prompt_tokens = len(prompt)
     sampling = Sampling(model=request.model, temperature=request.temperature, top_p=request.top_p)

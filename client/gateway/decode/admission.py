@@ -1,27 +1,31 @@
-"""How many sessions run at a time, and how many wait for their turn."""
+"""How many sessions run at a time, how many wait for their turn, and whose turn is next."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import OrderedDict, deque
+from contextvars import ContextVar
 
 from ..errors import invalid, too_many
 
 _RETRY_SECONDS = 2.0
+ASKER: ContextVar[str] = ContextVar("asker", default="")
+"""Who asked for what is done in this context: an API key's name, or an address."""
 
 
 class Admission:
-    """At most ``max_sessions`` run; up to ``max_queue`` more wait, first come first served. For one event loop."""
+    """At most ``max_sessions`` run; up to ``max_queue`` more wait: those who ask take turns, and of each the first that
+    came is the next. For one event loop."""
 
     def __init__(self, max_sessions: int, max_queue: int) -> None:
         self.max_sessions, self.max_queue = max_sessions, max_queue
         self.running = 0
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()  # whose turn is next comes first
 
     @property
     def waiting(self) -> int:
         """Sessions that wait."""
-        return len(self._waiting)
+        return sum(map(len, self._waiting.values()))
 
     def check(self, sessions: int) -> None:
         """Refuses at once what would have to wait in a queue that is full.
@@ -45,25 +49,31 @@ class Admission:
             )
 
     async def acquire(self) -> None:
-        """Waits for a turn, which is given back by :meth:`release`."""
+        """Waits for a turn of :data:`ASKER`, which is given back by :meth:`release`."""
         if self.running < self.max_sessions and not self._waiting:
             self.running += 1
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
+        asker = ASKER.get()
+        self._waiting.setdefault(asker, deque()).append(turn)
         try:
             await turn
         except BaseException:
             if turn.done() and not turn.cancelled():
                 self.release()  # it was given in the moment in which its taker went away
-            elif turn in self._waiting:
-                self._waiting.remove(turn)
+            elif turn in (mine := self._waiting.get(asker, deque())):
+                mine.remove(turn)
+                if not mine:
+                    del self._waiting[asker]
             raise
 
     def release(self) -> None:
         """Ends a session; the next in the queue gets its place."""
         while self._waiting:
-            turn = self._waiting.popleft()
+            asker, turns = self._waiting.popitem(last=False)
+            turn = turns.popleft()
+            if turns:
+                self._waiting[asker] = turns  # behind all others
             if not turn.done():
                 turn.set_result(None)
                 return

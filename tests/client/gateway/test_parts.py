@@ -18,7 +18,7 @@ from swarm.client.gateway.access.guard import Guard
 from swarm.client.gateway.access.key_desk import KeyDesk
 from swarm.client.gateway.access.keys import Key, KeyStore, Usage
 from swarm.client.gateway.access.rate_limits import RateLimits, Window
-from swarm.client.gateway.decode.admission import Admission
+from swarm.client.gateway.decode.admission import ASKER, Admission
 from swarm.client.gateway.errors import ApiError, as_api_error
 from swarm.client.gateway.requests.schemas import Message, NamedTool, Tool
 from swarm.client.gateway.text.grammar import GrammarFactory
@@ -78,6 +78,34 @@ def test_the_queue_is_in_order_and_bounded() -> None:
         assert admission.running == 0
 
     asyncio.run(work())
+
+
+def test_who_asks_for_much_does_not_keep_others_waiting() -> None:
+    async def main() -> None:
+        admission, order = Admission(1, 20), []
+        await admission.acquire()
+
+        async def work(asker: str, number: int) -> None:
+            ASKER.set(asker)
+            await admission.acquire()
+            order.append(f"{asker}{number}")
+
+        working = [asyncio.create_task(work("greedy", number)) for number in range(4)]
+        await asyncio.sleep(0)
+        working += [asyncio.create_task(work(asker, 0)) for asker in ("one", "two")]
+        await asyncio.sleep(0)
+        working[1].cancel()
+        await asyncio.wait({working[1]})
+        assert admission.waiting == 5
+        for _ in range(5):
+            admission.release()
+            await asyncio.sleep(0)
+        await asyncio.wait_for(asyncio.wait(working), 5)
+        assert order == ["greedy0", "one0", "two0", "greedy2", "greedy3"]
+        admission.release()
+        assert (admission.running, admission.waiting) == (0, 0)
+
+    asyncio.run(main())
 
 
 # keys and limits
