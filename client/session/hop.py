@@ -29,7 +29,7 @@ from ..routing.route import Leg
 from .history import History
 from .trace import Answered
 
-_ANSWER_SECONDS = 5.0
+_ANSWER_SECONDS = 1.0
 _EMPTY, _EMPTY_INT64 = encode(rpc.EMPTY), encode(rpc.EMPTY_INT64)
 
 
@@ -228,19 +228,25 @@ class Hop:
         nothing = torch.empty(self._rows, 0, self._hidden_size, dtype=self.dtype or torch.float32)
         step_id = uuid.uuid4().hex
         fields = {"session_id": self.session_id, "step_id": step_id, "pusher": peer_id.to_base58()}
-        tensors = [encode(nothing), _EMPTY, _EMPTY_INT64]
-        with suppress(SwarmError):
-            self.expect(step_id)
-            await self._stream.send(Request(uid=self._uid, tensors=tensors, metadata=rpc.dump(fields)))
+        request = Request(uid=self._uid, tensors=[encode(nothing), _EMPTY, _EMPTY_INT64], metadata=rpc.dump(fields))
+
+        async def tell() -> None:
+            await self._stream.send(request)
             await self.reply(step_id, _ANSWER_SECONDS)
+
+        self.expect(step_id)
+        with suppress(SwarmError, asyncio.TimeoutError):
+            await asyncio.wait_for(tell(), _ANSWER_SECONDS)
         self.forget(step_id)
 
     async def close(self) -> None:
         """Ends the session at the node; never fails."""
-        with suppress(Exception):
-            await asyncio.wait_for(self._stream.send(Request()), 1.0)
-            await asyncio.wait_for(self._stream.send_end(), 1.0)
-        self.abandon()
+        try:
+            with suppress(Exception):
+                await asyncio.wait_for(self._stream.send(Request()), 1.0)
+                await asyncio.wait_for(self._stream.send_end(), 1.0)
+        finally:
+            self.abandon()
 
     def abandon(self) -> None:
         """Drops the connection: the node notices."""

@@ -88,7 +88,7 @@ async def _open_together(ways: Sequence[Callable[..., Any]]) -> list[Any]:
         return await asyncio.gather(*opening, return_exceptions=True)
     except asyncio.CancelledError:
         for task in opening:  # nobody else knows those that are open by now
-            task.add_done_callback(_abandon)
+            task.add_done_callback(abandon)
         raise
 
 
@@ -113,6 +113,7 @@ def _abandon_all(results: Sequence[HopLike | BaseException | None]) -> None:
             hop.abandon()
 
 
-def _abandon(opening: asyncio.Future[HopLike]) -> None:
+def abandon(opening: asyncio.Future[Any]) -> None:
+    """Leaves a hop that has been opened, if it has."""
     if not opening.cancelled() and opening.exception() is None:
         opening.result().abandon()

@@ -83,6 +83,11 @@ class Pipeline(Generic[H]):
                 hop.forget(chunk.step_id)
         self._in_flight = {}
 
+    def uncover(self, hops: Sequence[H]) -> None:
+        """Nobody is sure to push what is under way to these hops any more."""
+        for chunk in self._in_flight.values():
+            chunk.covered.difference_update(hops)
+
     def abandon(self) -> None:
         """Drops the connections to all hops."""
         for hop in self.hops:

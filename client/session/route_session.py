@@ -24,7 +24,7 @@ from ..settings import ClientSettings
 from .failures import Failures, Trial
 from .history import History
 from .hop import Hop
-from .opening import Prefix, open_route
+from .opening import Prefix, abandon, open_route
 from .pipeline import Chunk, Pipeline
 from .prefix import Digests, PageNames, describe_context
 from .repair import InputsMissing, replay
@@ -276,8 +276,11 @@ class RouteSession:
             return
         self._view.slow(hop.peer_id)
         self._tell("left", [hop], move.reason)
-        await self._put(self.hops.index(hop), replacement)
-        await hop.close()
+        try:
+            await self._put(self.hops.index(hop), replacement)
+            await hop.close()
+        finally:
+            hop.abandon()
 
     async def _renew(self, index: int, take_over: TakeOver | None = None) -> None:
         self._pipeline.sharing = False
@@ -286,6 +289,7 @@ class RouteSession:
     async def _put(self, index: int, replacement: list[Hop]) -> None:
         self._pipeline.sharing = False  # what comes out of another hop is not quite the same
         self.hops[index : index + 1] = replacement
+        self._pipeline.uncover(self.hops[index:])
         for behind in self.hops[index + len(replacement) :][:1]:
             if not behind.is_petals:
                 await behind.let_push(replacement[-1].peer_id)
@@ -328,7 +332,12 @@ class RouteSession:
             if not self._view.pulse.knows(leg.peer_id):
                 return await dialing  # the first connection to a peer may take longer than an answer
             lives = partial(self._view.pulse.lives, leg.peer_id)
-            return await watched(dialing, leg.peer_id, UNKNOWN_SECONDS, lives)
+            opening: asyncio.Future[Hop] = asyncio.ensure_future(dialing)
+            try:
+                return await watched(opening, leg.peer_id, UNKNOWN_SECONDS, lives)
+            except BaseException:
+                opening.add_done_callback(abandon)  # it may be open by now, and nobody else knows it
+                raise
 
         return await open_route(dial, failures, first, last, self._needs(padding), before, prefixes)
 

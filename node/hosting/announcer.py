@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+from collections.abc import Mapping
+from contextvars import Context
 from functools import partial
 
 from swarm.chance import CHANCE
@@ -17,6 +19,7 @@ from swarm.wire.records import ServerInfo, ServerState
 from ..engine.engine import Engine
 
 logger = logging.getLogger(__name__)
+_NEWER_SECONDS = 0.001
 _MAX_PINGED = 5
 _REFUSED_SECONDS = 5.0  # until records that were not taken are announced again
 _REFUSALS = 3  # in a row, and a person is told
@@ -52,6 +55,8 @@ class Announcer:
         self._engine: Engine | None = None
         self._task: asyncio.Task[None] | None = None
         self._refused = 0  # times in a row
+        self._turn = asyncio.Lock()
+        self._until = 0.0  # when the records end that were announced last
         self.told = False
 
     def watch(self, engine: Engine) -> None:
@@ -63,6 +68,10 @@ class Announcer:
         the blocks to which an online state applies, if not to all."""
         if state == ServerState.ONLINE:
             await self._peer.reach.settled()
+        async with self._turn:
+            await self._announce(state, ready, changes)
+
+    async def _announce(self, state: ServerState, ready: tuple[int, int] | None, changes: Mapping[str, object]) -> None:
         self._ready = ready or self._ready
         self._info = dataclasses.replace(self._info, state=state, **changes)  # type: ignore[arg-type]
         if self._task is not None:
@@ -71,13 +80,15 @@ class Announcer:
         self.told = state != ServerState.OFFLINE
         self._note(await self._store())
         if state != ServerState.OFFLINE:
-            self._task = asyncio.create_task(self._repeat())
+            # in no context of who calls: after a restart of the daemon that is one which waits for nothing
+            self._task = Context().run(asyncio.ensure_future, self._repeat())
 
     async def renew(self) -> None:
         """Announces the same again now, as of a node that has just started; nothing, if nothing is announced."""
-        if self._task is not None:
-            offer = self._info.offer and dataclasses.replace(self._info.offer, started=CLOCK.now())
-            await self.announce(self._info.state, offer=offer)
+        async with self._turn:
+            if self._task is not None:
+                offer = self._info.offer and dataclasses.replace(self._info.offer, started=CLOCK.now())
+                await self._announce(self._info.state, None, {"offer": offer})
 
     async def _repeat(self) -> None:
         while True:
@@ -104,7 +115,9 @@ class Announcer:
             offer = dataclasses.replace(info.offer, sessions=stats.sessions)
             info = dataclasses.replace(info, cache_tokens_left=stats.cache_tokens_free, offer=offer)
         info = told_reach(info, self._peer.reach.now)
-        ttl = max(60.0, 3 * self._period)  # outlives two lost announcements
+        # outlives two lost announcements, and what was announced before, also if the clock was set back since
+        ttl = max(60.0, 3 * self._period, self._until - CLOCK.now() + _NEWER_SECONDS)
+        self._until = CLOCK.now() + ttl
         taken = [
             await dht.announce(self._peer.dht, self._prefix, first, last, record, ttl=ttl)
             for first, last, record in records_of(info, self._ready)

@@ -77,5 +77,7 @@ def say_reached(output: Output, peer: Peer) -> None:
 
 def reachable(peer: Peer) -> str:
     """The address that others can use: one in a local network, if it has any, and not loopback nor docker's."""
+    if peer.reach.now.relays:
+        return peer.reach.now.relays[0]  # nobody begins with a peer that is behind a relay
     usable = announced(peer.addresses, own_interfaces())
     return f"{usable[0]}/p2p/{peer.peer_id.to_base58()}" if usable else peer.addresses[0]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import resource
-from collections import Counter
+from collections import Counter, deque
 
 from hivemind.p2p import PeerID
 
 from swarm.errors import OutOfCacheError
 
 _SHARE = 4
-_WAIT_SECONDS = 30.0
+_WAIT_SECONDS = 300.0  # what holds the memory goes on without what waits for it
 _MAX_STREAMS = 4096
 _FILES_BESIDE = 256  # that a node has open besides its streams
 _CALLS = 256
@@ -26,7 +26,7 @@ class Quota:
         self._most, self._of_one = most, of_one
         self._taken: Counter[PeerID] = Counter()
         self._total = 0
-        self._freed = asyncio.Event()
+        self._waiting: deque[tuple[PeerID, int, asyncio.Future[None]]] = deque()
 
     def take(self, peer: PeerID, amount: int = 1) -> bool:
         """Takes so much for a peer, if it may have it. Who has nothing gets what it asks for if it is there."""
@@ -40,17 +40,26 @@ class Quota:
         return True
 
     async def wait(self, peer: PeerID, amount: int) -> None:
-        """Takes so much when it is there.
+        """Takes so much when it is there; of one peer, who came first is first.
 
         Raises:
             OutOfCacheError: it isn't, for long.
         """
-        deadline = asyncio.get_running_loop().time() + _WAIT_SECONDS
-        while not self.take(peer, amount):
-            try:
-                await asyncio.wait_for(self._freed.wait(), deadline - asyncio.get_running_loop().time())
-            except asyncio.TimeoutError:
-                raise OutOfCacheError("this node has no memory for more of your messages now") from None
+        if all(other != peer for other, _, _ in self._waiting) and self.take(peer, amount):
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        mine = peer, amount, turn
+        self._waiting.append(mine)
+        try:
+            await asyncio.wait({turn}, timeout=_WAIT_SECONDS)  # wait_for loses cancellations before Python 3.12
+            if not turn.done():
+                raise OutOfCacheError("this node has no memory for more of your messages now")
+        except BaseException:
+            if turn.done():
+                self.give_back(peer, amount)
+            else:
+                self._waiting.remove(mine)
+            raise
 
     def give_back(self, peer: PeerID, amount: int = 1) -> None:
         """Gives back what was taken."""
@@ -58,8 +67,16 @@ class Quota:
         self._taken[peer] -= amount
         if not self._taken[peer]:
             del self._taken[peer]
-        freed, self._freed = self._freed, asyncio.Event()
-        freed.set()
+        late: set[PeerID] = set()
+        for waiting in [*self._waiting]:
+            other, wanted, turn = waiting
+            if self._total + wanted > self._most:
+                break  # or who wants much would wait for ever
+            if other not in late and self.take(other, wanted):
+                self._waiting.remove(waiting)
+                turn.set_result(None)
+            else:
+                late.add(other)
 
 
 class Room:

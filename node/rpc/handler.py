@@ -84,6 +84,8 @@ class Handler:
     async def unregister(self) -> None:
         """After :meth:`leave`: another handler may take this one's place."""
         self._sessions.close_pushes()
+        for stream in [*self._open]:  # of peers that don't take what they are sent, or they would keep the engine
+            stream.abort()
         for name in self._streams:
             await self._p2p.remove_binary_stream_handler(rpc.handle_name(name))
         for name in (*self._answers, rpc.INFO):
@@ -149,9 +151,11 @@ class Handler:
         """Tells who has too many streams; not those that come too fast even for that."""
         if self._refusing < _MAX_REFUSING:
             self._refusing += 1
-            await stream.send_error(OutOfCacheError("this node has no room for another stream of yours now"))
-            await stream.linger()
-            self._refusing -= 1
+            try:
+                await stream.send_error(OutOfCacheError("this node has no room for another stream of yours now"))
+                await stream.linger()
+            finally:
+                self._refusing -= 1
         stream.abort()
 
     async def _end_stuck(self) -> None:

@@ -77,12 +77,12 @@ class Handovers:
         Raises:
             SwarmError: there is no such session, or it is not what was asked for.
         """
+        request = await asyncio.wait_for(stream.receive(Request), _SILENCE_SECONDS)
+        if request is None:
+            return
+        fetch = _parse(request)
+        session = self._find(fetch)
         async with self._slots:
-            request = await asyncio.wait_for(stream.receive(Request), _SILENCE_SECONDS)
-            if request is None:
-                return
-            fetch = _parse(request)
-            session = self._find(fetch)
             first, last = self._check(request.uid, fetch, session)
             async for chunk, end in self._read(session, first, last, min(fetch.columns, session.rows.position)):
                 await asyncio.wait_for(stream.send(write_chunk(chunk, end)), _SILENCE_SECONDS)

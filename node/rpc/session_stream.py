@@ -41,6 +41,7 @@ class SessionStream:
         self._shared, self._stream, self.opening, self.rows = shared, stream, opening, rows
         self._room_for = shared.budget.room(peer)  # what is sent for this client
         self._waiting: deque[Arrived | SwarmError | None] = deque()
+        self._early: list[Arrived] = []  # pushed, and have overtaken one that comes another way
         self._done: deque[str] = deque(maxlen=2 * shared.limits.max_waiting_steps)  # names of steps that have begun
         self._room = asyncio.Event()  # set when a step that waited has begun
         self._busy = True  # no step can begin: one is under way, or the session isn't admitted yet
@@ -79,10 +80,11 @@ class SessionStream:
         """Ends it; the first error counts."""
         if not self.over.done():
             self.over.set_result(None) if error is None else self.over.set_exception(error)
-        while self._waiting:
-            arrived = self._waiting.popleft()
+        for arrived in (*self._waiting, *self._early):
             if isinstance(arrived, Arrived):
                 arrived.let_go()
+        self._waiting.clear()
+        self._early.clear()
 
     async def _read(self) -> None:
         """Takes what the client sends."""
@@ -90,9 +92,13 @@ class SessionStream:
         try:
             while (request := await self._stream.receive(Request)) is not None:
                 arrived = open_message(request, self._stream.claim())
-                while self.is_full:
-                    self._room.clear()
-                    await self._room.wait()
+                try:
+                    while self.is_full:
+                        self._room.clear()
+                        await self._room.wait()
+                except BaseException:
+                    arrived.let_go()
+                    raise
                 self.take(arrived)
         except SwarmError as error:
             last = error
@@ -165,6 +171,8 @@ class SessionStream:
             self._room.set()
             if arrived is None or isinstance(arrived, SwarmError):
                 self.end(arrived)
+            elif self._is_early(arrived):
+                self._early.append(arrived)
             elif not arrived.request.tensors:  # an empty request ends the session, too
                 self.end(None)
             else:
@@ -174,6 +182,11 @@ class SessionStream:
                     arrived.let_go()
                     self.end(error)
         self.idle_since = None if self._busy else asyncio.get_running_loop().time()
+
+    def _is_early(self, arrived: Arrived) -> bool:
+        start = arrived.metadata.start
+        early = arrived.metadata.pushed and start is not None and start > self._position
+        return early and len(self._early) < self._shared.limits.max_waiting_steps
 
     def _begin(self, arrived: Arrived) -> None:
         """Begins a step, unless it has come before."""
@@ -214,6 +227,8 @@ class SessionStream:
                 try:
                     output = encode(future.result())
                     self._position = start + columns
+                    self._waiting.extendleft(reversed(self._early))
+                    self._early.clear()
                     self.reorders += step.hypo_ids is not None
                     if metadata.next_servers and pushes:
                         self._push_on(output, arrived)
@@ -241,6 +256,9 @@ class SessionStream:
                 self._room_for.give_back(size)
         except SwarmError as error:
             self.end(error)
+        except asyncio.CancelledError:
+            self.end(PeerLostError("the node has left"))
+            raise
         self._busy = False
         self.go_on()
 

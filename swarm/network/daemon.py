@@ -153,7 +153,8 @@ class LastingP2P(P2P):
         if self.is_up and not await self._answers():
             with suppress(asyncio.TimeoutError):  # it is just dying
                 await asyncio.wait_for(self._child.wait(), _ANSWER_SECONDS)
-                self._settled.clear()
+                if self.lost is None:
+                    self._settled.clear()
         await self._wait()
 
     async def shutdown(self) -> None:
@@ -174,7 +175,7 @@ class LastingP2P(P2P):
         return await super().call_binary_stream_handler(*args, **kwargs)
 
     async def _wait(self) -> None:
-        if not _REJOINS.get():
+        if self.lost is None and not _REJOINS.get():
             await self._settled.wait()
         if self.lost is not None:
             raise self.lost

@@ -112,14 +112,16 @@ class Peer:
             raise UsageError("--shut-out needs --swarm-key: in an open swarm a peer just takes another PeerID")
         p2p = await _start_daemon(options)
         if keys:
-            lock(p2p, keys, shut_out)
+            await lock(p2p, keys, shut_out).open_gate()  # or others would take it for an open one
         try:
             await _set_clock(p2p, options.initial_peers)
             dht = await DHTNode.create(
                 p2p,
                 initial_peers=list(options.initial_peers),
                 record_validator=RecordGuard(_signing_key(p2p, options), p2p.peer_id, CLOCK.now),
-                client_mode=options.client or not _is_alone(options),  # until it is known that others reach it
+                client_mode=options.client or not (_is_alone(options) or options.lan.wanted),  # until others reach it
+                cache_locally=False,  # what was forged would stay there
+                cache_on_store=False,
                 num_workers=32,
                 # a node that vanished is asked again soon: it may be back, and our own records are refreshed often
                 blacklist_time=2.0,

@@ -122,8 +122,11 @@ class MessageStream:
                 self._held = length
             self._receiving = _until(length)
             data = await self._reader.readexactly(length)
-        except (asyncio.IncompleteReadError, OSError) as error:
-            raise PeerLostError("the stream ended") from error
+        except BaseException as error:
+            self.claim()()
+            if isinstance(error, asyncio.IncompleteReadError | OSError):
+                raise PeerLostError("the stream ended") from error
+            raise
         finally:
             self._receiving = math.inf
         try:
@@ -140,11 +143,16 @@ class MessageStream:
 
     def claim(self) -> Callable[[], None]:
         """Keeps the message that was received last, whose memory the stream would give back when it is asked for the
-        next one: call what this returns, once, when it is no longer needed."""
-        memory, held, self._held = self._memory, self._held, 0
-        if memory is None or not held:
+        next one: call what this returns when it is no longer needed. To call it again does nothing."""
+        memory, left, self._held = self._memory, [self._held] if self._held else [], 0
+        if memory is None or not left:
             return _nothing
-        return lambda: memory.give_back(held)
+
+        def let_go() -> None:
+            if left:
+                memory.give_back(left.pop())
+
+        return let_go
 
     def is_stuck(self) -> bool:
         """Whether the peer has begun a message and doesn't go on with it, or doesn't take one."""

@@ -128,9 +128,9 @@ def test_a_node_comes_back_when_the_first_peer_is_gone_for_good(
 def test_a_node_that_is_stopped_while_it_starts_leaves_nothing_behind(start: Started, path: Path) -> None:
     first = start("serve", str(path), "--blocks", "3:6")
     argv = ["serve", str(path), "--blocks", "0:3", "--host", "127.0.0.1", "--log-format", "json"]
-    node = Node([*argv, "--initial-peers", address(first)], start.identity(1).parent)
-    start.nodes.append(node)
     with SwarmModelForCausalLM.from_pretrained(str(path), initial_peers=[address(first)], update_period=0.02) as model:
+        node = Node([*argv, "--initial-peers", address(first)], start.identity(1).parent)
+        start.nodes.append(node)
         view = model._connection._view
         wait_until(lambda: view._unusable or node.ready)
         assert node.ready is None, "it was to be stopped before"

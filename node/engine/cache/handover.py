@@ -70,4 +70,5 @@ def _pools(span: Span, cache: KVCache, block: int) -> list[torch.Tensor]:
 
 
 def _slots(cache: KVCache, rows: Sequence[tuple[Row, int, int]]) -> torch.Tensor:
-    return torch.tensor([slot for row, start, end in rows for slot in row.slots(start, end, cache.page_size)])
+    slots = [slot for row, start, end in rows for slot in row.slots(start, end, cache.page_size)]
+    return torch.tensor(slots, dtype=torch.int64)  # there may be none

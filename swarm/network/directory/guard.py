@@ -19,7 +19,7 @@ from hivemind.utils import MSGPackSerializer
 from ...wire.peer_id import read_peer_id
 from .signing import SigningKey, is_signed_by
 
-MAX_VALUE_BYTES = 2**14
+MAX_VALUE_BYTES = 2**15
 MAX_SUBKEY_BYTES = 320
 MAX_SECONDS = 6 * 3600.0
 """How long a record may live: whoever has left without a word is forgotten after that."""
@@ -63,7 +63,7 @@ class RecordGuard(RecordValidatorBase):
             subkey = MSGPackSerializer.loads(record.subkey)
         except Exception:  # msgpack raises what it likes
             return False
-        if not isinstance(subkey, str | None):  # hivemind sorts them, and fails where kinds are mixed
+        if not isinstance(subkey, str):  # hivemind sorts them, and fails where kinds are mixed
             return False
         if owner_of(record.subkey) is None:
             return True

@@ -20,31 +20,42 @@ MAX_KEY_BYTES = 192 * 1024
 """Of all that is stored under one key. Sixteen keys are asked for in one message, of 4 MiB at most."""
 _ENTRY_BYTES = 128  # that an entry takes beside its value
 _MAX_KEYS = 2**15
+_LOOKED_AT = 64  # keys, for one to give up
 _sender: ContextVar[PeerID | None] = ContextVar("sender", default=None)
 
 
 class GuardedStorage(DHTLocalStorage):
-    """Keeps what has authority before what has none, and a bounded amount under each key."""
+    """Keeps what has authority before what has none, and a bounded amount under each key, of a bounded number."""
 
     guard: RecordGuard
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(_MAX_KEYS)
+    def __init__(self) -> None:
+        super().__init__(2 * _MAX_KEYS)
         self._own: dict[tuple[DHTID, Any], float] = {}  # until when there is what its owner has brought itself
+
+    def store(self, key: DHTID, value: Any, expiration_time: float, subkey: Any = None) -> bool:
+        """As hivemind's; a value without subkeys takes no dictionary's place."""
+        if subkey is None:
+            return False
+        return self.store_subkey(key, subkey, value, expiration_time)
 
     def store_subkey(self, key: DHTID, subkey: Any, value: bytes, expiration_time: float) -> bool:
         """Stores an entry, unless one with more authority, or a newer one with as much, is there."""
         there = self.get(key)
         entries = there.value if there is not None and isinstance(there.value, DictionaryDHTValue) else None
         old = None if entries is None else entries.get(subkey)
-        mine, theirs = self._authority(key, subkey, value, expiration_time), False
-        if old is not None:
+        mine = self._authority(key, subkey, value, expiration_time)
+        if entries is None and not self._make_room_for_key(mine):
+            return False
+        if old is not None and entries is not None:
             theirs = self._authority(key, subkey, old.value, old.expiration_time, stored=True)
             if theirs and not mine:
                 return False
-            if mine and not theirs and entries is not None:
+            if mine and not theirs:
                 del entries[subkey]
-        elif entries is not None and not self._make_room(key, entries, len(value), needed=mine):
+            elif expiration_time <= old.expiration_time:
+                return False  # hivemind would refuse it too, and then let go of the newer one at the older one's time
+        if entries is not None and not self._make_room(key, entries, subkey, value, needed=mine):
             return False
         stored = super().store_subkey(key, subkey, value, expiration_time)
         if stored and mine and self._brought_by_owner(subkey):
@@ -62,16 +73,40 @@ class GuardedStorage(DHTLocalStorage):
         sender = _sender.get()
         return sender is not None and isinstance(subkey, str) and subkey == sender.to_base58()
 
-    def _make_room(self, key: DHTID, entries: DictionaryDHTValue, size: int, *, needed: bool) -> bool:
-        """Whether there is room for one more; for what has authority, by giving up what nobody vouches for."""
-        while sum(len(each.value) + _ENTRY_BYTES for _, each in entries.items()) + size + _ENTRY_BYTES > MAX_KEY_BYTES:
-            vague = [name for name, _ in entries.items() if (key, name) not in self._own] if needed else []
-            if not vague:
+    def _is_vague(self, key: DHTID, entries: DictionaryDHTValue, subkey: Any) -> bool:
+        entry = entries.data[subkey]
+        return not self._authority(key, subkey, entry.value, entry.expiration_time, stored=True)
+
+    def _make_room(self, key: DHTID, entries: DictionaryDHTValue, subkey: Any, value: bytes, *, needed: bool) -> bool:
+        """Whether there is room for an entry; for what has authority, by giving up what nobody vouches for."""
+        while _size_of(entries, without=subkey) + len(value) + _ENTRY_BYTES > MAX_KEY_BYTES:
+            others = [name for name, _ in entries.items() if name != subkey] if needed else []
+            vague = next(
+                (name for name in CHANCE.sample(others, len(others)) if self._is_vague(key, entries, name)), None
+            )
+            if vague is None:
                 return False
-            del entries[CHANCE.choice(vague)]
+            del entries[vague]
         if len(self._own) > 8 * _MAX_KEYS:
             self._own.clear()  # which only makes room
         return True
+
+    def _make_room_for_key(self, needed: bool) -> bool:
+        """Whether there is room for one more key; for what has authority, by giving up one of which nothing has."""
+        if len(self) < _MAX_KEYS:
+            return True
+        for key in CHANCE.sample([*self.data], min(_LOOKED_AT, len(self.data))) if needed else ():
+            entries = self.data[key].value
+            if not isinstance(entries, DictionaryDHTValue) or all(
+                self._is_vague(key, entries, subkey) for subkey in [*entries.data]
+            ):
+                del self[key]
+                return True
+        return False
+
+
+def _size_of(entries: DictionaryDHTValue, *, without: Any) -> int:
+    return sum(len(each.value) + _ENTRY_BYTES for name, each in entries.items() if name != without)
 
 
 class GuardedProtocol(hivemind_protocol.DHTProtocol):  # type: ignore[misc]
@@ -99,9 +134,14 @@ class GuardedProtocol(hivemind_protocol.DHTProtocol):  # type: ignore[misc]
         if validator is None:
             return True
         with dictionary.freeze():
+            size = 0
             for subkey, (value, expiration) in list(dictionary.items()):
+                size += _ENTRY_BYTES + (len(value) if isinstance(value, bytes) else MAX_KEY_BYTES)
+                if size > MAX_KEY_BYTES:  # which nobody of ours keeps, and would take long to check
+                    del dictionary[subkey]
+                    continue
                 record = DHTRecord(key_bytes, self.serializer.dumps(subkey), value, expiration)
-                if not isinstance(value, bytes) or not validator.validate(record):
+                if not validator.validate(record):
                     del dictionary[subkey]
         return True
 

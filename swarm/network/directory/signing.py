@@ -15,6 +15,7 @@ from hivemind.proto import crypto_pb2
 
 _IN_THE_NAME = 42  # a public key of at most so many bytes is the PeerID itself, with two bytes before it
 _SEED_BYTES = 32
+_MAX_RSA_BITS, _RSA_EXPONENT = 4096, 65537
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ def is_signed_by(peer_id: PeerID, public: bytes, message: bytes, signature: byte
             Ed25519PublicKey.from_public_bytes(found.data).verify(signature, message)
             return True
         key = serialization.load_der_public_key(found.data)
-        if not isinstance(key, RSAPublicKey):
-            return False
+        if not isinstance(key, RSAPublicKey) or key.key_size > _MAX_RSA_BITS or key.public_numbers().e != _RSA_EXPONENT:
+            return False  # others take very long to check
         key.verify(signature, message, PKCS1v15(), hashes.SHA256())
     except (InvalidSignature, ValueError, TypeError):
         return False

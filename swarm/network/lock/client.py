@@ -81,7 +81,7 @@ class LockedClient(Client):
         if proto in self._unary:
             raise P2PDaemonError(f"Handler for protocol {proto} already registered")
         self._unary[proto] = handler
-        await self._open_gate()
+        await self.open_gate()
         await self._register(CALL, lambda: super(LockedClient, self).add_unary_handler(CALL, self._take_call))
 
     async def remove_unary_handler(self, proto: str) -> None:
@@ -92,14 +92,16 @@ class LockedClient(Client):
     async def stream_handler(self, proto: str, handler_cb: Stream, balanced: bool = False) -> None:
         """As ``Client``'s, for members."""
         self._streams[proto] = handler_cb
-        await self._open_gate()
+        await self.open_gate()
         await self._register(STREAM, lambda: super(LockedClient, self).stream_handler(STREAM, self._take_stream))
 
     async def remove_stream_handler(self, proto: str) -> None:
         """As ``Client``'s."""
         del self._streams[proto]
 
-    async def _open_gate(self) -> None:
+    async def open_gate(self) -> None:
+        """Starts to answer challenges, as with the first handler."""
+
         async def hello(message: bytes, caller: PeerID) -> bytes:
             return self._gate.hello(caller.to_bytes(), message)
 

@@ -104,6 +104,8 @@ class DialBack:
     async def _dial(self, peer_id: PeerID, addresses: Sequence[Multiaddr]) -> bool | None:
         if self._ending is not None:
             self._ending.cancel()
+        if self._probe_is_dead():
+            self._probe = None
         try:
             self._probe = self._probe or await self._start_probe()
         except Exception:
@@ -112,10 +114,13 @@ class DialBack:
         try:
             await asyncio.wait_for(self._probe._client.connect(peer_id, addresses), _DIAL_SECONDS)
         except Exception:
-            return False
+            return None if self._probe_is_dead() else False
         with contextlib.suppress(Exception):
             await self._probe._client.disconnect(peer_id)
         return True
+
+    def _probe_is_dead(self) -> bool:
+        return self._probe is not None and self._probe._child.returncode is not None
 
     async def _end_probe(self) -> None:
         await asyncio.sleep(_IDLE_SECONDS)

@@ -177,6 +177,8 @@ class Reachability:
         peers = dict.fromkeys([*self._initial, *self._dht.protocol.routing_table.peer_id_to_uid])
         peers.pop(self._p2p.peer_id, None)
         chosen = [*peers][:_ASKED]
+        listens = [str(address) for address in await self._p2p.get_visible_maddrs(latest=True)]
+        self._addresses = [each for each in listens if not _is_local(each) and "/p2p-circuit" not in each]
         for again in range(2):
             replies = await asyncio.gather(*(ask(self._p2p, each, self._addresses, _ASK_SECONDS) for each in chosen))
             found = {each.to_base58(): reply for each, reply in zip(chosen, replies, strict=True) if reply is not None}
@@ -194,7 +196,9 @@ class Reachability:
             if len(ample) == MAX_RELAYS:
                 break
             terms = await reserve(self._p2p, read_peer_id(name), _RESERVE_SECONDS)
-            if terms is not None:
+            if terms is None:
+                self._known.pop(name, None)  # it is asked again when others are
+            else:
                 (ample if terms.ample else narrow).append(name)
         return tuple(place for name in ample or narrow[:MAX_RELAYS] for place in self._places(name, seen))
 

@@ -145,11 +145,11 @@ def test_it_moves_to_blocks_that_nobody_serves_any_more() -> None:
         path, output = tiny_model("llama-gqa", layers=4), Recorder()
         means = make_means(path, node, output, count=2, balance_period=0.05, update_period=0.05)
         prefix, host = means.source.dht_prefix, Host(means, JOINING)
-        there = ServerInfo(ServerState.ONLINE, 1e9, start_block=0, end_block=4)
+        there = ServerInfo(ServerState.ONLINE, 1e5, start_block=0, end_block=4)
         await dht.announce(other.dht, prefix, 0, 4, there, ttl=60)
         await host.take(0, 2, [0.0] * 4)
         running = asyncio.create_task(host.run())
-        gone = ServerInfo(ServerState.OFFLINE, 1e9, start_block=0, end_block=4)
+        gone = ServerInfo(ServerState.OFFLINE, 1e5, start_block=0, end_block=4)
         await dht.announce(other.dht, prefix, 2, 4, gone, ttl=60)
         await until(lambda: len(output.named("ready")) == 2 or running.done())
         assert [fields["blocks"] for fields in output.named("moving")] == [[2, 4]]

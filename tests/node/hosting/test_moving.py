@@ -22,7 +22,7 @@ def test_it_moves_only_if_nobody_else_has_moved_there(caplog: pytest.LogCaptureF
             prefix, looks, get_many = means.source.dht_prefix, 0, node.dht.get_many
 
             async def serve(first: int, last: int, state: ServerState) -> None:
-                await dht.announce(other.dht, prefix, first, last, ServerInfo(state, 1e9), ttl=60)
+                await dht.announce(other.dht, prefix, first, last, ServerInfo(state, 1e5), ttl=60)
 
             async def look(*args: Any, **kwargs: Any) -> Any:
                 nonlocal looks
@@ -38,7 +38,7 @@ def test_it_moves_only_if_nobody_else_has_moved_there(caplog: pytest.LogCaptureF
             node.dht.get_many = look  # hivemind's
             await serve(0, 2, ServerState.ONLINE)
             start, covered = await asyncio.wait_for(wait_for_better(means, 0, 2, 1.0), 60)
-            assert (start, covered) == (2, [1e9, 1e9, 0.0, 0.0])
+            assert (start, covered) == (2, [1e5, 1e5, 0.0, 0.0])
             assert looks == 6
 
     asyncio.run(main())

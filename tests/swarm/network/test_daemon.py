@@ -108,7 +108,7 @@ def test_a_peer_goes_on_with_another_daemon(named: bool, tmp_path: Path) -> None
             await peer.p2p.add_protobuf_handler("say", say, PingRequest)
             await peer.p2p.add_protobuf_handler("wait", wait_for_ever, PingRequest)
             await peer.p2p.add_binary_stream_handler("shout", shout)
-        assert await second.dht.store("key", "value", get_dht_time() + 60)
+        assert await second.dht.store("key", "value", get_dht_time() + 60, subkey="name")
         for peer, other in ((second, first), (first, second)):
             told: list[Peer] = []
 
@@ -139,7 +139,7 @@ def test_a_peer_goes_on_with_another_daemon(named: bool, tmp_path: Path) -> None
                 assert await hear(asking, asked.peer_id) == b"HELLO\n"
             found = await peer.dht.get("key", latest=True)
             assert found is not None
-            assert found.value == "value"
+            assert found.value["name"].value == "value"
 
     run(work, identity=tmp_path / "key" if named else None)
 

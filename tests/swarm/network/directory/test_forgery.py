@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
 from hivemind.dht.protocol import DHTProtocol
+from hivemind.dht.routing import DHTID
 from hivemind.dht.validation import DHTRecord
 from hivemind.p2p import PeerID
+from hivemind.proto import crypto_pb2
 from hivemind.utils import MSGPackSerializer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,9 +26,10 @@ from hypothesis import strategies as st
 from swarm.network import dht
 from swarm.network.clock import CLOCK
 from swarm.network.daemon import _make_key
+from swarm.network.directory import protocol as protocol_module
 from swarm.network.directory.guard import MAX_SECONDS, MAX_VALUE_BYTES, RecordGuard
-from swarm.network.directory.protocol import GuardedProtocol
-from swarm.network.directory.signing import SigningKey
+from swarm.network.directory.protocol import MAX_KEY_BYTES, GuardedProtocol, GuardedStorage
+from swarm.network.directory.signing import SigningKey, is_signed_by, named_by
 from swarm.network.options import PeerOptions
 from swarm.network.peer import Peer
 from swarm.wire.records import Offer, ServerInfo, ServerState, block_uid
@@ -197,3 +205,72 @@ def test_bounds(fields: dict[str, Any]) -> None:
 
 def test_rpcs_have_the_names_that_others_know() -> None:
     assert GuardedProtocol._get_handle_name(None, "rpc_store") == DHTProtocol._get_handle_name(None, "rpc_store")
+
+
+def put(storage: GuardedStorage, record: DHTRecord, expiration: float | None = None, subkey: Any = None) -> bool:
+    name = MSGPackSerializer.loads(record.subkey) if subkey is None else subkey
+    return storage.store_subkey(
+        DHTID.from_bytes(record.key), name, record.value, record.expiration_time if expiration is None else expiration
+    )
+
+
+def a_storage(seconds: float = 60.0) -> tuple[GuardedStorage, DHTRecord]:
+    """With a signed record in it, which lives for so long."""
+    storage = GuardedStorage()
+    storage.guard = GUARD
+    plain = DHTRecord(SIGNED.key, SIGNED.subkey, MSGPackSerializer.dumps(ONLINE.to_tuple()), time.time() + seconds)
+    signed = DHTRecord(plain.key, plain.subkey, GUARD.sign_value(plain), plain.expiration_time)
+    assert put(storage, signed)
+    return storage, signed
+
+
+def test_a_value_without_subkeys_takes_no_place() -> None:
+    storage, signed = a_storage()
+    key = DHTID.from_bytes(signed.key)
+    assert not storage.store(key, b"x", signed.expiration_time + 3600)
+    assert not GUARD.validate(DHTRecord(signed.key, MSGPackSerializer.dumps(None), b"x", 1001.0))
+    assert storage.get(key).value.get(MSGPackSerializer.loads(signed.subkey)).value == signed.value
+
+
+def test_an_old_record_that_is_played_again_does_not_end_the_new_one() -> None:
+    storage, signed = a_storage()
+    plain = DHTRecord(signed.key, signed.subkey, MSGPackSerializer.dumps(ONLINE.to_tuple()), time.time() + 0.1)
+    old = DHTRecord(plain.key, plain.subkey, GUARD.sign_value(plain), plain.expiration_time)
+    assert not put(storage, old)
+    time.sleep(0.2)
+    assert storage.get(DHTID.from_bytes(signed.key)).value.get(MSGPackSerializer.loads(signed.subkey)) is not None
+
+
+def test_entries_can_not_grow_without_end_either() -> None:
+    storage, signed = a_storage()
+    key, end = DHTID.from_bytes(signed.key), time.time() + 100
+    names = [f"n{number}" for number in range(300)]
+    for size, later in ((1, 0.0), (MAX_VALUE_BYTES, 1.0)):
+        for name in names:
+            storage.store_subkey(key, name, b"x" * size, end + later)
+    entries = storage.get(key).value
+    assert sum(len(entry.value) for _, entry in entries.items()) <= MAX_KEY_BYTES
+    assert entries.get(MSGPackSerializer.loads(signed.subkey)).value == signed.value
+
+
+def test_many_keys_do_not_drive_out_those_with_authority(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol_module, "_MAX_KEYS", 4)
+    storage, signed = a_storage()
+    keys = [DHTID.generate(source=str(number)) for number in range(20)]
+    taken = [storage.store_subkey(key, "name", b"x", time.time() + 3600) for key in keys]
+    assert sum(taken) == 3
+    assert storage.get(DHTID.from_bytes(signed.key)) is not None
+    other = DHTRecord(keys[19].to_bytes(), signed.subkey, MSGPackSerializer.dumps(ONLINE.to_tuple()), time.time() + 60)
+    assert put(storage, DHTRecord(other.key, other.subkey, GUARD.sign_value(other), other.expiration_time))
+    assert len(storage) == 4
+
+
+def test_keys_that_take_long_to_check_are_refused() -> None:
+    private = rsa.generate_private_key(public_exponent=3, key_size=2048)
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    data = private.public_key().public_bytes(serialization.Encoding.DER, form)
+    public = crypto_pb2.PublicKey(key_type=crypto_pb2.RSA, data=data).SerializeToString()
+    peer_id = PeerID(b"\x12\x20" + hashlib.sha256(public).digest())
+    signature = private.sign(b"said", PKCS1v15(), hashes.SHA256())
+    assert named_by(peer_id, public)
+    assert not is_signed_by(peer_id, public, b"said", signature)

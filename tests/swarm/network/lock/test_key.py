@@ -78,8 +78,9 @@ def test_invitations(key: SwarmKey | None, tmp_path: Path) -> None:
     assert options.key.keys() == (() if key is None else (KEY,))
 
 
-@pytest.mark.parametrize("text", ["", "swarm:", "swarm:#", "swarm:hello", f"swarm:#{KEY.text()}", "nowhere/x", "a\0b"])
+@pytest.mark.parametrize("text", ["", "swarm:", "swarm:#", "swarm:hello", "swarm:#KEY", "nowhere/x", "a\0b"])
 def test_what_is_no_invitation(text: str) -> None:
+    text = text.replace("KEY", KEY.text())
     with pytest.raises(UsageError) as refused:
         read_invitation(text)
     assert KEY.text() not in str(refused.value)

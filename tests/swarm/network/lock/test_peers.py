@@ -80,10 +80,10 @@ def test_members_talk_and_errors_come_through() -> None:
         async with peer(KEY) as first, peer(KEY, by=first) as second:
             await talk(second, first)
             await talk(first, second)
-            assert await second.dht.store("key", "value", CLOCK.now() + 60)
+            assert await second.dht.store("key", "value", CLOCK.now() + 60, subkey="name")
             found = await first.dht.get("key")
             assert found is not None
-            assert found.value == "value"
+            assert found.value["name"].value == "value"
             for name, words in (("fail", r"\[swarm:leaving\] no more work"), ("none", "not supported")):
                 with pytest.raises(P2PHandlerError, match=words):
                     await second.p2p.call_protobuf_handler(first.peer_id, name, PingRequest(), PingRequest)
