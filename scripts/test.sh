@@ -8,4 +8,5 @@ cd "$(dirname "$0")/.."
 if [ -z "${SWARM_SKIP_PETALS:-}" ]; then ./scripts/petals/setup.sh; fi
 ./scripts/setup_browser.sh
 ./scripts/check.sh
-exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
+# in the order of the files, or those with few tests, which take long, would be last, and one would run alone
+exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
