@@ -117,7 +117,8 @@ class Reachability:
         if self._alone:
             self._settled.set()
         else:
-            await protocol.add_p2p_handlers(self._p2p, AuthRPCWrapper(protocol, AuthRole.SERVICER, None))
+            if protocol.client_mode:
+                await protocol.add_p2p_handlers(self._p2p, AuthRPCWrapper(protocol, AuthRole.SERVICER, None))
             self._task = asyncio.create_task(self._run())
 
     async def stop(self) -> None:
