@@ -54,8 +54,7 @@ class Engine:
         cache_tokens: how many tokens the KV cache holds, over all sessions.
         page_size: tokens per page of it; by default what ``acceleration`` asks for.
         max_batch_tokens: tokens per turn, the most that are packed together.
-        deterministic: cut steps and attention so that a session's bits don't depend on the others, which takes blocks
-            that are made for it (``deterministic.make_deterministic``).
+        deterministic: a session's bits don't depend on the others; for blocks of ``deterministic.make_deterministic``.
         acceleration: what to use of a GPU; by default nothing.
         state_rows: for how many rows recurrent states are kept, in models that have them.
         adapters: names of those that were put into the span (``adapters.put_adapters``).
@@ -253,8 +252,7 @@ class Engine:
         return future
 
     def visit(self, work: Callable[[SessionCache], T]) -> Future[T]:
-        """Does ``work`` between two turns, in the engine's thread: something that takes a moment, on what sessions have
-        in the cache. The future raises what it raises."""
+        """Does ``work``, which takes a moment, between two turns in the engine's thread. The future raises as it does."""
         future: Future[T] = Future()
         self._submit(Visit(lambda: work(self._session_cache), future))
         return future
@@ -319,8 +317,7 @@ class Engine:
                         fail(self._queue.drop_first(session).future, error)
 
     def _turn(self, turns: StepTurns | DenseTurns) -> None:
-        """Receive, choose, run, deliver. Other nodes of this machine may compute before anybody hears of the results:
-        who does comes back with more, and they would stand behind it in the queue."""
+        """Receive, choose, run, deliver. Other nodes of this machine may compute before anybody hears of the results."""
         with self._turnstile as waited_s:
             if waited_s and not self._receive(patient=False):  # more may have come meanwhile
                 return
