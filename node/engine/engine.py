@@ -252,7 +252,7 @@ class Engine:
         return future
 
     def visit(self, work: Callable[[SessionCache], T]) -> Future[T]:
-        """Does ``work``, which takes a moment, between two turns in the engine's thread. The future raises as it does."""
+        """Does ``work``, which takes a moment, in the engine's thread between turns. Its errors are the future's."""
         future: Future[T] = Future()
         self._submit(Visit(lambda: work(self._session_cache), future))
         return future
@@ -317,7 +317,7 @@ class Engine:
                         fail(self._queue.drop_first(session).future, error)
 
     def _turn(self, turns: StepTurns | DenseTurns) -> None:
-        """Receive, choose, run, deliver. Other nodes of this machine may compute before anybody hears of the results."""
+        """Receive, choose, run, deliver. Other nodes here may compute before anybody hears of the results."""
         with self._turnstile as waited_s:
             if waited_s and not self._receive(patient=False):  # more may have come meanwhile
                 return
