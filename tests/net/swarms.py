@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.net.lab import Host
+from tests.net.lab import Host, Lab
 from tests.swarm_e2e.nodes import Node, run_command
 
 PROMPT = "Return a list of"
@@ -38,6 +38,15 @@ class NetSwarm:
         if not self.initial_peers:
             self.initial_peers = [each for each in node.wait_ready()["maddrs"] if f"/{host.address}/" in each]
         return node
+
+    def hide(self, lab: Lab, network: str) -> tuple[Host, Node]:
+        """A relay, and behind a NAT a node with all blocks; a host beside the relay, and that node, which is ready."""
+        lan = lab.lan(network)
+        first, beside = lab.host(lan), lab.host(lan)
+        self.add(first, None)
+        hidden = self.add(lab.host(lab.nat(lan, "192.168.7")), "0:8")
+        hidden.wait_ready()
+        return beside, hidden
 
     def restart(self, ended: Node, host: Host) -> Node:
         """Starts a node that has ended once more, as it was."""

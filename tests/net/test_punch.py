@@ -11,11 +11,7 @@ BYTES = 5_000  # more than attempts to connect, less than a generation
 
 
 def test_a_node_behind_a_nat_dials_the_client(lab: Lab, swarm: NetSwarm, right: str) -> None:
-    lan = lab.lan("10.86.0")
-    first, client = lab.host(lan), lab.host(lan)
-    swarm.add(first, None)
-    hidden = swarm.add(lab.host(lab.nat(lan, "192.168.7")), "0:8")
-    hidden.wait_ready()
+    client, hidden = swarm.hide(lab, "10.86.0")
     assert swarm.generate(client)["text"] == right
     assert last_reached(hidden)["how"] == "relay"
     assert swarm.status(client)[hidden.peer_id]["reached"] == "hole-punched"

@@ -57,11 +57,7 @@ def test_a_lock_holds_over_relays(lab: Lab, swarm: NetSwarm, right: str, tmp_pat
     file = tmp_path / "swarm.key"
     file.write_text(SwarmKey.new().text())
     swarm.options = ("--swarm-key", str(file))
-    lan = lab.lan("10.84.0")
-    first, client = lab.host(lan), lab.host(lan)
-    swarm.add(first, None)
-    hidden = swarm.add(lab.host(lab.nat(lan, "192.168.7")), "0:8")
-    hidden.wait_ready()
+    client, hidden = swarm.hide(lab, "10.84.0")
     assert swarm.generate(client)["text"] == right
     assert last_reached(hidden)["how"] == "relay"
     locked = run_command(
