@@ -30,7 +30,7 @@ app = typer.Typer(
     context_settings=CONTEXT,
 )
 
-_BOOTSTRAP = PeerOptions(port=31337, serve_relay=True)
+_BOOTSTRAP = PeerOptions(port=31337)
 _FIND = ("lan", "lan_name", "swarm_key", "join")
 _LISTEN = (*_FIND, "shut_out", "host", "port", "announce", "public_ip")
 

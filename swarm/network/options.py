@@ -111,7 +111,6 @@ class PeerOptions:
     """How to join.
 
     Attributes:
-        serve_relay: relay for others.
         client: only ask, never listen nor store.
         hole_punching: connect directly to peers behind NATs where their NATs let it happen; a client listens for it, on
             a port that the system chooses. Off for all of a process with the environment variable
@@ -158,7 +157,6 @@ class PeerOptions:
             metavar="FILE",
         ),
     ] = None
-    serve_relay: bool = False
     client: bool = False
     hole_punching: bool = field(default_factory=lambda: os.environ.get("SWARM_HOLE_PUNCHING", "1") != "0")
     known_peers: Path | None = None
