@@ -8,11 +8,12 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from hivemind.p2p import PeerID
 
 from swarm.errors import PeerLostError
+from swarm.network.calls import look_at
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -167,10 +168,4 @@ async def watched(work: Awaitable[T], peer_id: PeerID, patience: float, lives: C
         for pending in (task, asking):
             if pending is not None:
                 pending.cancel()
-                pending.add_done_callback(_look_at)
-
-
-def _look_at(done: asyncio.Future[Any]) -> None:
-    """Takes note of how it ended: asyncio writes to the log what nobody has looked at."""
-    if not done.cancelled():
-        done.exception()
+                pending.add_done_callback(look_at)

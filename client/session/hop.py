@@ -15,6 +15,7 @@ import torch
 from hivemind.p2p import PeerID
 
 from swarm.errors import BadRequestError, PeerLostError, RemoteError, SwarmError
+from swarm.network.calls import look_at
 from swarm.network.daemon import LastingP2P
 from swarm.network.reach import call_failed
 from swarm.wire import rpc
@@ -139,10 +140,7 @@ class Hop:
         try:
             fields["session_id"], hop._key = hop.session_id, fields.get("handover_key", b"")
             # no columns yet: the answer says that the session is there, so that others may push to it
-            nothing = torch.empty(shape[0], 0, shape[1], dtype=hop.dtype or torch.float32)
-            await hop._stream.send(
-                Request(uid=hop._uid, tensors=[encode(nothing), _EMPTY, _EMPTY_INT64], metadata=rpc.dump(fields))
-            )
+            await hop._stream.send(hop._request(fields))
             response = await hop._stream.receive(Response)
             if response is None:
                 raise PeerLostError(f"{leg.peer_id} ended the session")
@@ -174,8 +172,7 @@ class Hop:
             fields["page_names"] = page_names
         if self.dtype is not None and hidden.dtype != self.dtype:
             hidden = hidden.to(self.dtype)
-        reorder = _EMPTY_INT64 if hypo_ids is None else encode(hypo_ids)
-        request = Request(uid=self._uid, tensors=[encode(hidden), _EMPTY, reorder], metadata=rpc.dump(fields))
+        request = self._request(fields, hidden, hypo_ids)
         self.expect(step_id)
         await self._stream.send(request)
 
@@ -213,8 +210,8 @@ class Hop:
         """Lets go of a step's answer."""
         self._answered.pop(step_id, None)
         reply = self._replies.pop(step_id, None)
-        if reply is not None and reply.done() and not reply.cancelled():
-            reply.exception()  # seen, so that asyncio doesn't warn
+        if reply is not None and reply.done():
+            look_at(reply)
 
     def handover(self, seconds: float) -> TakeOver | None:
         """What another hop, which has ``seconds`` for it, takes over from this one; None if there is nothing."""
@@ -225,10 +222,8 @@ class Hop:
     async def let_push(self, peer_id: PeerID) -> None:
         """From now on only this peer may push steps into the session. Never fails: if the hop has, its next step says
         so."""
-        nothing = torch.empty(self._rows, 0, self._hidden_size, dtype=self.dtype or torch.float32)
         step_id = uuid.uuid4().hex
-        fields = {"session_id": self.session_id, "step_id": step_id, "pusher": peer_id.to_base58()}
-        request = Request(uid=self._uid, tensors=[encode(nothing), _EMPTY, _EMPTY_INT64], metadata=rpc.dump(fields))
+        request = self._request({"session_id": self.session_id, "step_id": step_id, "pusher": peer_id.to_base58()})
 
         async def tell() -> None:
             await self._stream.send(request)
@@ -299,13 +294,22 @@ class Hop:
             raise RemoteError(f"{self.peer_id} answered with numbers that are not finite")
         return output
 
+    def _request(
+        self, fields: Mapping[str, object], hidden: torch.Tensor | None = None, hypo_ids: torch.Tensor | None = None
+    ) -> Request:
+        """A message with ``hidden`` ``[rows, T, H]``; by default without columns."""
+        if hidden is None:
+            hidden = torch.empty(self._rows, 0, self._hidden_size, dtype=self.dtype or torch.float32)
+        reorder = _EMPTY_INT64 if hypo_ids is None else encode(hypo_ids)
+        return Request(uid=self._uid, tensors=[encode(hidden), _EMPTY, reorder], metadata=rpc.dump(fields))
+
     def _fail(self, error: SwarmError) -> None:
         if self._failure is None:
             self._failure, self.failed_at = error, time.monotonic()
         for reply in self._replies.values():
             if not reply.done():
                 reply.set_exception(self._failure)
-                reply.exception()  # seen, so that asyncio doesn't warn if nobody asks
+                look_at(reply)
 
 
 def _seconds(fields: Mapping[str, object], name: str) -> float:

@@ -36,10 +36,10 @@ def mend(control: Any) -> None:
     control._pending_calls = Pending(control._pending_calls)
     control._handler_tasks = Handled(control._handler_tasks)
     for task in (control._read_task, control._write_task):
-        task.add_done_callback(_look_at)
+        task.add_done_callback(look_at)
 
 
-def _look_at(task: asyncio.Task[Any]) -> None:
+def look_at(done: asyncio.Future[Any]) -> None:
     """Takes note of how it ended: asyncio writes to the log what nobody has looked at."""
-    if not task.cancelled():
-        task.exception()
+    if not done.cancelled():
+        done.exception()

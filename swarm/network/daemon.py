@@ -66,14 +66,12 @@ class LastingP2P(P2P):
     @classmethod
     async def create(cls, *args: Any, identity_path: str | None = None, **kwargs: Any) -> LastingP2P:
         """As ``P2P.create``. Without ``identity_path``, this object keeps the key that a daemon would make itself."""
-        if identity_path is not None:
-            p2p = await super().create(*args, identity_path=identity_path, **kwargs)
-            assert isinstance(p2p, LastingP2P)
-            mend(p2p._client.control)
-            return p2p
-        key = Path(tempfile.gettempdir(), f"swarm-{os.urandom(8).hex()}", "key"), _make_key()
+        key = None
+        if identity_path is None:
+            key = Path(tempfile.gettempdir(), f"swarm-{os.urandom(8).hex()}", "key"), _make_key()
+            identity_path, kwargs["check_if_identity_free"] = str(key[0]), False
         with _on_disk(key):
-            p2p = await super().create(*args, identity_path=str(key[0]), check_if_identity_free=False, **kwargs)
+            p2p = await super().create(*args, identity_path=identity_path, **kwargs)
         assert isinstance(p2p, LastingP2P)
         p2p._key = key
         mend(p2p._client.control)

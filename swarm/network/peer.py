@@ -20,7 +20,7 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from ..chance import CHANCE
 from ..errors import ConnectError, LockedError, UsageError
-from ..wire.peer_id import read_peer_id
+from ..wire.peer_id import peer_id_of, read_peer_id
 from .clock import CLOCK, describe_skew, measure_skews, skew_told
 from .daemon import LastingP2P
 from .directory.guard import RecordGuard
@@ -28,6 +28,7 @@ from .directory.protocol import GuardedProtocol
 from .directory.signing import SigningKey
 from .forks import belongs_to_process
 from .known_peers import KnownPeers
+from .lan.addresses import is_loopback
 from .lock.client import LockedClient, is_locked, lock
 from .lock.shut_out import ShutOut
 from .lookout import Lookout
@@ -205,8 +206,7 @@ class Peer:
 
 async def _set_clock(p2p: LastingP2P, initial_peers: Sequence[str]) -> None:
     """Takes the time of the swarm that is joined."""
-    peers = [read_peer_id(Multiaddr(address)["p2p"]) for address in initial_peers]
-    CLOCK.set_by(await measure_skews(p2p, {*peers}, _JOIN_SECONDS, quick=True), trusting=True)
+    CLOCK.set_by(await measure_skews(p2p, {*map(peer_id_of, initial_peers)}, _JOIN_SECONDS, quick=True), trusting=True)
 
 
 async def _start_daemon(options: PeerOptions) -> WayfindingP2P:
@@ -271,7 +271,7 @@ def _signing_key(p2p: LastingP2P, options: PeerOptions) -> SigningKey | None:
 
 def _listens(options: PeerOptions) -> bool:
     """A client does so only for peers behind NATs, of which there are none in a swarm on this machine alone."""
-    far = any("/127.0.0." not in address and "/::1/" not in address for address in options.initial_peers)
+    far = not all(is_loopback(address.partition("/p2p/")[0]) for address in options.initial_peers)
     return not options.client or (options.hole_punching and far)
 
 
@@ -284,8 +284,8 @@ async def _why_denied(p2p: P2P, initial_peers: Sequence[str]) -> str | None:
     """Whether the swarm doesn't let this peer in, and why."""
     if isinstance(p2p._client, LockedClient):
         return p2p._client.denied
-    peers = {read_peer_id(Multiaddr(address)["p2p"]) for address in initial_peers}
-    if any(await asyncio.gather(*(is_locked(p2p, peer, _JOIN_SECONDS) for peer in peers))):
+    asking = (is_locked(p2p, peer, _JOIN_SECONDS) for peer in {*map(peer_id_of, initial_peers)})
+    if any(await asyncio.gather(*asking)):
         return (
             "this swarm is locked: give its key by --swarm-key FILE (or the variable SWARM_KEY), or join by --join LINE"
         )

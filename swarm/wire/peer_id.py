@@ -25,6 +25,15 @@ def read_peer_id(text: object) -> PeerID:
     return _decode(text)
 
 
+def peer_id_of(address: str) -> PeerID:
+    """Whose address ``/…/p2p/…`` is.
+
+    Raises:
+        ValueError: nobody's.
+    """
+    return read_peer_id(address.rpartition("/p2p/")[2])
+
+
 @functools.lru_cache(maxsize=2**16)  # the same few come again and again, and each takes 0.1 ms to read
 def _decode(text: str) -> PeerID:
     peer_id = PeerID.from_base58(text)

@@ -6,10 +6,9 @@ import asyncio
 import contextlib
 import logging
 
-from hivemind.utils.multiaddr import Multiaddr
-
 from ... import __version__
-from ...wire.peer_id import read_peer_id
+from ...wire.peer_id import peer_id_of
+from ..daemon_calls import connect
 from ..peer import Peer
 from .addresses import announced, is_loopback, multicast_hosts, own_interfaces
 from .look import dial
@@ -126,9 +125,8 @@ class Presence:
 async def found(peer: Peer, maddr: str) -> bool:
     """Joins the swarms of two peers: connects to ``/…/p2p/…`` and has both know each other; whether it answered."""
     try:
-        address, _, name = maddr.rpartition("/p2p/")
-        peer_id = read_peer_id(name)
-        await asyncio.wait_for(peer.p2p._client.connect(peer_id, [Multiaddr(address)]), _MEET_SECONDS)
+        peer_id = peer_id_of(maddr)
+        await asyncio.wait_for(connect(peer.p2p, peer_id, [maddr.rpartition("/p2p/")[0]]), _MEET_SECONDS)
         return await asyncio.wait_for(peer.dht.protocol.call_ping(peer_id), _MEET_SECONDS) is not None
     except Exception as error:
         logger.info("%s can't be joined: %s", maddr, error)

@@ -17,6 +17,7 @@ from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 from hivemind.p2p.p2p_daemon_bindings.p2pclient import Client
 from hivemind.utils.asyncio import cancel_task_if_running
 
+from ..calls import look_at
 from .gate import LOCKED, SESSION_SECONDS, SHUT_OUT, WELCOME, Gate
 from .handshake import NONCE_BYTES, Meeting, caller_proofs, derive, key_of_answer, new_nonce
 from .key import SwarmKey
@@ -226,13 +227,9 @@ class LockedClient(Client):
         meeting = self._meetings.get(peer_id)
         if meeting is None:
             meeting = self._meetings[peer_id] = asyncio.ensure_future(self._meet(peer_id))
-            meeting.add_done_callback(lambda done: self._met(peer_id, done))
+            meeting.add_done_callback(lambda _: self._meetings.pop(peer_id))
+            meeting.add_done_callback(look_at)
         return await asyncio.shield(meeting)
-
-    def _met(self, peer_id: PeerID, meeting: asyncio.Task[Calling]) -> None:
-        del self._meetings[peer_id]
-        if not meeting.cancelled():
-            meeting.exception()  # seen, so that asyncio doesn't warn if nobody waits any more
 
     async def _meet(self, peer_id: PeerID) -> Calling:
         nonce = new_nonce()

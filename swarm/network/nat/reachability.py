@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from hivemind.proto import dht_pb2
 from hivemind.utils.auth import AuthRole, AuthRPCWrapper
-from hivemind.utils.multiaddr import Multiaddr
 
-from ...wire.peer_id import read_peer_id
+from ...wire.peer_id import peer_id_of, read_peer_id
 from ..daemon_calls import direct_connections
+from ..lan.addresses import is_loopback
 from .circuits import reserve
 from .dial_back import Answer, ask
 
@@ -103,8 +103,8 @@ class Reachability:
         alone: bool,
     ) -> None:
         self._p2p, self._dht, self._relayed, self._alone = p2p, dht, relayed, alone
-        self._addresses = [address for address in addresses if not _is_local(address)]
-        self._initial = [read_peer_id(Multiaddr(address)["p2p"]) for address in initial_peers]
+        self._addresses = [address for address in addresses if not is_loopback(address)]
+        self._initial = [*map(peer_id_of, initial_peers)]
         self._known: dict[str, Answer] = {}  # what peers have said that answered
         self.now = Reached(DIRECT) if alone else Reached()
         self.on_change: list[Callable[[Reached], None]] = []
@@ -179,7 +179,7 @@ class Reachability:
         peers.pop(self._p2p.peer_id, None)
         chosen = [*peers][:_ASKED]
         listens = [str(address) for address in await self._p2p.get_visible_maddrs(latest=True)]
-        self._addresses = [each for each in listens if not _is_local(each) and "/p2p-circuit" not in each]
+        self._addresses = [each for each in listens if not is_loopback(each) and "/p2p-circuit" not in each]
         for again in range(2):
             replies = await asyncio.gather(*(ask(self._p2p, each, self._addresses, _ASK_SECONDS) for each in chosen))
             found = {each.to_base58(): reply for each, reply in zip(chosen, replies, strict=True) if reply is not None}
@@ -211,7 +211,7 @@ class Reachability:
     async def _seen_addresses(self) -> dict[str, list[str]]:
         """Where the peers are to which there is a connection."""
         return {
-            name.to_base58(): [address for address in addresses if not _is_local(address)]
+            name.to_base58(): [address for address in addresses if not is_loopback(address)]
             for name, addresses in (await direct_connections(self._p2p)).items()
         }
 
@@ -230,7 +230,3 @@ class Reachability:
         self.now = now
         for tell in self.on_change:
             tell(now)
-
-
-def _is_local(address: str) -> bool:
-    return "/127.0.0." in address or "/::1/" in address
