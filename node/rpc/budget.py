@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import resource
 from collections import Counter, deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from hivemind.p2p import PeerID
 
@@ -77,6 +79,30 @@ class Quota:
                 turn.set_result(None)
             else:
                 late.add(other)
+
+
+class Turns:
+    """For each peer one thing at a time, in the order in which they came. Nothing is kept of any number of peers.
+
+    Attributes:
+        waiting: how many there are of each peer, the one whose turn it is among them.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: Counter[PeerID] = Counter()
+        self._locks: dict[PeerID, asyncio.Lock] = {}
+
+    @asynccontextmanager
+    async def of(self, peer: PeerID) -> AsyncIterator[None]:
+        """Waits for a turn, and has it."""
+        self.waiting[peer] += 1
+        try:
+            async with self._locks.setdefault(peer, asyncio.Lock()):
+                yield
+        finally:
+            self.waiting[peer] -= 1
+            if not self.waiting[peer]:
+                del self.waiting[peer], self._locks[peer]
 
 
 class Room:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack
 from typing import Any
 
 from hivemind.p2p import PeerID
@@ -15,6 +15,7 @@ from swarm.wire.codec import join, split
 from swarm.wire.rpc import Request, Response
 from swarm.wire.stream import MessageStream
 
+from .budget import Turns
 from .requests import read_dense
 from .shared import Shared
 
@@ -26,7 +27,7 @@ class DensePasses:
 
     def __init__(self, shared: Shared) -> None:
         self._shared = shared
-        self._reading: dict[PeerID, tuple[asyncio.Lock, list[None]]] = {}  # and for each who reads or waits an entry
+        self._reading = Turns()  # halves of several requests would wait for each other's memory
 
     async def forward(self, request: Request) -> Response:
         """The blocks' output."""
@@ -75,7 +76,7 @@ class DensePasses:
             limits = self._shared.limits
             limit = 3 * limits.message_bytes(self._shared.served.hidden_size)
             with ExitStack() as held:
-                async with self._alone(peer):
+                async with self._reading.of(peer):
                     tensors = await asyncio.wait_for(join(parts(held), max_bytes=limit), limits.request_timeout)
                 response = await answer(Request(uid=head.uid, metadata=head.metadata, tensors=tensors))
             for tensor in response.tensors:
@@ -84,19 +85,6 @@ class DensePasses:
             await stream.send_end()
 
         return handle
-
-    @asynccontextmanager
-    async def _alone(self, peer: PeerID) -> AsyncIterator[None]:
-        """One request of a peer is read at a time: halves of several would wait for each other's memory."""
-        lock, inside = self._reading.setdefault(peer, (asyncio.Lock(), []))
-        inside.append(None)
-        try:
-            async with lock:
-                yield
-        finally:
-            inside.pop()
-            if not inside:
-                del self._reading[peer]
 
     async def _run(self, future: Any) -> Any:
         self._shared.busy += 1

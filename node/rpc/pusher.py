@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 
 from hivemind.p2p import P2P, PeerID
 from hivemind.proto import runtime_pb2
@@ -11,6 +11,8 @@ from hivemind.proto import runtime_pb2
 from swarm.errors import PeerLostError
 from swarm.wire.rpc import PUSH, PUSH_STREAM, handle_name
 from swarm.wire.stream import MessageStream
+
+from .budget import Turns
 
 _MAX_STREAMS = 256
 _MAX_WAITING, _MAX_WAITING_FOR_ONE = 1024, 64
@@ -22,14 +24,13 @@ class Pusher:
     def __init__(self, p2p: P2P, *, timeout: float = 10.0) -> None:
         self._p2p, self._timeout = p2p, timeout
         self._streams: OrderedDict[PeerID, MessageStream] = OrderedDict()
-        self._locks: dict[PeerID, asyncio.Lock] = {}
-        self._waiting: Counter[PeerID] = Counter()  # pushes that wait for their turn
+        self._turns = Turns()
         self._unary: set[PeerID] = set()  # Petals' servers know no push stream
 
     def push_now(self, peer_id: PeerID, request: runtime_pb2.ExpertRequest) -> bool:
         """Delivers ``request`` at once if that needs no waiting; False if it does: then :meth:`push` it."""
         stream = self._streams.get(peer_id)
-        if stream is None or self._waiting[peer_id]:
+        if stream is None or self._turns.waiting[peer_id]:
             return False
         try:
             return stream.send_now(request)
@@ -43,19 +44,15 @@ class Pusher:
         Raises:
             PeerLostError: the peer can't be reached from here.
         """
-        if self._waiting[peer_id] >= _MAX_WAITING_FOR_ONE or self._waiting.total() >= _MAX_WAITING:
+        waiting = self._turns.waiting
+        if waiting[peer_id] >= _MAX_WAITING_FOR_ONE or waiting.total() >= _MAX_WAITING:
             raise PeerLostError(f"can't push to {peer_id}: too many wait for it")
-        self._waiting[peer_id] += 1
         try:
-            async with self._locks.setdefault(peer_id, asyncio.Lock()):
+            async with self._turns.of(peer_id):
                 await asyncio.wait_for(self._send(peer_id, request), self._timeout)
         except Exception as error:
             self._drop(peer_id)
             raise PeerLostError(f"can't push to {peer_id}: {error}") from error
-        finally:
-            self._waiting[peer_id] -= 1
-            if not self._waiting[peer_id]:  # clients name the peers, so nothing is kept of any number of them
-                del self._waiting[peer_id], self._locks[peer_id]
 
     def close(self) -> None:
         """Closes all streams."""
